@@ -1,0 +1,82 @@
+"""The `bhlog` command: finds a subcommand, runs it, and turns errors into one line."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+import click
+
+from capture.errors import MissingExtra, RouterLogError
+
+# Where each command is defined; a module is imported only when its command is used or listed.
+COMMANDS = {
+    "demo": "capture.commands:demo",
+    "capture": "capture.commands:capture",
+    "info": "analysis.commands.info:info",
+    "verify": "analysis.commands.info:verify",
+    "replay": "analysis.commands.replay:replay",
+    "sweep": "analysis.commands.replay:sweep",
+    "kde": "analysis.commands.kde:kde",
+    "sql": "analysis.commands.sql:sql",
+    "plot": "analysis.commands.plot:plot",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose subcommands are imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, name = COMMANDS[cmd_name].split(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            near = get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
+            ctx.fail(f"no command {args[0]!r}; {hint}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="bhlog")
+def bhlog() -> None:
+    """Record the routers of mixture-of-experts models, replay their decisions offline.
+
+    RUN is the folder that bhlog capture wrote, or a URI such as s3://bucket/run.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `bhlog`; a user's mistake ends in one line on stderr and exit code 1."""
+    try:
+        code = bhlog.main(
+            args=None if arguments is None else list(arguments), standalone_mode=False
+        )
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except RouterLogError as error:
+        click.echo(f"bhlog: {error}", err=True)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers", "safetensors"):
+            raise
+        click.echo(f"bhlog: {_missing(error.name)}", err=True)
+        sys.exit(1)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("bhlog: interrupted", err=True)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _missing(name: str) -> MissingExtra:
+    return MissingExtra(f"this command needs {name}: pip install 'bhlog[capture]'")

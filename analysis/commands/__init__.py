@@ -1,0 +1,1 @@
+"""Commands of `bhlog`: each parses, calls one function and prints."""

@@ -1,0 +1,377 @@
+"""The log of a run, opened for reading: manifest, null model, and folds over its rows."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol, Self, TypeVar
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from capture.errors import CorruptManifest, CorruptShard, InvalidOption, MissingRun
+from capture.kde import KdeModel
+from capture.manifest import MANIFEST_NAME, Manifest, merge_manifests
+from capture.schema import SHARD_NAME, routing_schema, schema_difference, tokens_schema
+
+Progress = Callable[[int], None]  # called with the number of rows just read
+
+
+class Accumulator(Protocol):
+    """A fold over record batches: every offline job is one.
+
+    `update` sees batches of one layer each; `merge` adds what another accumulator saw later in the
+    log, so merging in log order gives the same result however the log was split.
+    """
+
+    def update(self, batch: pa.RecordBatch) -> None: ...
+
+    def merge(self, other: Self) -> None: ...
+
+
+A = TypeVar("A", bound=Accumulator)
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group of a shard, which holds one layer.
+
+    Attributes:
+        shard: file name, such as rank00000-00000.parquet.
+        index: row group in the shard.
+        layer: decoder layer of its rows.
+        rows: number of rows.
+    """
+
+    shard: str
+    index: int
+    layer: int
+    rows: int
+
+
+class Log:
+    """A run's folder, on disk or in an object store, open for reading.
+
+    Attributes:
+        path: the folder or URI, as given.
+        manifest: what the run is, merged over its ranks.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        self._fs, self._root = _filesystem(self.path)
+        self.manifest = self._read_manifest()
+
+    def __repr__(self) -> str:
+        return f"Log({self.path!r})"
+
+    @property
+    def name(self) -> str:
+        """Last part of the path: how tables call the run."""
+        return PurePosixPath(self._root).name
+
+    @property
+    def n_experts(self) -> int:
+        """Experts per router."""
+        return self.manifest.model.n_experts
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Decoder layers with a router, rising."""
+        return self.manifest.model.layers
+
+    @cached_property
+    def shards(self) -> tuple[str, ...]:
+        """File names of the sealed routing shards, in order of rank and number."""
+        return self._shards("routing")
+
+    @cached_property
+    def token_shards(self) -> tuple[str, ...]:
+        """File names of the sealed token shards."""
+        return self._shards("tokens")
+
+    @cached_property
+    def kde(self) -> KdeModel | None:
+        """The null model in force in the run; None if it has none."""
+        path = f"{self._root}/kde.parquet"
+        if self._fs.get_file_info(path).type == pafs.FileType.NotFound:
+            return None
+        with self._fs.open_input_stream(path) as stream:
+            return KdeModel.from_bytes(stream.read(), f"{self.path}/kde.parquet")
+
+    def open_shard(self, folder: str, name: str) -> pq.ParquetFile:
+        """A sealed shard of `routing` or `tokens`, its columns checked against the schema.
+
+        Raises:
+            CorruptShard: no readable footer, or other columns.
+        """
+        where = f"{self.path}/{folder}/{name}"
+        file = None
+        try:
+            file = self._fs.open_input_file(f"{self._root}/{folder}/{name}")
+            shard = pq.ParquetFile(file)
+        except (pa.ArrowException, OSError) as error:
+            size = 0 if file is None else file.size()
+            raise CorruptShard(
+                f"{where}: no readable Parquet footer in {size:,} bytes. Shards get their name "
+                "only when complete, so this copy is probably cut short: compare its size with "
+                "the original, or move it away to read the rest."
+            ) from error
+        expected = routing_schema(self.n_experts) if folder == "routing" else tokens_schema()
+        difference = schema_difference(shard.schema_arrow, expected)
+        if difference:
+            raise CorruptShard(f"{where}: {difference}")
+        return shard
+
+    def row_groups(self, layers: Iterable[int] | None = None) -> Iterator[RowGroup]:
+        """Row groups of the routing shards in log order, of these layers (None: all).
+
+        Raises:
+            InvalidOption: the run has no such layer.
+        """
+        wanted = self.check_layers(layers)
+        for name in self.shards:
+            metadata = self.open_shard("routing", name).metadata
+            column = metadata.schema.names.index("layer")
+            for index in range(metadata.num_row_groups):
+                group = metadata.row_group(index)
+                statistics = group.column(column).statistics
+                if statistics is None or statistics.min != statistics.max:
+                    raise CorruptShard(
+                        f"{self.path}/routing/{name}: row group {index} holds several layers or "
+                        "has no statistics; expected one layer per row group"
+                    )
+                if statistics.min in wanted:
+                    yield RowGroup(name, index, statistics.min, group.num_rows)
+
+    def read(
+        self, group: RowGroup, columns: Sequence[str], where: str | None = None
+    ) -> pa.RecordBatch:
+        """Columns of one row group, the rows that match `where`, as one record batch.
+
+        Args:
+            where: a condition on columns in SQL, such as "phase = 'decode' AND position < 100".
+
+        Raises:
+            CorruptShard: its pages cannot be decoded.
+        """
+        needed = list(columns)
+        if where is not None:
+            needed += [name for name in _condition(where)[1] if name not in needed]
+        try:
+            table = self.open_shard("routing", group.shard).read_row_group(
+                group.index, columns=needed, use_threads=False
+            )
+        except (pa.ArrowException, OSError) as error:
+            raise CorruptShard(
+                f"{self.path}/routing/{group.shard}: row group {group.index} cannot be read "
+                f"({str(error).splitlines()[0]}); restore the file, or move it away to read the "
+                "rest"
+            ) from error
+        if where is not None:
+            table = table.filter(_matches(table, where)).select(list(columns))
+        batches = table.combine_chunks().to_batches()
+        if batches:
+            batch: pa.RecordBatch = batches[0]
+            return batch
+        return pa.RecordBatch.from_pylist([], schema=table.schema)
+
+    def batches(
+        self,
+        columns: Sequence[str],
+        *,
+        layers: Iterable[int] | None = None,
+        where: str | None = None,
+    ) -> Iterator[pa.RecordBatch]:
+        """Record batches of one layer each, in log order."""
+        for group in self.row_groups(layers):
+            yield self.read(group, columns, where)
+
+    def fold(
+        self,
+        make: Callable[[], A],
+        columns: Sequence[str],
+        *,
+        layers: Iterable[int] | None = None,
+        where: str | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> A:
+        """Run an accumulator over the log on all cores and return it, merged in log order.
+
+        Memory stays flat: a thread holds one row group at a time.
+
+        Args:
+            make: gives a fresh accumulator; one is made per stretch of the log.
+            columns: what `update` reads; "layer" is always there.
+            layers, where: which rows; see row_groups and read.
+            threads: how many work at once; None means one a core.
+        """
+        needed = ["layer", *(name for name in columns if name != "layer")]
+        threads = threads or os.cpu_count() or 1
+        groups = list(self.row_groups(layers))
+
+        def work(stretch: Sequence[RowGroup]) -> A:
+            part = make()
+            for group in stretch:
+                batch = self.read(group, needed, where)
+                if batch.num_rows:
+                    part.update(batch)
+                if progress is not None:
+                    progress(group.rows)
+            return part
+
+        total = make()
+        with ThreadPoolExecutor(threads) as pool:
+            jobs = [pool.submit(work, stretch) for stretch in _stretches(groups, 8 * threads)]
+            try:
+                for job in jobs:
+                    total.merge(job.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return total
+
+    def check_layers(self, layers: Iterable[int] | None) -> set[int]:
+        """The layers asked for as a set, all of the run's for None.
+
+        Raises:
+            InvalidOption: the run has no such layer.
+        """
+        wanted = set(self.layers) if layers is None else set(layers)
+        unknown = wanted - set(self.layers)
+        if unknown:
+            raise InvalidOption(
+                f"no layer {min(unknown)} in {self.path}; it has layers "
+                f"{', '.join(map(str, self.layers))}"
+            )
+        return wanted
+
+    def tokens(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Token rows of all shards, in order of rank, shard and row."""
+        names = list(columns) if columns is not None else tokens_schema().names
+        tables = []
+        for name in self.token_shards:
+            try:
+                tables.append(self.open_shard("tokens", name).read(columns=names))
+            except (pa.ArrowException, OSError) as error:
+                raise CorruptShard(
+                    f"{self.path}/tokens/{name}: cannot be read ({str(error).splitlines()[0]})"
+                ) from error
+        empty = pa.schema([tokens_schema().field(name) for name in names]).empty_table()
+        return pa.concat_tables([empty, *tables]).unify_dictionaries()
+
+    def _read_manifest(self) -> Manifest:
+        info = self._fs.get_file_info(self._root)
+        if info.type == pafs.FileType.NotFound:
+            raise MissingRun(f"{self.path}: no such folder")
+        if info.type == pafs.FileType.File:
+            raise MissingRun(f"{self.path}: a file; expected the folder of a run")
+        names = sorted(
+            name
+            for name in self._names("")
+            if name == MANIFEST_NAME or (name.startswith("run.rank") and name.endswith(".json"))
+        )
+        if MANIFEST_NAME not in names:
+            raise MissingRun(
+                f"{self.path}: no {MANIFEST_NAME}, so this is not the folder of a run; "
+                "expected a folder that bhlog capture wrote"
+            )
+        ranks = []
+        for name in names:
+            with self._fs.open_input_stream(f"{self._root}/{name}") as stream:
+                ranks.append(Manifest.from_json(stream.read(), f"{self.path}/{name}"))
+        if len({manifest.run_id for manifest in ranks}) > 1:
+            raise CorruptManifest(f"{self.path}: its manifests belong to different runs")
+        # run.json (rank 0) holds the facts; "run.json" sorts before "run.rank00001.json"
+        return merge_manifests(ranks)
+
+    def _shards(self, folder: str) -> tuple[str, ...]:
+        return tuple(sorted(name for name in self._names(folder) if SHARD_NAME.fullmatch(name)))
+
+    def _names(self, folder: str) -> list[str]:
+        selector = pafs.FileSelector(
+            f"{self._root}/{folder}" if folder else self._root, allow_not_found=True
+        )
+        return [info.base_name for info in self._fs.get_file_info(selector)]
+
+
+def open_log(path: str | Path) -> Log:
+    """Open the folder of a run: a path, or a URI such as s3://bucket/run.
+
+    Raises:
+        MissingRun: nothing there, or not a run.
+        CorruptManifest: run.json cannot be read.
+    """
+    return Log(path)
+
+
+def logits_of(batch: pa.RecordBatch) -> NDArray[np.float32]:
+    """(T, E) float32 view of a batch's logits, without a copy."""
+    column = batch.column("logits")
+    flat = column.flatten().to_numpy(zero_copy_only=True)
+    result: NDArray[np.float32] = flat.reshape(len(column), column.type.list_size)
+    return result
+
+
+def layer_of(batch: pa.RecordBatch) -> int:
+    """The layer of a batch of the fold (all its rows have the same)."""
+    layer: int = batch.column("layer")[0].as_py()
+    return layer
+
+
+def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+    if "://" in path:
+        try:
+            fs, root = pafs.FileSystem.from_uri(path)
+        except (pa.ArrowException, ValueError, OSError) as error:
+            raise MissingRun(f"{path}: cannot be opened ({error})") from error
+        return fs, root.rstrip("/")
+    return pafs.LocalFileSystem(), Path(path).expanduser().resolve().as_posix()
+
+
+def _condition(where: str) -> tuple[pl.Expr, list[str]]:
+    try:
+        expression = pl.sql_expr(where)
+        names = expression.meta.root_names()
+    except pl.exceptions.PolarsError as error:
+        raise InvalidOption(
+            f"where: cannot read {where!r} ({error}); expected a condition in SQL, such as "
+            "phase = 'decode' AND position < 100"
+        ) from error
+    known = routing_schema(1).names
+    for name in names:
+        if name not in known:
+            raise InvalidOption(f"where: no column '{name}'; columns are {', '.join(known)}")
+    return expression, names
+
+
+def _matches(table: pa.Table, where: str) -> pa.Array:
+    expression, names = _condition(where)
+    frame = pl.DataFrame(pl.from_arrow(table.select(names)))
+    try:
+        mask = frame.select(expression.alias("mask"))["mask"]
+    except pl.exceptions.PolarsError as error:
+        raise InvalidOption(f"where: {where!r} does not fit the columns ({error})") from error
+    if mask.dtype != pl.Boolean:
+        raise InvalidOption(f"where: {where!r} is {mask.dtype}, expected a condition")
+    return mask.to_arrow()
+
+
+def _stretches(groups: list[RowGroup], most: int) -> list[list[RowGroup]]:
+    """Contiguous stretches of about equal rows, at most `most` of them."""
+    total: Any = sum(group.rows for group in groups)
+    parts: list[list[RowGroup]] = []
+    seen = 0
+    for group in groups:
+        if not parts or seen * most >= len(parts) * total:
+            parts.append([])
+        parts[-1].append(group)
+        seen += group.rows
+    return parts

@@ -1,0 +1,90 @@
+"""Printing results: tables for people, JSON and CSV for programs."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+import polars as pl
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+FORMATS = ("table", "json", "csv")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def format_option(command: F) -> F:
+    """Add `--format table|json|csv` to a command, as the argument output_format."""
+    return click.option(
+        "--format",
+        "output_format",
+        type=click.Choice(FORMATS),
+        default="table",
+        show_default=True,
+        help="How results print on stdout.",
+    )(command)
+
+
+def print_frame(frame: pl.DataFrame, output_format: str = "table", *, title: str = "") -> None:
+    """Print a DataFrame on stdout: a table, one JSON array of objects, or CSV with a header."""
+    if output_format == "json":
+        print(json.dumps(frame.to_dicts(), default=str))
+    elif output_format == "csv":
+        sys.stdout.write(frame.write_csv())
+    else:
+        print_table(frame, title=title)
+
+
+def print_table(frame: pl.DataFrame, *, title: str = "") -> None:
+    """Print a DataFrame as a table; numbers to the right, floats to four significant digits."""
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    for name, dtype in frame.schema.items():
+        table.add_column(name, justify="right" if dtype.is_numeric() else "left")
+    for row in frame.iter_rows():
+        table.add_row(*(cell(value) for value in row))
+    # A pipe has no width: never fold or cut a table that a program or a file will read.
+    console = Console() if sys.stdout.isatty() else Console(width=10_000)
+    console.print(table, markup=False, highlight=False)
+
+
+def cell(value: object) -> str:
+    """One value as text for a table."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.1f}"
+    if isinstance(value, list):
+        return " ".join(cell(item) for item in value)
+    return str(value)
+
+
+@contextmanager
+def progress_bar(label: str, total: int | None, *, unit: str = "rows") -> Iterator[Any]:
+    """A bar on stderr with rows/s; gives a thread-safe function that takes the rows just done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=total, rate="")
+
+        def advance(n: int) -> None:
+            bar.advance(task, n)
+            speed = bar.tasks[0].speed
+            if speed:
+                bar.update(task, rate=f"{speed:,.0f} {unit}/s")
+
+        yield advance

@@ -1,0 +1,61 @@
+"""Errors a user can meet: each says where, what was found, what was expected and what to do."""
+
+
+class RouterLogError(Exception):
+    """Base of every error bhlog raises for a user's mistake or a broken file."""
+
+
+class InvalidOption(RouterLogError, ValueError):
+    """An option, column or name is outside what is allowed."""
+
+
+class MissingRun(RouterLogError, FileNotFoundError):
+    """The folder is not there, or holds no run."""
+
+
+class RunExists(RouterLogError, FileExistsError):
+    """The folder already holds a run, which capture never overwrites."""
+
+
+class CorruptManifest(RouterLogError):
+    """run.json cannot be read as a manifest of a known schema version."""
+
+
+class CorruptShard(RouterLogError):
+    """A shard is cut short, unreadable, or has other columns than its schema version says."""
+
+
+class CorruptKde(RouterLogError):
+    """A null model file cannot be read or breaks an invariant of the null model."""
+
+
+class KdeMismatch(RouterLogError):
+    """The null model does not cover the layers or experts it is used for, or is not there."""
+
+
+class UnsafePickle(RouterLogError):
+    """A pickle names something other than numpy arrays; nothing of it was run."""
+
+
+class UnsupportedModel(RouterLogError):
+    """The model has no router that bhlog knows how to read or to steer."""
+
+
+class UnknownIdentity(RouterLogError):
+    """A forward does not say which token each router row belongs to."""
+
+
+class AlreadyPatched(RouterLogError):
+    """The model is already observed or routed; one patch at a time."""
+
+
+class WriterFailed(RouterLogError):
+    """The background writer stopped; what was sealed before is whole."""
+
+
+class EmptyText(RouterLogError):
+    """There is no text to run through the model."""
+
+
+class MissingExtra(RouterLogError, ImportError):
+    """A command needs packages of an extra that is not installed."""
