@@ -237,7 +237,7 @@ def p_value_order(keys: NDArray[np.float32], p: NDArray[np.float64]) -> NDArray[
 
 def no_finite_logit(logits: NDArray[np.float32]) -> NDArray[np.bool_]:
     """(T,) bool: rows on which the rule cannot decide and the model's own choice stands."""
-    return ~np.isfinite(logits).any(axis=1)
+    return np.logical_not(np.isfinite(logits).any(axis=1))
 
 
 def softmax_weights(
@@ -260,12 +260,13 @@ def softmax_weights(
     unnormalized = np.exp(scaled - np.where(np.isfinite(top), top, np.float32(0)))
     total = unnormalized.sum(axis=1, keepdims=True, dtype=np.float32)
     probability = unnormalized / np.where(total > 0, total, np.float32(1))
-    weights = np.take_along_axis(probability, decisions.order.astype(np.int64), axis=1)
-    chosen = np.arange(weights.shape[1]) < decisions.n_selected[:, None]
-    weights = np.where(chosen, weights, np.float32(0))
+    weights: NDArray[np.float32] = np.take_along_axis(
+        probability, decisions.order.astype(np.int64), axis=1
+    )
+    weights[np.arange(weights.shape[1]) >= decisions.n_selected[:, None]] = 0
     if renormalize:
         kept = weights.sum(axis=1, keepdims=True, dtype=np.float32)
-        weights = weights / np.where(kept > 0, kept, np.float32(1))
+        weights /= np.where(kept > 0, kept, np.float32(1))
     return weights
 
 

@@ -86,7 +86,7 @@ class NullCurve:
     @property
     def grid(self) -> NDArray[np.float64]:
         """(G,) float64: the grid points, in logits."""
-        return self.x0 + self.dx * np.arange(len(self.tail))
+        return self.x0 + self.dx * np.arange(len(self.tail), dtype=np.float64)
 
     def p_value(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
         """P(logit > x) of each value, float64: 1 below the grid, 0 above it, NaN for NaN."""

@@ -36,8 +36,8 @@ def write_shard(path: Path, table: pa.Table) -> int:
     ):
         for group in _row_groups(table):
             writer.write_table(group, row_group_size=max(1, group.num_rows))
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
+    with part.open("rb") as written:
+        os.fsync(written.fileno())
     part.rename(path)
     sync_folder(path.parent)
     return path.stat().st_size

@@ -1,0 +1,1 @@
+"""Questions to a log in SQL, one a file; shipped as data."""
