@@ -105,6 +105,12 @@ class Log:
         with self._fs.open_input_stream(path) as stream:
             return KdeModel.from_bytes(stream.read(), f"{self.path}/kde.parquet")
 
+    def files(self, folder: str = "") -> dict[str, int]:
+        """Bytes of each file in the run's folder or in one of its folders, by name, sorted."""
+        selector = pafs.FileSelector(f"{self._root}/{folder}", allow_not_found=True)
+        found = self._fs.get_file_info(selector)
+        return {f.base_name: f.size for f in sorted(found, key=lambda f: f.base_name) if f.is_file}
+
     def open_shard(self, folder: str, name: str) -> pq.ParquetFile:
         """A sealed shard of `routing` or `tokens`, its columns checked against the schema.
 
@@ -115,7 +121,7 @@ class Log:
         file = None
         try:
             file = self._fs.open_input_file(f"{self._root}/{folder}/{name}")
-            shard = pq.ParquetFile(file)
+            shard = pq.ParquetFile(file, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
             size = 0 if file is None else file.size()
             raise CorruptShard(

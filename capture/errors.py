@@ -25,6 +25,10 @@ class CorruptShard(RouterLogError):
     """A shard is cut short, unreadable, or has other columns than its schema version says."""
 
 
+class CorruptRun(RouterLogError):
+    """Files of a run are damaged, missing or at odds with one another; verify listed them."""
+
+
 class CorruptKde(RouterLogError):
     """A null model file cannot be read or breaks an invariant of the null model."""
 

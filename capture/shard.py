@@ -32,6 +32,7 @@ def write_shard(path: Path, table: pa.Table) -> int:
             use_dictionary=dictionary,
             column_encoding=encodings,
             write_statistics=dictionary,
+            write_page_checksum=True,
         ) as writer,
     ):
         for group in _row_groups(table):
