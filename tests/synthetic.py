@@ -229,10 +229,10 @@ def write_run(
             schema=tokens_schema(),
         )
         name = shard_name(rank, name_number)
-        routing = pa.concat_tables(tables)
-        size = write_shard(folder / "routing" / name, routing)
-        size += write_shard(folder / "tokens" / name, tokens)
-        entries.append(ShardEntry(name, routing.num_rows, tokens.num_rows, size))
+        size = write_shard(folder / "routing" / name, tables)
+        size += write_shard(folder / "tokens" / name, [tokens])
+        rows = sum(table.num_rows for table in tables)
+        entries.append(ShardEntry(name, rows, tokens.num_rows, size))
     for rank in range(n_ranks):
         mine = tuple(e for e in entries if e.name.startswith(f"rank{rank:05d}"))
         Manifest(
