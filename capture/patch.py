@@ -1,20 +1,15 @@
 """Patching a model: observe its routers, or route them by BH, and undo it without a trace."""
 
 import inspect
-import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from capture.bh import BhOptions, Renormalize
+from capture.bh import BhOptions
 from capture.errors import AlreadyPatched, InvalidOption, KdeMismatch, UnsupportedModel
 from capture.family import Router, find_routers, model_info
 from capture.identity import Tracker
@@ -22,14 +17,14 @@ from capture.kde import KdeModel
 from capture.manifest import ModelInfo, Routing
 from capture.recorder import Recorder
 from capture.routing import (
-    Choice,
     TorchNull,
     choose,
     empirical_order,
     finite_keys,
     pad,
 )
-from capture.writer import RunWriter, WriterOptions
+from capture.stats import LayerStats
+from capture.writer import RunWriter
 
 _MARK = "_bhlog_patched"
 
@@ -39,40 +34,6 @@ Hook = TypeVar("Hook", bound=Callable[..., Any])
 def _eager(hook: Hook) -> Hook:
     """Keep a hook out of compiled graphs."""
     return cast(Hook, torch.compiler.disable(hook))  # type: ignore[no-untyped-call]
-
-
-@dataclass(eq=False)
-class LayerStats:
-    """Counts of one layer, kept on the model's device until they are read.
-
-    Attributes:
-        selected: (E + 1,) int64, tokens by n_selected.
-        load: (E,) int64, tokens by expert.
-    """
-
-    selected: Tensor
-    load: Tensor
-
-    @property
-    def tokens(self) -> int:
-        """Tokens counted."""
-        return int(self.selected.sum())
-
-    @property
-    def mean_experts(self) -> float:
-        """Experts per token; NaN before the first token."""
-        counts = self.selected.double().cpu()
-        total = (counts * torch.arange(len(counts), dtype=torch.float64)).sum()
-        return float(total / counts.sum())
-
-    def add(self, choice: Choice, keep: Tensor | None) -> None:
-        """Count the rows of a forward that are kept (None: all)."""
-        n, E = choice.n_selected, len(self.load)
-        weight = torch.ones_like(n) if keep is None else keep.to(n.dtype)
-        self.selected.index_add_(0, n, weight)
-        slots = torch.arange(choice.experts.shape[1], device=n.device)
-        chosen = (slots < n[:, None]).to(n.dtype) * weight[:, None]
-        self.load.index_add_(0, choice.experts.clamp(max=E - 1).reshape(-1), chosen.reshape(-1))
 
 
 class RouterPatcher:
@@ -111,60 +72,93 @@ class RouterPatcher:
         """Whether hooks are on the model."""
         return bool(self._handles)
 
-    def observe(self, writer: RunWriter) -> None:
-        """Log the model's own routing; its outputs stay bit-identical."""
-        self._attach(writer)
-        for router in self.routers:
-            self._hook_router(router, self._observer(router))
-
-    def route(
-        self,
-        options: BhOptions,
-        kde: KdeModel | None,
-        *,
-        writer: RunWriter | None = None,
-        collect_stats: bool = False,
-    ) -> None:
-        """Route by BH; log it if there is a writer.
-
-        Args:
-            options: alpha, bounds, weights.
-            kde: the null model; None only for empirical p-values.
-            collect_stats: keep counts per layer in `stats`.
+    def check(self, routing: Routing, kde: KdeModel | None) -> None:
+        """Raise what `attach` would raise, before anything is touched or written.
 
         Raises:
-            InvalidOption: a bound is above the number of experts.
+            AlreadyPatched: the model is observed or routed.
+            InvalidOption: a bound is above the number of experts, or a null model is given where
+                none is used.
             KdeMismatch: no null model, or one for other layers or experts.
             UnsupportedModel: the family can be observed but not routed.
         """
-        E = self.info.n_experts
-        options.bounds(E)
+        if any(_MARK in vars(m) for m in (self.model, *(r.module for r in self.routers))):
+            raise AlreadyPatched(
+                f"{type(self.model).__name__} is already observed or routed; one patch at a time: "
+                "leave that block or call unpatch() first"
+            )
+        if routing.options is None:
+            return
+        routing.options.bounds(self.info.n_experts)
         for router in self.routers:
             if router.family.scoring is None:
                 raise UnsupportedModel(
                     f"{type(router.module).__name__} can be observed, but its weights are not "
                     "a function of the logits alone, so BH cannot route it"
                 )
-        if options.p_values == "kde":
-            if kde is None:
-                raise KdeMismatch(
-                    "BH routing needs a null model: pass kde=, fit one with "
-                    "bhlog kde fit RUN --out FILE, or ask for p_values='empirical'"
-                )
-            kde.require(self.info.layers, E)
-        self._attach(writer, track=options.p_values == "empirical" or collect_stats)
+        if routing.options.p_values == "empirical":
+            if kde is not None:
+                raise InvalidOption("empirical p-values use no null model: leave kde out")
+        elif kde is None:
+            raise KdeMismatch(
+                "BH routing needs a null model: pass kde, fit one with "
+                "bhlog kde fit RUN --out FILE, or ask for empirical p-values"
+            )
+        else:
+            kde.require(self.info.layers, self.info.n_experts)
+
+    def attach(
+        self,
+        routing: Routing,
+        kde: KdeModel | None = None,
+        *,
+        writer: RunWriter | None = None,
+        collect_stats: bool = False,
+    ) -> None:
+        """Hook the routers: log them, or steer them, or both.
+
+        Args:
+            routing: native only observes, and outputs stay bit-identical.
+            kde: the null model, for BH with KDE p-values.
+            writer: where rows go; None logs nothing.
+            collect_stats: under BH, keep counts per layer in `stats`.
+
+        Raises: see `check`.
+        """
+        self.check(routing, kde)
+        for module in (self.model, *(r.module for r in self.routers)):
+            vars(module)[_MARK] = True
+            self._marked.append(module)
+        torch._dynamo.reset()  # a graph compiled before would run without the hooks
         self.stats = {}
+        options = routing.options
+        empirical = options is not None and options.p_values == "empirical"
+        if writer is not None or empirical or collect_stats:
+            self._track(writer)
         for router in self.routers:
-            null = None
-            if kde is not None and options.p_values == "kde":
-                null = TorchNull(kde[router.layer], options.alpha, E)
+            if options is None:
+                if self.recorder is not None:
+                    self._hook_router(router, self._observer(router, self.recorder))
+                continue
+            E, device = router.n_experts, next(router.module.parameters()).device
+            null = None if kde is None else TorchNull(kde[router.layer], options.alpha, E)
             if collect_stats:
-                self.stats[router.layer] = _empty_stats(E, router.module)
+                self.stats[router.layer] = LayerStats.empty(E, device)
             self._use_sentinel(router)
             self._hook_router(router, self._steerer(router, options, null))
 
+    def name_sources(self, sources: Sequence[str]) -> None:
+        """Say where the rows of the next forward's new sequences come from."""
+        if self.recorder is not None and self.tracker is not None:
+            first = self.tracker.next_sequence
+            self.recorder.sources = {first + i: name for i, name in enumerate(sources)}
+
     def unpatch(self) -> None:
-        """Remove every hook and restore every flag; rows still on the device go to the writer."""
+        """Remove every hook and restore every flag; rows still on the device go to the writer.
+
+        Raises:
+            WriterFailed: the writer stopped on an error.
+        """
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -180,23 +174,12 @@ class RouterPatcher:
         if recorder is not None:
             recorder.flush()
 
-    def _attach(self, writer: RunWriter | None, *, track: bool = False) -> None:
-        """Mark the model, and follow its forwards where anything needs to know the tokens."""
-        if self.patched:
-            raise AlreadyPatched("this patcher is at work; unpatch() it first")
-        if _MARK in vars(self.model) or any(_MARK in vars(r.module) for r in self.routers):
-            raise AlreadyPatched(
-                f"{type(self.model).__name__} is already observed or routed; one patch at a time: "
-                "leave that block or call unpatch() first"
-            )
-        for module in (self.model, *(r.module for r in self.routers)):
-            vars(module)[_MARK] = True
-            self._marked.append(module)
-        torch._dynamo.reset()  # a graph compiled before would run without the hooks
-        if writer is None and not track:
-            return
+    def _track(self, writer: RunWriter | None) -> None:
+        """Follow the model's forwards, to know which token each router row is."""
         self.tracker = Tracker(eos=_eos(self.model))
         if writer is not None:
+            self.tracker.next_sequence = writer.next_sequence
+            self.tracker.next_forward = writer.next_forward
             self.recorder = Recorder(writer, self.info.layers)
             self.tracker.on_cut = self.recorder.cut
         base = _nearest_model(self.model, self.routers)
@@ -253,10 +236,7 @@ class RouterPatcher:
     def _hook_router(self, router: Router, hook: Any) -> None:
         self._handles.append(router.module.register_forward_hook(hook))
 
-    def _observer(self, router: Router) -> Any:
-        recorder = self.recorder
-        assert recorder is not None
-
+    def _observer(self, router: Router, recorder: Recorder) -> Any:
         @_eager
         def observe(module: nn.Module, args: Any, output: Any) -> None:
             logits, weights, experts = output[:3]
@@ -320,143 +300,6 @@ class RouterPatcher:
             experts._is_expert_parallel = True
 
 
-@contextmanager
-def observe(
-    model: nn.Module,
-    run: str | Path,
-    *,
-    options: WriterOptions | None = None,
-    extra: dict[str, Any] | None = None,
-) -> Iterator[RouterPatcher]:
-    """Log a model's own routing into a new run; outputs stay bit-identical.
-
-    Args:
-        model: a transformers model with routers.
-        run: folder of the run to write.
-        options: how it is written.
-
-    Raises:
-        UnsupportedModel, RunExists, AlreadyPatched.
-    """
-    with _patched(model, run, Routing(), None, options, extra) as (patcher, writer):
-        assert writer is not None
-        patcher.observe(writer)
-        yield patcher
-
-
-@contextmanager
-def route(
-    model: nn.Module,
-    run: str | Path | None = None,
-    *,
-    alpha: float = 0.05,
-    kde: KdeModel | str | Path | None = None,
-    min_k: int = 1,
-    max_k: int | None = None,
-    temperature: float = 1.0,
-    renormalize: Renormalize = "model",
-    p_values: Any = "kde",
-    options: WriterOptions | None = None,
-    extra: dict[str, Any] | None = None,
-) -> Iterator[RouterPatcher]:
-    """Route a model by BH, and log it into a new run if one is named.
-
-    Args:
-        model: a transformers model with routers.
-        run: folder of the run to write; None logs nothing.
-        alpha, min_k, max_k, temperature, renormalize, p_values: see BhOptions.
-        kde: the null model or its file.
-        options: how the run is written.
-
-    Raises:
-        InvalidOption, KdeMismatch, UnsupportedModel, RunExists, AlreadyPatched.
-    """
-    if isinstance(kde, str | Path):
-        kde = KdeModel.load(kde)
-    bh = BhOptions(alpha, min_k, max_k, temperature, renormalize, p_values)
-    if bh.p_values == "empirical" and kde is not None:
-        raise InvalidOption("empirical p-values use no null model: leave kde= out")
-    bh.bounds(find_routers(model)[0].n_experts)
-    with _patched(model, run, Routing("bh", bh), kde, options, extra) as (patcher, writer):
-        patcher.route(bh, kde, writer=writer)
-        yield patcher
-
-
-@contextmanager
-def _patched(
-    model: nn.Module,
-    run: str | Path | None,
-    routing: Routing,
-    kde: KdeModel | None,
-    options: WriterOptions | None,
-    extra: dict[str, Any] | None,
-) -> Iterator[tuple[RouterPatcher, RunWriter | None]]:
-    patcher = RouterPatcher(model)
-    if kde is not None:
-        kde.require(patcher.info.layers, patcher.info.n_experts)
-    if any(_MARK in vars(m) for m in (model, *(r.module for r in patcher.routers))):
-        raise AlreadyPatched(
-            f"{type(model).__name__} is already observed or routed; one patch at a time: leave "
-            "that block or call unpatch() first"
-        )
-    writer = None
-    if run is not None:
-        writer = new_writer(run, patcher.info, routing, kde=kde, options=options, extra=extra)
-    try:
-        yield patcher, writer
-        patcher.unpatch()
-    except BaseException as error:
-        patcher.recorder, recorder = None, patcher.recorder
-        patcher.unpatch()
-        if recorder is not None and writer is not None:
-            _finish(recorder, writer, error)
-        raise
-    if writer is not None:
-        writer.close()
-
-
-def _finish(recorder: Recorder, writer: RunWriter, error: BaseException) -> None:
-    """Save what was recorded before an error, without hiding the error."""
-    from capture.errors import WriterFailed
-
-    try:
-        recorder.flush()
-        writer.close(error)
-    except WriterFailed:
-        writer.close(error)
-
-
-def new_writer(
-    run: str | Path,
-    info: ModelInfo,
-    routing: Routing,
-    *,
-    kde: KdeModel | None = None,
-    options: WriterOptions | None = None,
-    extra: dict[str, Any] | None = None,
-    resume: bool = False,
-) -> RunWriter:
-    """A writer for a run of this process's rank, with the versions at work."""
-    return RunWriter(
-        run,
-        info,
-        routing,
-        kde=kde,
-        options=options,
-        versions={name: version(name) for name in ("bhlog", "torch", "transformers")},
-        extra=extra,
-        rank=_rank(),
-        resume=resume,
-    )
-
-
-def _rank() -> int:
-    """This process's rank: of the process group if there is one, else as torchrun names it."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return int(os.environ.get("RANK", "0"))
-
-
 def _nearest_model(model: nn.Module, routers: Sequence[Router]) -> nn.Module:
     """The innermost PreTrainedModel that holds every router."""
     nearest = model
@@ -475,11 +318,3 @@ def _eos(model: Any) -> frozenset[int]:
         ids = getattr(config, "eos_token_id", None)
         found.update([ids] if isinstance(ids, int) else ids or [])
     return frozenset(found)
-
-
-def _empty_stats(n_experts: int, router: nn.Module) -> LayerStats:
-    device = next(router.parameters()).device
-    return LayerStats(
-        selected=torch.zeros(n_experts + 1, dtype=torch.int64, device=device),
-        load=torch.zeros(n_experts, dtype=torch.int64, device=device),
-    )

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -111,7 +112,8 @@ class RunWriter:
         versions: versions of the packages at work.
         extra: other options for the manifest.
         rank: of this process; others than 0 join the run that rank 0 makes.
-        resume: continue the run in the folder after its last sealed shard.
+        resume: continue the run in the folder after its last sealed shard; next_sequence and
+            next_forward then say which numbers come next.
 
     Raises:
         RunExists: the folder holds files already.
@@ -134,6 +136,8 @@ class RunWriter:
         self.options = options or WriterOptions()
         self.rank = rank
         self._schema = routing_schema(model.n_experts)
+        self.next_sequence = 0
+        self.next_forward = 0
         self._number = 0
         self._manifest = Manifest(
             run_id=uuid.uuid4().hex,
@@ -310,12 +314,16 @@ class RunWriter:
                 continue
             try:
                 rows = pq.read_metadata(routing).num_rows
-                n_tokens = pq.read_metadata(tokens).num_rows
+                written = pq.read_table(tokens, columns=["sequence", "forward"])
             except (pa.ArrowException, OSError) as error:
                 raise CorruptShard(f"{routing}: cannot resume after a broken shard") from error
             size = routing.stat().st_size + tokens.stat().st_size
+            n_tokens = written.num_rows
             entries.append(ShardEntry(routing.name, rows, n_tokens, size))
             totals = totals + Totals(rows=rows, tokens=n_tokens, shards=1)
+            last = pc.max(written["sequence"]).as_py(), pc.max(written["forward"]).as_py()
+            self.next_sequence = max(self.next_sequence, last[0] + 1)
+            self.next_forward = max(self.next_forward, last[1] + 1)
             self._number = int(match["number"]) + 1
         self._manifest = replace(
             before, totals=totals, shards=tuple(entries), closed=None, error=None

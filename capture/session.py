@@ -1,0 +1,190 @@
+"""A capture session: load a model, run text through it, log a run."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from capture.errors import InvalidOption, RouterLogError
+from capture.kde import KdeModel
+from capture.manifest import Manifest, Routing
+from capture.patch import RouterPatcher
+from capture.run import new_writer, recording
+from capture.text import Batch, ByteTokenizer, Tokenizer, Window, batches
+from capture.writer import RunWriter, WriterOptions
+
+Progress = Callable[[int, RunWriter], None]  # tokens just done, and the writer
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model ready to run, with its tokenizer.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        tokenizer: of the model; bytes for byte-level models.
+        pad_id: token id that fills up short rows.
+    """
+
+    model: Any
+    tokenizer: Tokenizer
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """How text is run through the model.
+
+    Attributes:
+        batch_size: windows per forward.
+        generate: new tokens to generate after each window; 0 only reads the text.
+        writer: how the run is written.
+    """
+
+    batch_size: int = 8
+    generate: int = 0
+    writer: WriterOptions = field(default_factory=WriterOptions)
+
+
+def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load a model by folder, hub name, or `demo`, the bundled one.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one.
+        dtype: "float32", "bfloat16", ...; "auto" takes the checkpoint's, on CPU float32.
+
+    Raises:
+        RouterLogError: no such model, or it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = str(files("capture.demo")) if name == "demo" else name
+    if dtype == "auto" and torch.device(device).type == "cpu":
+        dtype = "float32"  # widening is exact, and faster than bfloat16 on most CPUs
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype, None)
+    if not isinstance(wanted, torch.dtype | str):
+        raise InvalidOption(f"no dtype '{dtype}'; expected float32, bfloat16 or float16")
+    if os.sep in source and not Path(source).is_dir():
+        raise RouterLogError(f"{source}: no such folder; expected a model's folder or a hub name")
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
+        model = model.to(device).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RouterLogError(f"{name}: the model cannot be loaded ({first})") from error
+    if name == "demo":
+        model.config._name_or_path = "demo"
+    return LoadedModel(model, _tokenizer(source, model), _pad_id(model))
+
+
+def capture(
+    loaded: LoadedModel,
+    texts: Sequence[Window],
+    run: str | Path,
+    *,
+    routing: Routing | None = None,
+    kde: KdeModel | None = None,
+    options: CaptureOptions | None = None,
+    extra: dict[str, Any] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Run windows of text through a model and log a run; return its manifest.
+
+    Args:
+        routing: native (default) or BH.
+        kde: the null model for BH with KDE p-values.
+        extra: options to note in the manifest.
+        resume: continue the run after its last sealed shard.
+        progress: called after each batch.
+
+    Raises:
+        RunExists, UnsupportedModel, KdeMismatch, InvalidOption, WriterFailed.
+    """
+    routing, options = routing or Routing(), options or CaptureOptions()
+    if options.generate < 0:
+        raise InvalidOption(f"generate must be at least 0, got {options.generate}")
+    patcher = RouterPatcher(loaded.model)
+    patcher.check(routing, kde)
+    writer = new_writer(
+        run, patcher.info, routing, kde=kde, options=options.writer, extra=extra, resume=resume
+    )
+    with recording(patcher, routing, kde, writer):
+        done = writer.next_sequence
+        for batch in batches(texts[done:], batch_size=options.batch_size, pad_id=loaded.pad_id):
+            patcher.name_sources(batch.sources)
+            tokens = _run(loaded.model, batch, options.generate, loaded.pad_id)
+            if progress is not None:
+                progress(tokens, writer)
+    return writer.manifest
+
+
+@torch.inference_mode()
+def _run(model: Any, batch: Batch, generate: int, pad_id: int) -> int:
+    """Run one batch; return the tokens it fed."""
+    device = next(model.parameters()).device
+    token_ids, mask = batch.token_ids.to(device), batch.mask.to(device)
+    if not generate:
+        model(input_ids=token_ids, attention_mask=mask, use_cache=False)
+        return int(batch.mask.sum())
+    # generation needs the padding on the left
+    width = token_ids.shape[1]
+    shift = (width - batch.mask.sum(dim=1)).tolist()
+    rolled = torch.stack([row.roll(int(n)) for row, n in zip(token_ids, shift, strict=True)])
+    rolled_mask = torch.stack([row.roll(int(n)) for row, n in zip(mask, shift, strict=True)])
+    output = model.generate(
+        rolled,
+        attention_mask=rolled_mask,
+        max_new_tokens=generate,
+        do_sample=False,
+        pad_token_id=pad_id,
+    )
+    new: int = output.shape[1] - width
+    return int(batch.mask.sum()) + new * len(token_ids)
+
+
+def _tokenizer(source: str, model: nn.Module) -> Tokenizer:
+    config: Any = model.config
+    named = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).exists() for name in named):
+        if 256 <= config.vocab_size <= 512:
+            return ByteTokenizer()
+        raise RouterLogError(
+            f"{source}: no tokenizer beside the model, and its vocabulary of "
+            f"{config.vocab_size} is not one of bytes; put tokenizer.json into the folder"
+        )
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    return _HubTokenizer(tokenizer)
+
+
+class _HubTokenizer:
+    """A transformers tokenizer without special tokens, quiet about long texts."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(token_ids))
+
+
+def _pad_id(model: nn.Module) -> int:
+    config: Any = model.config
+    eos = config.eos_token_id
+    for candidate in (config.pad_token_id, eos[0] if isinstance(eos, list) else eos, 0):
+        if candidate is not None:
+            return int(candidate)
+    return 0
