@@ -68,21 +68,24 @@ def cell(value: object) -> str:
 
 @contextmanager
 def progress_bar(label: str, total: int | None, *, unit: str = "rows") -> Iterator[Any]:
-    """A bar on stderr with rows/s; gives a thread-safe function that takes the rows just done."""
+    """A bar on stderr with rows/s; gives a thread-safe function that takes the rows just done.
+
+    The function also takes a note to show beside the rate.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[rate]} {task.fields[note]}"),
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=total, rate="")
+        task = bar.add_task(label, total=total, rate="", note="")
 
-        def advance(n: int) -> None:
-            bar.advance(task, n)
+        def advance(n: int, note: str = "") -> None:
+            bar.update(task, advance=n, note=note)
             speed = bar.tasks[0].speed
             if speed:
                 bar.update(task, rate=f"{speed:,.0f} {unit}/s")

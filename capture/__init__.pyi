@@ -1,0 +1,11 @@
+from .kde import KdeModel as KdeModel
+from .logger import BHRoutingLogger as BHRoutingLogger
+from .notebook import OLMoERouterPatcher as OLMoERouterPatcher
+from .notebook import benjamini_hochberg_routing as benjamini_hochberg_routing
+from .notebook import compute_pvalues_empirical as compute_pvalues_empirical
+from .notebook import compute_pvalues_kde as compute_pvalues_kde
+from .patch import RouterPatcher as RouterPatcher
+from .pickles import load_kde_models as load_kde_models
+from .run import observe as observe
+from .run import route as route
+from .session import load_model as load_model

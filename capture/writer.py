@@ -210,7 +210,7 @@ class RunWriter:
             self._add(**counts)
 
     def flush(self) -> None:
-        """Seal what was submitted so far."""
+        """Seal what was submitted so far, and bring the manifest up to date."""
         done = threading.Event()
         with self._wake:
             self._queue.append(done)
@@ -219,6 +219,7 @@ class RunWriter:
             if not self._thread.is_alive():
                 break
         self.check()
+        self.manifest.write(self.folder, self.rank)
 
     def check(self) -> None:
         """Raise the writer's error, once.

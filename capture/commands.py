@@ -1,0 +1,180 @@
+"""`bhlog capture` and `bhlog demo`. Torch is imported when a command runs."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+EPILOG = """\b
+examples:
+  bhlog capture demo --text notes.txt --out runs/native
+  bhlog kde fit runs/native --out null.parquet
+  bhlog capture demo --text notes.txt --out runs/bh --route bh --alpha 0.3 --kde null.parquet
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("model")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    required=True,
+    metavar="PATH",
+    help="Text file, JSON-lines file, or a folder of them; repeatable. Each file is a source.",
+)
+@click.option("--out", required=True, metavar="RUN", help="Folder of the run to write.")
+@click.option(
+    "--route",
+    type=click.Choice(["native", "bh"]),
+    default="native",
+    show_default=True,
+    help="Observe the model's own routing, or route by Benjamini-Hochberg.",
+)
+@click.option("--alpha", type=float, default=0.05, show_default=True, help="BH level, 0 < A < 1.")
+@click.option("--kde", metavar="FILE", help="Null model for BH routing.")
+@click.option("--empirical", is_flag=True, help="BH without a null model: p-values by batch rank.")
+@click.option("--min-k", type=int, default=1, show_default=True, help="Fewest experts a token.")
+@click.option("--max-k", type=int, help="Most experts a token (default: all).")
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the weights.")
+@click.option(
+    "--renormalize",
+    type=click.Choice(["model", "yes", "no"]),
+    default="model",
+    show_default=True,
+    help="Make BH weights sum to 1: as the model does with its own, always, never.",
+)
+@click.option("--field", default="text", show_default=True, help="Text field of JSON lines.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Windows a forward.")
+@click.option("--max-length", type=int, default=512, show_default=True, help="Tokens a window.")
+@click.option("--max-tokens", type=int, help="Tokens to read of each source (default: all).")
+@click.option("--generate", type=int, default=0, metavar="N", help="Then generate N new tokens.")
+@click.option(
+    "--sample-every",
+    type=int,
+    default=1,
+    metavar="N",
+    help="Log the tokens at every N-th position, at every layer.",
+)
+@click.option("--no-token-ids", is_flag=True, help="Withhold token ids from the log.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16.")
+@click.option(
+    "--on-full",
+    type=click.Choice(["block", "drop"]),
+    default="block",
+    show_default=True,
+    help="When the disk is slower than the model: wait, or drop tokens and count them.",
+)
+@click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
+def capture(
+    model: str,
+    texts: tuple[str, ...],
+    out: str,
+    route: str,
+    alpha: float,
+    kde: str | None,
+    empirical: bool,
+    min_k: int,
+    max_k: int | None,
+    temperature: float,
+    renormalize: str,
+    field: str,
+    batch_size: int,
+    max_length: int,
+    max_tokens: int | None,
+    generate: int,
+    sample_every: int,
+    no_token_ids: bool,
+    device: str,
+    dtype: str,
+    on_full: Any,
+    resume: bool,
+) -> None:
+    """Run text through a model and log its routing.
+
+    MODEL is a folder, a hub name, or `demo`, the bundled model.
+    """
+    from analysis.table import progress_bar
+    from capture.bh import BhOptions, Renormalize
+    from capture.errors import InvalidOption
+    from capture.kde import KdeModel
+    from capture.manifest import Routing
+    from capture.session import CaptureOptions, load_model
+    from capture.session import capture as run_capture
+    from capture.text import read_documents, windows
+    from capture.writer import RunWriter, WriterOptions
+
+    routing, null = Routing(), None
+    if route == "bh":
+        weights: dict[str, Renormalize] = {"model": "model", "yes": True, "no": False}
+        routing = Routing(
+            "bh",
+            BhOptions(
+                alpha=alpha,
+                min_k=min_k,
+                max_k=max_k,
+                temperature=temperature,
+                renormalize=weights[renormalize],
+                p_values="empirical" if empirical else "kde",
+            ),
+        )
+        null = KdeModel.load(kde) if kde is not None else None
+    elif kde is not None or empirical:
+        raise InvalidOption("--kde and --empirical need --route bh: native routing has no p-values")
+    options = CaptureOptions(
+        batch_size=batch_size,
+        generate=generate,
+        writer=WriterOptions(
+            sample_every=sample_every, token_ids=not no_token_ids, on_full=on_full
+        ),
+    )
+    documents = list(read_documents(texts, field=field))
+    loaded = load_model(model, device=device, dtype=dtype)
+    texts_cut = windows(documents, loaded.tokenizer, max_length=max_length, max_tokens=max_tokens)
+    total = sum(len(window.token_ids) for window in texts_cut)
+    total += generate * len(texts_cut)
+    with progress_bar(f"capture {Path(out).name}", total, unit="tokens") as advance:
+
+        def progress(tokens: int, writer: RunWriter) -> None:
+            advance(tokens, note=f"{writer.bytes_written / 1e6:.1f} MB")
+
+        manifest = run_capture(
+            loaded,
+            texts_cut,
+            out,
+            routing=routing,
+            kde=null,
+            options=options,
+            extra={"batch_size": batch_size, "max_length": max_length, "generate": generate},
+            resume=resume,
+            progress=progress,
+        )
+    totals, size = manifest.totals, sum(shard.bytes for shard in manifest.shards)
+    click.echo(
+        f"{out}: {totals.tokens:,} tokens, {totals.rows:,} rows in {totals.shards} shards, "
+        f"{size / 1e6:.1f} MB ({size / max(1, totals.rows):.0f} bytes a row)"
+    )
+    for name, count in (("dropped", totals.dropped), ("sampled out", totals.sampled_out)):
+        if count:
+            click.echo(f"{count:,} tokens {name}")
+    if totals.nonfinite:
+        click.echo(f"{totals.nonfinite:,} rows with NaN or infinite logits, logged as they are")
+
+
+@click.command(epilog="\b\nexample:\n  bhlog demo --out runs/demo")
+@click.option(
+    "--out",
+    default="runs/demo",
+    show_default=True,
+    metavar="DIR",
+    help="Where runs, null model and figures are written; an earlier demo there is replaced.",
+)
+def demo(out: str) -> None:
+    """The whole story in a minute: capture, fit, route, replay, check, ask, draw.
+
+    Runs a small trained OLMoE that ships with bhlog over Python's own documentation and sources.
+    """
+    from capture.demo.story import tell
+
+    tell(Path(out))
