@@ -23,6 +23,7 @@ class Stream:
 
     Attributes:
         sequences: (B,) uint32, the sequence number of each row.
+        sources: (B,) where the text of each row came from, "" for unknown.
         length: columns in the cache, padding and rejected drafts counted.
         real: (B, length) bool on the model's device, columns that are not padding.
         finished: (B,) bool on the device, rows whose end-of-sequence token was fed.
@@ -31,6 +32,7 @@ class Stream:
     """
 
     sequences: NDArray[np.uint32]
+    sources: tuple[str, ...]
     length: int
     real: Tensor
     finished: Tensor
@@ -52,7 +54,7 @@ class Forward:
 
     Attributes:
         number: forwards are numbered from 0.
-        sequences: (B,) uint32.
+        sequences, sources: (B,), see Stream.
         token_ids: (B, S) int64; None when the model was given embeddings.
         positions: (B, S) int64, in the sequence, padding not counted.
         keep: (B, S) bool; False for padding and for what follows a row's end of sequence.
@@ -64,6 +66,7 @@ class Forward:
 
     number: int
     sequences: NDArray[np.uint32]
+    sources: tuple[str, ...]
     token_ids: Tensor | None
     positions: Tensor
     keep: Tensor
@@ -85,12 +88,15 @@ class Tracker:
     Attributes:
         eos: ids that end a sequence in decoding.
         next_sequence, next_forward: the numbers given next.
+        next_sources: where the next new sequences come from; used up by the forward that starts
+            them.
         on_cut: called with a stream and its new length when a cache drops columns.
     """
 
     eos: frozenset[int]
     next_sequence: int = 0
     next_forward: int = 0
+    next_sources: tuple[str, ...] = ()
     on_cut: Any = None
     _streams: "weakref.WeakKeyDictionary[Any, Stream]" = field(
         default_factory=weakref.WeakKeyDictionary
@@ -134,6 +140,7 @@ class Tracker:
         forward = Forward(
             number=self.next_forward,
             sequences=stream.sequences,
+            sources=stream.sources,
             token_ids=token_ids,
             positions=positions,
             keep=keep,
@@ -154,8 +161,10 @@ class Tracker:
     def _new_stream(self, batch: int, start: int, device: torch.device) -> Stream:
         first = self.next_sequence
         self.next_sequence += batch
+        sources, self.next_sources = self.next_sources, ()
         return Stream(
             sequences=np.arange(first, first + batch, dtype=np.uint32),
+            sources=sources if len(sources) == batch else ("",) * batch,
             length=start,
             # columns that went in before the tracker looked count as tokens
             real=torch.ones(batch, start, dtype=torch.bool, device=device),
@@ -214,6 +223,7 @@ class Tracker:
             taken.add(parent)
         index = beam_idx.to(stream.real.device)
         stream.sequences = sequences
+        stream.sources = tuple(stream.sources[parent] for parent in heirs)
         stream.real, stream.finished = stream.real[index], stream.finished[index]
         if stream.last_logits is not None:
             stream.last_logits = stream.last_logits[index]

@@ -149,9 +149,8 @@ class RouterPatcher:
 
     def name_sources(self, sources: Sequence[str]) -> None:
         """Say where the rows of the next forward's new sequences come from."""
-        if self.recorder is not None and self.tracker is not None:
-            first = self.tracker.next_sequence
-            self.recorder.sources = {first + i: name for i, name in enumerate(sources)}
+        if self.tracker is not None:
+            self.tracker.next_sources = tuple(sources)
 
     def unpatch(self) -> None:
         """Remove every hook and restore every flag; rows still on the device go to the writer.

@@ -41,7 +41,6 @@ class Recorder:
 
     def __init__(self, writer: RunWriter, layers: Sequence[int]) -> None:
         self.writer = writer
-        self.sources: dict[int, str] = {}  # by sequence number
         self._layers = tuple(layers)
         self._stage = Stage()
         self._open = threading.local()  # a forward per thread: DataParallel runs several
@@ -148,7 +147,7 @@ class Recorder:
         columns = np.repeat(
             [f.keep.shape[1] for f in forwards], [len(f.sequences) for f in forwards]
         )
-        named = [self.sources.get(int(s), "") for s in sequences]
+        named = [source for forward in forwards for source in forward.sources]
         names = sorted(set(named) - {""})
         codes = [names.index(name) if name else -1 for name in named]
         self.writer.submit(

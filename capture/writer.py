@@ -326,6 +326,7 @@ class RunWriter:
             self.next_sequence = max(self.next_sequence, last[0] + 1)
             self.next_forward = max(self.next_forward, last[1] + 1)
             self._number = int(match["number"]) + 1
+        totals = totals + Totals(forwards=self.next_forward)
         self._manifest = replace(
             before, totals=totals, shards=tuple(entries), closed=None, error=None
         )
