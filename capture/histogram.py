@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -50,7 +51,7 @@ class Histogram:
     @property
     def nodes(self) -> NDArray[np.float64]:
         """(N,) float64: positions of the nodes, in logits."""
-        return np.arange(self.first, self.first + len(self.counts)) * BIN_WIDTH
+        return np.arange(self.first, self.first + len(self.counts), dtype=np.float64) * BIN_WIDTH
 
     @property
     def n(self) -> int:
@@ -256,10 +257,7 @@ class HistogramAccumulator:
         E = logits.shape[1]
         ranked = np.sort(logits, axis=1)
         cuts = sorted({cut for trim in self.trims for cut in (trim.low, E - trim.high)})
-        stretches = {
-            low: Histogram.of(ranked[:, low:high])
-            for low, high in zip(cuts[:-1], cuts[1:], strict=True)
-        }
+        stretches = {low: Histogram.of(ranked[:, low:high]) for low, high in pairwise(cuts)}
         for trim in self.trims:
             for low, part in stretches.items():
                 if trim.low <= low < E - trim.high:

@@ -1,23 +1,38 @@
-"""The null model file: what p-values come from, and its thresholds.
+"""The null model file: a Parquet row per curve, and the histograms it can be refitted from.
 
 Fitting lives in analysis; this module reads, writes and evaluates, with numpy and pyarrow alone.
+
+One row per layer, or per layer and expert, is in force: it has a `tail`. Rows without a tail keep
+the histogram of the same logits at another trimming level, from which a refit can start.
+
+| column | what |
+|---|---|
+| layer, expert | expert null: pooled over the layer's experts |
+| n, left_out | logits counted; logits not counted because they were NaN, infinite or huge |
+| lo, bin_width, counts, spread | the histogram, see capture.histogram; null when imported |
+| trim_low, trim_high | logits left out of each row |
+| kernel, bandwidth, rule | kernel, its standard deviation in logits, how it was chosen |
+| x0, dx, tail | P(logit > x0 + g * dx), float64; null in rows that keep a level |
+| source | ids of the runs, or the imported file |
 """
 
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from capture.bh import critical_values
-from capture.errors import CorruptKde, KdeMismatch
-from capture.histogram import BIN_WIDTH, Histogram
+from capture.errors import CorruptKde, InvalidOption, KdeMismatch
+from capture.histogram import BIN_WIDTH, Histogram, Trim
+from capture.null import LayerNull as LayerNull
+from capture.null import NullCurve as NullCurve
 from capture.schema import list_type
 
 KDE_SCHEMA_VERSION = 1
@@ -27,149 +42,22 @@ _SCHEMA = pa.schema(
         pa.field("layer", pa.uint16(), nullable=False),
         pa.field("expert", pa.uint16()),
         pa.field("n", pa.int64(), nullable=False),
+        pa.field("left_out", pa.int64(), nullable=False),
         pa.field("lo", pa.float64()),
         pa.field("bin_width", pa.float64()),
         pa.field("counts", list_type(pa.int64())),
+        pa.field("spread", list_type(pa.int64())),
         pa.field("trim_low", pa.uint16(), nullable=False),
         pa.field("trim_high", pa.uint16(), nullable=False),
         pa.field("kernel", pa.string(), nullable=False),
         pa.field("bandwidth", pa.float64()),
         pa.field("rule", pa.string(), nullable=False),
-        pa.field("x0", pa.float64(), nullable=False),
-        pa.field("dx", pa.float64(), nullable=False),
-        pa.field("tail", list_type(pa.float64()), nullable=False),
+        pa.field("x0", pa.float64()),
+        pa.field("dx", pa.float64()),
+        pa.field("tail", list_type(pa.float64())),
         pa.field("source", list_type(pa.string()), nullable=False),
     ]
 )
-
-
-@dataclass(frozen=True, eq=False)
-class NullCurve:
-    """One distribution of logits: of a layer, or of one expert of a layer.
-
-    Stores the tail rather than the CDF: 1 - CDF rounds away the small p-values that BH needs.
-
-    Attributes:
-        expert: the expert it belongs to; None when pooled over the layer's experts.
-        n: logits it was fitted from; 0 when unknown (imported).
-        x0, dx: first grid point and grid step, in logits.
-        tail: (G,) float64, P(logit > x0 + g * dx), falling from at most 1 to at least 0.
-        histogram: what it was fitted from; None when imported.
-        trim_low, trim_high: logits left out of each row, at its lower and upper end.
-        kernel: "gaussian", ..., "none", or "imported".
-        bandwidth: standard deviation of the kernel in logits; None when there is none.
-        rule: how the bandwidth was chosen.
-        source: ids of the runs it was fitted from, or the name of the imported file.
-    """
-
-    expert: int | None
-    n: int
-    x0: float
-    dx: float
-    tail: NDArray[np.float64]
-    histogram: Histogram | None = None
-    trim_low: int = 0
-    trim_high: int = 0
-    kernel: str = "imported"
-    bandwidth: float | None = None
-    rule: str = "imported"
-    source: tuple[str, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        if self.tail.ndim != 1 or len(self.tail) < 2:
-            raise CorruptKde(f"tail must have at least 2 grid points, got shape {self.tail.shape}")
-        if not (self.dx > 0 and np.isfinite(self.x0) and np.isfinite(self.dx)):
-            raise CorruptKde(f"grid x0={self.x0}, dx={self.dx} is not a rising finite grid")
-        if not (self.tail[0] <= 1 and self.tail[-1] >= 0 and np.all(np.diff(self.tail) <= 0)):
-            raise CorruptKde("tail must fall from at most 1 to at least 0")
-
-    @property
-    def grid(self) -> NDArray[np.float64]:
-        """(G,) float64: the grid points, in logits."""
-        return self.x0 + self.dx * np.arange(len(self.tail), dtype=np.float64)
-
-    def p_value(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
-        """P(logit > x) of each value, float64: 1 below the grid, 0 above it, NaN for NaN."""
-        # The operations and their order are those of capture.routing, which must agree.
-        u = (np.asarray(logits, dtype=np.float64) - self.x0) / self.dx
-        last = len(self.tail) - 1
-        cell = np.clip(np.nan_to_num(np.floor(u), nan=0.0), 0, last - 1).astype(np.int64)
-        left = self.tail[cell]
-        p = left + (u - cell) * (self.tail[cell + 1] - left)
-        p = np.where(u < 0, 1.0, np.where(u > last, 0.0, p))
-        return np.where(np.isnan(u), np.nan, p)
-
-    def thresholds(self, alpha: float, n_experts: int) -> NDArray[np.float32]:
-        """(E,) float32 t_1..t_E: the smallest logits with p-value at most k * alpha / E.
-
-        Solved on the piecewise linear tail in float64, rounded up to float32. Falls with k.
-        """
-        critical = critical_values(alpha, n_experts)
-        right = np.searchsorted(-self.tail, -critical, side="left")  # first node with S <= c
-        inside = np.clip(right, 1, len(self.tail) - 1)
-        above, below = self.tail[inside - 1], self.tail[inside]
-        drop = np.where(above > below, above - below, 1.0)
-        exact = self.x0 + self.dx * ((inside - 1) + (above - critical) / drop)
-        exact = np.where(right == 0, self.x0, exact)
-        t = round_up_to_float32(exact)
-        beyond = np.nextafter(
-            round_up_to_float32(np.array(self.x0 + self.dx * (len(self.tail) - 1))),
-            np.float32(np.inf),
-            dtype=np.float32,
-        )
-        t = np.where(right == len(self.tail), beyond, t)  # S is 0 only above the grid
-        return np.minimum.accumulate(t)  # equal in exact arithmetic; guards rounding
-
-
-@dataclass(frozen=True, eq=False)
-class LayerNull:
-    """Null model of one layer: one pooled curve, or one curve per expert.
-
-    `model["x"]` and `model["cdf"]` answer as the items of older notebooks did (pooled only).
-    """
-
-    layer: int
-    curves: tuple[NullCurve, ...]
-
-    def __post_init__(self) -> None:
-        experts = [curve.expert for curve in self.curves]
-        if experts != [None] and experts != list(range(len(experts))):
-            raise CorruptKde(
-                f"layer {self.layer}: expected one pooled curve or one per expert from 0, "
-                f"got experts {experts}"
-            )
-
-    @property
-    def pooled(self) -> bool:
-        """Whether one curve serves all experts."""
-        return self.curves[0].expert is None
-
-    def p_value(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
-        """(T, E) float64 p-values of (T, E) logits; a pooled null takes any shape."""
-        if self.pooled:
-            return self.curves[0].p_value(logits)
-        columns = [c.p_value(logits[..., i]) for i, c in enumerate(self.curves)]
-        return np.stack(columns, axis=-1)
-
-    def thresholds(self, alpha: float, n_experts: int) -> NDArray[np.float32]:
-        """float32 thresholds: (E,) t_k when pooled, (E, E) t_{k,i} with a curve per expert."""
-        if self.pooled:
-            return self.curves[0].thresholds(alpha, n_experts)
-        if len(self.curves) != n_experts:
-            raise KdeMismatch(
-                f"null model of layer {self.layer} has {len(self.curves)} experts, "
-                f"the run has {n_experts}"
-            )
-        return np.stack([c.thresholds(alpha, n_experts) for c in self.curves], axis=1)
-
-    def __getitem__(self, key: str) -> NDArray[np.float64]:
-        if not self.pooled:
-            raise KeyError(f"layer {self.layer} has a curve per expert: read .curves[i]")
-        if key == "x":
-            return self.curves[0].grid
-        if key == "cdf":
-            return 1.0 - self.curves[0].tail  # for old notebooks; p-values come from the tail
-        raise KeyError(f"{key!r}: expected 'x' or 'cdf'")
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,53 +84,75 @@ class KdeModel(Mapping[int, LayerNull]):
         """Whether every layer has one curve for all its experts."""
         return all(layer.pooled for layer in self.layers.values())
 
-    def require(self, layers: Mapping[int, object] | tuple[int, ...], n_experts: int) -> None:
+    @property
+    def curves(self) -> list[tuple[int, NullCurve]]:
+        """(layer, curve) of every curve, by layer, then expert."""
+        return [(i, curve) for i in sorted(self.layers) for curve in self.layers[i].curves]
+
+    def require(self, layers: Iterable[int], n_experts: int) -> None:
         """Check that the model serves these layers of n_experts experts.
 
         Raises:
             KdeMismatch: a layer is missing, or a layer has curves for other experts.
         """
-        missing = sorted(set(layers) - set(self.layers))
+        wanted = set(layers)
+        missing = sorted(wanted - set(self.layers))
         if missing:
             raise KdeMismatch(
-                f"the null model has layers {_ranges(self.layers)}, but not {_ranges(missing)}; "
+                f"the null model has layers {layer_ranges(self.layers)}, but not "
+                f"{layer_ranges(missing)}; "
                 "fit one from a run of this model: bhlog kde fit RUN --out FILE"
             )
-        for layer in layers:
-            null = self.layers[layer]
-            if not null.pooled and len(null.curves) != n_experts:
-                raise KdeMismatch(
-                    f"the null model of layer {layer} has curves for {len(null.curves)} experts, "
-                    f"but the model has {n_experts}"
-                )
+        for layer in sorted(wanted):
+            self.layers[layer].require(n_experts)
+
+    def tail(
+        self, layer: int, expert: int | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(x, S): the grid in logits and P(logit > x) of a layer, or of one of its experts.
+
+        Raises:
+            KdeMismatch: no such layer, or no such curve.
+        """
+        self.require((layer,), len(self.layers[layer].curves) if layer in self.layers else 0)
+        for curve in self.layers[layer].curves:
+            if curve.expert == expert:
+                return curve.grid, curve.tail
+        raise KdeMismatch(
+            f"layer {layer} of the null model is pooled over experts: leave expert out"
+            if self.layers[layer].pooled
+            else f"layer {layer} of the null model has experts 0-"
+            f"{len(self.layers[layer].curves) - 1}, got {expert}"
+        )
+
+    def p_value(self, layer: int, logits: NDArray[np.floating]) -> NDArray[np.float64]:
+        """P-values of (T, E) logits of a layer, float64; see LayerNull.p_value.
+
+        Raises:
+            KdeMismatch: no such layer, or curves for other experts.
+        """
+        self.require((layer,), logits.shape[-1] if logits.ndim else 0)
+        return self.layers[layer].p_value(logits)
 
     def thresholds(self, alpha: float, n_experts: int) -> dict[int, NDArray[np.float32]]:
         """Thresholds of every layer; see LayerNull.thresholds."""
         return {layer: null.thresholds(alpha, n_experts) for layer, null in self.layers.items()}
 
+    def refit(self, **options: Any) -> "KdeModel":
+        """The model at another kernel, bandwidth or trimming level; see analysis.fit.refit."""
+        from analysis.fit import refit
+
+        return refit(self, **options)
+
+    def merge(self, *others: "KdeModel") -> "KdeModel":
+        """One model fitted from the logits of all; see analysis.fit.merge."""
+        from analysis.fit import merge
+
+        return merge([self, *others])
+
     def to_bytes(self) -> bytes:
         """The Parquet file as bytes: the same model gives the same bytes."""
-        rows = [
-            {
-                "layer": layer,
-                "expert": curve.expert,
-                "n": curve.n,
-                "lo": curve.histogram.lo if curve.histogram else None,
-                "bin_width": BIN_WIDTH if curve.histogram else None,
-                "counts": curve.histogram.counts if curve.histogram else None,
-                "trim_low": curve.trim_low,
-                "trim_high": curve.trim_high,
-                "kernel": curve.kernel,
-                "bandwidth": curve.bandwidth,
-                "rule": curve.rule,
-                "x0": curve.x0,
-                "dx": curve.dx,
-                "tail": curve.tail,
-                "source": list(curve.source),
-            }
-            for layer in sorted(self.layers)
-            for curve in self.layers[layer].curves
-        ]
+        rows = [row for layer, curve in self.curves for row in _rows(layer, curve)]
         schema = _SCHEMA.with_metadata({"bhlog.kde_schema_version": str(KDE_SCHEMA_VERSION)})
         buffer = io.BytesIO()
         pq.write_table(
@@ -250,19 +160,31 @@ class KdeModel(Mapping[int, LayerNull]):
             buffer,
             compression="zstd",
             use_dictionary=False,
+            column_encoding={
+                f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in ("counts", "spread", "tail")
+            },
+            write_statistics=False,
         )
         return buffer.getvalue()
 
     def save(self, path: str | Path) -> str:
-        """Write the file under a temporary name, rename it, and return its sha256."""
+        """Write the file under a temporary name, rename it, and return its sha256.
+
+        Raises:
+            InvalidOption: the file cannot be written there.
+        """
         data = self.to_bytes()
         path = Path(path)
         part = path.with_name(path.name + ".part")
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        try:
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise InvalidOption(f"{path}: cannot write a null model ({error.strerror})") from error
         return hashlib.sha256(data).hexdigest()
 
     @classmethod
@@ -286,60 +208,132 @@ class KdeModel(Mapping[int, LayerNull]):
     def from_bytes(cls, data: bytes, name: str) -> "KdeModel":
         """Read a null model file from memory; name says in errors where it came from."""
         try:
-            table = pq.read_table(pa.BufferReader(data))
+            table = pq.read_table(pa.BufferReader(data), memory_map=False)
         except (pa.ArrowException, OSError) as error:
-            raise CorruptKde(f"{name}: not a null model file: {error}") from error
+            reason = str(error).splitlines()[0]
+            raise CorruptKde(f"{name}: not a null model file: {reason}") from error
         if table.schema.remove_metadata() != _SCHEMA:
             raise CorruptKde(
                 f"{name}: columns are {', '.join(table.column_names)}; "
                 f"a null model file has {', '.join(_SCHEMA.names)}"
             )
-        curves: dict[int, list[NullCurve]] = {}
+        groups: dict[tuple[int, int | None], list[dict[str, Any]]] = {}
         for i in range(table.num_rows):
-            row = {key: table[key][i] for key in table.column_names}
-            try:
-                curves.setdefault(row["layer"].as_py(), []).append(_curve(row))
-            except CorruptKde as error:
-                raise CorruptKde(f"{name}: layer {row['layer']}: {error}") from error
-        return cls({layer: LayerNull(layer, tuple(c)) for layer, c in sorted(curves.items())})
+            row = {key: _value(table[key][i]) for key in table.column_names}
+            groups.setdefault((row["layer"], row["expert"]), []).append(row)
+        curves: dict[int, list[NullCurve]] = {}
+        try:
+            for (layer, _), rows in groups.items():
+                try:
+                    curves.setdefault(layer, []).append(_curve(rows))
+                except CorruptKde as error:
+                    raise CorruptKde(f"layer {layer}: {error}") from error
+            return cls({layer: LayerNull(layer, tuple(c)) for layer, c in sorted(curves.items())})
+        except CorruptKde as error:
+            raise CorruptKde(f"{name}: {error}") from error
 
 
-def round_up_to_float32(x: NDArray[np.float64]) -> NDArray[np.float32]:
-    """The smallest float32 that is at least x, element by element."""
-    nearest = x.astype(np.float32)
-    above = np.nextafter(nearest, np.float32(np.inf), dtype=np.float32)
-    return np.where(nearest.astype(np.float64) < x, above, nearest)
+def _rows(layer: int, curve: NullCurve) -> Iterator[dict[str, Any]]:
+    """Rows of a curve: the one in force, then those of the kept levels."""
+    shared = {
+        "layer": layer,
+        "expert": curve.expert,
+        "kernel": curve.kernel,
+        "rule": curve.rule,
+        "source": list(curve.source),
+    }
+    yield {
+        **shared,
+        "n": curve.n,
+        "left_out": 0,
+        "trim_low": curve.trim_low,
+        "trim_high": curve.trim_high,
+        "bandwidth": curve.bandwidth,
+        "x0": curve.x0,
+        "dx": curve.dx,
+        "tail": curve.tail,
+        **(_histogram_columns(curve.histogram) if curve.histogram else {}),
+    }
+    for trim in sorted(curve.kept):
+        yield {
+            **shared,
+            "n": curve.kept[trim].n,
+            "trim_low": trim.low,
+            "trim_high": trim.high,
+            **_histogram_columns(curve.kept[trim]),
+        }
 
 
-def _curve(row: dict[str, pa.Scalar]) -> NullCurve:
-    histogram = None
-    if row["counts"].is_valid:
-        if row["bin_width"].as_py() != BIN_WIDTH:
-            raise CorruptKde(f"bin_width is {row['bin_width']}, expected {BIN_WIDTH}")
-        histogram = Histogram(
-            first=round(row["lo"].as_py() / BIN_WIDTH),
-            counts=row["counts"].values.to_numpy(),
-        )
+def _histogram_columns(histogram: Histogram) -> dict[str, Any]:
+    return {
+        "left_out": histogram.left_out,
+        "lo": histogram.lo,
+        "bin_width": BIN_WIDTH,
+        "counts": histogram.counts,
+        "spread": histogram.spread,
+    }
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    """A scalar as a Python value, a list of numbers as an array."""
+    if scalar.is_valid and isinstance(scalar, pa.ListScalar):
+        values = scalar.values
+        return tuple(values.to_pylist()) if values.type == pa.string() else values.to_numpy()
+    return scalar.as_py()
+
+
+def _curve(rows: list[dict[str, Any]]) -> NullCurve:
+    """A curve from its rows: exactly one in force, the others kept levels."""
+    in_force = [row for row in rows if row["tail"] is not None]
+    if len(in_force) != 1:
+        raise CorruptKde(f"expected one row with a tail, found {len(in_force)}")
+    row = in_force[0]
+    if row["x0"] is None or row["dx"] is None:
+        raise CorruptKde("a row has a tail but no grid x0, dx")
+    kept: dict[Trim, Histogram] = {}
+    for level in rows:
+        if level is not row:
+            histogram = _histogram(level)
+            if histogram is None:
+                raise CorruptKde("a row has neither a tail nor a histogram")
+            kept[Trim(level["trim_low"], level["trim_high"])] = histogram
     return NullCurve(
-        expert=row["expert"].as_py(),
-        n=row["n"].as_py(),
-        x0=row["x0"].as_py(),
-        dx=row["dx"].as_py(),
-        tail=row["tail"].values.to_numpy(),
-        histogram=histogram,
-        trim_low=row["trim_low"].as_py(),
-        trim_high=row["trim_high"].as_py(),
-        kernel=row["kernel"].as_py(),
-        bandwidth=row["bandwidth"].as_py(),
-        rule=row["rule"].as_py(),
-        source=tuple(row["source"].as_py()),
+        expert=row["expert"],
+        n=row["n"],
+        x0=row["x0"],
+        dx=row["dx"],
+        tail=row["tail"],
+        histogram=_histogram(row),
+        trim_low=row["trim_low"],
+        trim_high=row["trim_high"],
+        kernel=row["kernel"],
+        bandwidth=row["bandwidth"],
+        rule=row["rule"],
+        source=row["source"],
+        kept=kept,
     )
 
 
-def _ranges(numbers: Mapping[int, object] | list[int]) -> str:
-    """Sorted integers as text: 0-3, 7."""
+def _histogram(row: dict[str, Any]) -> Histogram | None:
+    if row["counts"] is None:
+        return None
+    if row["bin_width"] != BIN_WIDTH or row["lo"] is None:
+        raise CorruptKde(
+            f"histogram has lo={row['lo']}, bin_width={row['bin_width']}; expected {BIN_WIDTH}"
+        )
+    counts, spread = row["counts"], row["spread"]
+    if spread is None or len(spread) != len(counts) or (len(counts) and counts.min() < 0):
+        raise CorruptKde("histogram needs counts of at least 0 and a spread for each")
+    histogram = Histogram(round(row["lo"] / BIN_WIDTH), counts, spread, row["left_out"])
+    if histogram.n != row["n"]:
+        raise CorruptKde(f"histogram counts {histogram.n} logits, the row says n = {row['n']}")
+    return histogram
+
+
+def layer_ranges(layers: Iterable[int]) -> str:
+    """Integers as text: 0-3, 7."""
     parts: list[list[int]] = []
-    for number in sorted(numbers):
+    for number in sorted(layers):
         if parts and number == parts[-1][1] + 1:
             parts[-1][1] = number
         else:
