@@ -50,6 +50,12 @@ class CaptureOptions:
     generate: int = 0
     writer: WriterOptions = field(default_factory=WriterOptions)
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InvalidOption(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.generate < 0:
+            raise InvalidOption(f"generate must be at least 0, got {self.generate}")
+
 
 def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
     """Load a model by folder, hub name, or `demo`, the bundled one.
@@ -63,10 +69,9 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
     """
     from transformers import AutoModelForCausalLM
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = _device(device)
     source = str(files("capture.demo")) if name == "demo" else name
-    if dtype == "auto" and torch.device(device).type == "cpu":
+    if dtype == "auto" and place.type == "cpu":
         dtype = "float32"  # widening is exact, and faster than bfloat16 on most CPUs
     wanted = dtype if dtype == "auto" else getattr(torch, dtype, None)
     if not isinstance(wanted, torch.dtype | str):
@@ -75,7 +80,7 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
         raise RouterLogError(f"{source}: no such folder; expected a model's folder or a hub name")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
-        model = model.to(device).eval()
+        model = model.to(place).eval()
     except (OSError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RouterLogError(f"{name}: the model cannot be loaded ({first})") from error
@@ -109,8 +114,6 @@ def capture(
         RunExists, UnsupportedModel, KdeMismatch, InvalidOption, WriterFailed.
     """
     routing, options = routing or Routing(), options or CaptureOptions()
-    if options.generate < 0:
-        raise InvalidOption(f"generate must be at least 0, got {options.generate}")
     patcher = RouterPatcher(loaded.model)
     patcher.check(routing, kde)
     writer = new_writer(
@@ -148,6 +151,15 @@ def _run(model: Any, batch: Batch, generate: int, pad_id: int) -> int:
     )
     new: int = output.shape[1] - width
     return int(batch.mask.sum()) + new * len(token_ids)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise InvalidOption(f"no device '{name}'; expected cpu, cuda, cuda:1, ...") from error
 
 
 def _tokenizer(source: str, model: nn.Module) -> Tokenizer:

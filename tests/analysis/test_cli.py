@@ -1,0 +1,47 @@
+import subprocess
+import sys
+
+import pytest
+
+from analysis.cli import COMMANDS, bhlog, main
+
+
+def test_every_command_has_help_that_ends_in_an_example(capsys):
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as end:
+            main([name, "--help"])
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        commands = [line for line in text.splitlines() if line.strip().startswith("bhlog ")]
+        assert commands, f"{name} shows no example"
+
+
+def test_a_mistyped_command_gets_the_nearest_right_one(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["reply"])
+    assert end.value.code == 2
+    assert "did you mean 'replay'?" in capsys.readouterr().err
+
+
+def test_listing_commands_imports_neither_torch_nor_duckdb():
+    code = (
+        "import sys; from analysis.cli import bhlog; "
+        "[bhlog.get_command(None, name) for name in bhlog.list_commands(None)]; "
+        "print([m for m in ('torch', 'transformers', 'duckdb', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_analysis_never_imports_torch():
+    code = (
+        "import pkgutil, importlib, sys, analysis; "
+        "[importlib.import_module(m.name) for m in pkgutil.walk_packages(analysis.__path__, "
+        "'analysis.')]; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False False"
+
+
+def test_commands_are_listed_in_the_order_of_a_first_use():
+    assert bhlog.list_commands(None)[:2] == ["demo", "capture"]
