@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from capture.bh import BhOptions
 from capture.errors import AlreadyPatched, InvalidOption, KdeMismatch, UnsupportedModel
 from capture.family import Router, find_routers, model_info
+from capture.generation import watch_generation
 from capture.identity import Tracker
 from capture.kde import KdeModel
 from capture.manifest import ModelInfo, Routing
@@ -59,6 +60,7 @@ class RouterPatcher:
         self._handles: list[Any] = []
         self._parallel: list[tuple[Any, bool]] = []
         self._marked: list[nn.Module] = []
+        self._undo: list[Callable[[], None]] = []
         self._thread = threading.local()  # DataParallel runs a forward per thread
 
     def __enter__(self) -> Self:
@@ -167,6 +169,9 @@ class RouterPatcher:
         for module in self._marked:
             vars(module).pop(_MARK, None)
         self._marked = []
+        for undo in self._undo:
+            undo()
+        self._undo = []
         if self.tracker is not None:
             self.tracker.release()
         recorder, self.recorder, self.tracker = self.recorder, None, None
@@ -183,6 +188,7 @@ class RouterPatcher:
             self.tracker.on_cut = self.recorder.cut
         base = _nearest_model(self.model, self.routers)
         self._hook_forward(base)
+        self._undo += watch_generation(self.model, self.tracker)
 
     def _hook_forward(self, base: nn.Module) -> None:
         tracker, recorder = self.tracker, self.recorder
@@ -217,8 +223,9 @@ class RouterPatcher:
             thread.in_head = False
             if recorder is None:
                 return
-            logits = getattr(output, "logits", None)
-            if isinstance(logits, Tensor) and logits.dim() == 3:
+            logits = _head_logits(output)
+            # a tensor names columns of the caller's choice: which tokens they predict is not known
+            if logits is not None and not isinstance(kwargs.get("logits_to_keep"), Tensor):
                 recorder.loss(logits.detach())
             recorder.end(complete=output is not None)
 
@@ -297,6 +304,12 @@ class RouterPatcher:
         if router.family.sentinel and experts is not None:
             self._parallel.append((experts, getattr(experts, "_is_expert_parallel", False)))
             experts._is_expert_parallel = True
+
+
+def _head_logits(output: Any) -> Tensor | None:
+    """(B, H, V) logits of the vocabulary in what a model with a head returned."""
+    found = [getattr(output, "logits", None), *(output if isinstance(output, tuple) else ())]
+    return next((t for t in found if isinstance(t, Tensor) and t.dim() == 3), None)
 
 
 def _nearest_model(model: nn.Module, routers: Sequence[Router]) -> nn.Module:
