@@ -242,6 +242,10 @@ class HistogramAccumulator:
         for key, part in other._histograms.items():
             self._add(key, part)
 
+    def empty_copy(self) -> "HistogramAccumulator":
+        """An accumulator of the same kind that has counted nothing."""
+        return HistogramAccumulator(self.trims, by_expert=self.by_expert)
+
     def histograms(self) -> dict[HistogramKey, Histogram]:
         """What was counted so far, by layer, expert and trimming level, in that order."""
         return dict(sorted(self._histograms.items(), key=lambda item: _order(item[0])))

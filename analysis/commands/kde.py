@@ -1,0 +1,308 @@
+"""`bhlog kde`: fit, refit, merge, show, compare, check, import and export null models."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from analysis.table import format_option, print_frame, progress_bar
+from capture.errors import InvalidOption
+
+if TYPE_CHECKING:
+    from capture.kde import KdeModel
+
+KERNELS = ("gaussian", "epanechnikov", "tophat", "triangular", "none")
+
+
+def bandwidth_option(text: str) -> str | float:
+    """A rule's name or a number of logits."""
+    try:
+        return float(text)
+    except ValueError:
+        if text in ("scott", "silverman", "isj"):
+            return text
+        raise click.BadParameter(
+            f"{text!r} is neither scott, silverman, isj nor a number"
+        ) from None
+
+
+def layers_option(text: str) -> tuple[int, ...]:
+    """Layers, from text such as 0-3,7."""
+    layers: list[int] = []
+    try:
+        for part in text.split(","):
+            low, _, high = part.partition("-")
+            layers += range(int(low), int(high or low) + 1)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of layers such as 0-3,7") from None
+    return tuple(layers)
+
+
+def trim_option(text: str) -> tuple[int, int]:
+    """A trimming level, from text such as 0:8."""
+    try:
+        low, high = text.split(":")
+        return int(low), int(high)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a trimming level such as 0:8") from None
+
+
+rows_options = (
+    click.option("--layers", type=layers_option, metavar="LIST", help="Only these, such as 0-3,7."),
+    click.option(
+        "--where", metavar="SQL", help="Only rows that match, such as \"phase = 'decode'\"."
+    ),
+    click.option(
+        "--sample",
+        type=float,
+        default=1.0,
+        show_default=True,
+        metavar="SHARE",
+        help="Only this share of the tokens, the same ones each time.",
+    ),
+    click.option("--threads", type=click.IntRange(min=1), help="Threads that read (default: all)."),
+)
+
+
+def with_rows_options(command: Any) -> Any:
+    """Add the options that say which rows of a run are read."""
+    for option in reversed(rows_options):
+        command = option(command)
+    return command
+
+
+@click.group()
+def kde() -> None:
+    """Fit, inspect and check null models.
+
+    A null model says how router logits of each layer are distributed; p-values come from its tail.
+    KDE is a file that `kde fit` wrote, or a folder of pickles of an older project.
+    """
+
+
+@kde.command(
+    epilog="\b\nexample:\n"
+    "  bhlog kde fit runs/native --out null.parquet\n"
+    "  bhlog kde fit runs/a runs/b --trim-high 8 --keep-trim 0:0 --out null.parquet"
+)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--out", required=True, metavar="FILE", help="Where the null model is written.")
+@click.option("--kernel", type=click.Choice(KERNELS), default="gaussian", show_default=True)
+@click.option(
+    "--bandwidth",
+    type=bandwidth_option,
+    default="scott",
+    show_default=True,
+    metavar="RULE|LOGITS",
+    help="scott, silverman, isj, or the kernel's standard deviation in logits.",
+)
+@click.option(
+    "--trim-high",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Leave out each row's N largest logits.",
+    metavar="N",
+)
+@click.option(
+    "--trim-low",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Leave out each row's N smallest logits.",
+    metavar="N",
+)
+@click.option(
+    "--null",
+    type=click.Choice(("pooled", "expert")),
+    default="pooled",
+    show_default=True,
+    help="One curve a layer, or one a layer and expert.",
+)
+@click.option(
+    "--keep-trim",
+    type=trim_option,
+    multiple=True,
+    metavar="LOW:HIGH",
+    help="Also keep the histogram at this trimming level, for refits; repeatable.",
+)
+@with_rows_options
+@format_option
+def fit(
+    runs: tuple[str, ...],
+    out: str,
+    kernel: str,
+    bandwidth: str | float,
+    trim_high: int,
+    trim_low: int,
+    null: Any,
+    keep_trim: tuple[tuple[int, int], ...],
+    layers: tuple[int, ...] | None,
+    where: str | None,
+    sample: float,
+    threads: int | None,
+    output_format: str,
+) -> None:
+    """Fit a null model from the logits of one run or several, in one pass."""
+    from analysis.fit import FitOptions, fit_kde
+    from analysis.kde_tables import curves_frame
+    from analysis.log import open_log
+
+    check_writable(out)
+    options = FitOptions(kernel, bandwidth, trim_low, trim_high, null, keep_trim)
+    logs = [open_log(run) for run in runs]
+    total = sum(group.rows for log in logs for group in log.row_groups(layers))
+    with progress_bar("fitting", total) as progress:
+        model = fit_kde(
+            logs,
+            options,
+            layers=layers,
+            where=where,
+            sample=sample,
+            threads=threads,
+            progress=progress,
+        )
+    model.save(out)
+    print_frame(curves_frame(model), output_format, title=out)
+
+
+@kde.command(
+    epilog="\b\nexample:\n  bhlog kde refit null.parquet --bandwidth isj --out isj.parquet"
+)
+@click.argument("file", metavar="KDE")
+@click.option("--out", required=True, metavar="FILE", help="Where the null model is written.")
+@click.option("--kernel", type=click.Choice(KERNELS), help="(default: as fitted)")
+@click.option(
+    "--bandwidth",
+    type=bandwidth_option,
+    metavar="RULE|LOGITS",
+    help="scott, silverman, isj, or a number of logits (default: as fitted).",
+)
+@click.option(
+    "--trim-high", type=int, metavar="N", help="A level the file keeps (default: as fitted)."
+)
+@click.option(
+    "--trim-low", type=int, metavar="N", help="A level the file keeps (default: as fitted)."
+)
+@format_option
+def refit(file: str, out: str, output_format: str, **changes: Any) -> None:
+    """Fit again from the histograms in a null model file, without reading a log."""
+    from analysis.kde_tables import curves_frame
+
+    check_writable(out)
+    model = load(file).refit(**changes)
+    model.save(out)
+    print_frame(curves_frame(model), output_format, title=out)
+
+
+@kde.command(epilog="\b\nexample:\n  bhlog kde merge a.parquet b.parquet --out both.parquet")
+@click.argument("files", nargs=-1, required=True, metavar="KDE...")
+@click.option("--out", required=True, metavar="FILE", help="Where the null model is written.")
+@format_option
+def merge(files: tuple[str, ...], out: str, output_format: str) -> None:
+    """Fit one null model from the histograms of several: of shards, ranks or runs."""
+    from analysis.fit import merge as merge_models
+    from analysis.kde_tables import curves_frame
+
+    check_writable(out)
+    model = merge_models([load(file) for file in files])
+    model.save(out)
+    print_frame(curves_frame(model), output_format, title=out)
+
+
+@kde.command(
+    epilog="\b\nexample:\n"
+    "  bhlog kde show null.parquet\n"
+    "  bhlog kde show null.parquet --alpha 0.05 --experts 64"
+)
+@click.argument("file", metavar="KDE")
+@click.option("--alpha", type=float, metavar="A", help="Also show thresholds at this BH level.")
+@click.option(
+    "--experts", type=int, metavar="E", help="Experts per router, for thresholds of a pooled null."
+)
+@click.option("--figure", metavar="FILE", help="Draw the tails, a panel a layer.")
+@format_option
+def show(
+    file: str, alpha: float | None, experts: int | None, figure: str | None, output_format: str
+) -> None:
+    """Show what a null model was fitted from, layer by layer."""
+    from analysis.kde_tables import curves_frame
+
+    model = load(file)
+    if figure:
+        check_writable(figure)
+    print_frame(curves_frame(model, alpha, experts), output_format, title=file)
+    if figure:
+        from analysis.kde_figures import draw_layers, plot_tail
+
+        draw_layers(model, lambda layer, axes: plot_tail(model[layer], axes), figure)
+        click.echo(f"wrote {figure}", err=True)
+
+
+@kde.command("import", epilog="\b\nexample:\n  bhlog kde import old/kde_models --out null.parquet")
+@click.argument("folder", metavar="DIR")
+@click.option("--out", required=True, metavar="FILE", help="Where the null model is written.")
+@click.option(
+    "--variant",
+    metavar="NAME",
+    help="What follows the layer in the files' names, such as trimmed_4 (default: nothing).",
+)
+@format_option
+def import_(folder: str, out: str, variant: str | None, output_format: str) -> None:
+    """Read distribution_model_layer_{i}.pkl files of an older project.
+
+    The reader admits numpy arrays and nothing else: a pickle that names anything else is refused.
+    """
+    from analysis.kde_tables import curves_frame
+    from capture.pickles import load_kde_models
+
+    check_writable(out)
+    if not Path(folder).is_dir():
+        raise InvalidOption(f"{folder}: no such folder; expected one with pickles of null models")
+    model = load_kde_models(folder, variant=variant)
+    model.save(out)
+    print_frame(curves_frame(model), output_format, title=out)
+
+
+@kde.command(epilog="\b\nexample:\n  bhlog kde export null.parquet --out null.npz")
+@click.argument("file", metavar="KDE")
+@click.option("--out", required=True, metavar="FILE", help="Where the arrays are written (.npz).")
+def export(file: str, out: str) -> None:
+    """Write the grids and tails as numpy arrays.
+
+    \b
+    layers            (L,) the layers
+    x_{layer}         (G,) grid, in logits
+    tail_{layer}      (G,) P(logit > x)
+    With a curve per expert: x_{layer}_{expert}, tail_{layer}_{expert}.
+    """
+    import numpy as np
+
+    check_writable(out)
+    model = load(file)
+    arrays: dict[str, Any] = {"layers": np.array(sorted(model))}
+    for layer, curve in model.curves:
+        name = f"{layer}" if curve.expert is None else f"{layer}_{curve.expert}"
+        arrays[f"x_{name}"] = curve.grid
+        arrays[f"tail_{name}"] = curve.tail
+    part = Path(out).with_name(Path(out).name + ".part")
+    with part.open("wb") as stream:
+        np.savez_compressed(stream, allow_pickle=False, **arrays)
+    part.replace(out)
+    click.echo(f"wrote {out}: {len(model)} layers", err=True)
+
+
+def load(file: str) -> "KdeModel":
+    """A null model from our file or from a folder of old pickles."""
+    from capture.pickles import load_kde_models
+
+    return load_kde_models(file)
+
+
+def check_writable(out: str) -> None:
+    """Raise InvalidOption if a file cannot be made at out, before the work rather than after."""
+    path = Path(out)
+    if path.is_dir():
+        raise InvalidOption(f"{out}: is a folder; expected the name of a file")
+    if not path.absolute().parent.is_dir():
+        raise InvalidOption(f"{out}: its folder does not exist; make it first")
