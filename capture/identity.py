@@ -177,6 +177,11 @@ class Tracker:
         place = self._place
         with self._lock:
             cache = inputs.get("past_key_values")
+            if isinstance(cache, tuple | list):
+                raise UnknownIdentity(
+                    "past_key_values is a tuple, whose sequences cannot be followed; pass a Cache "
+                    "object"
+                )
             stream = None if cache is None else self._streams.get(cache)
             start = _cache_length(cache, stream)
             mask = inputs.get("attention_mask")
@@ -386,10 +391,6 @@ def _cache_length(cache: Any, stream: Stream | None) -> int:
     """Columns in the cache; a length on the device is read only when no stream knows it."""
     if cache is None:
         return 0
-    if isinstance(cache, tuple | list):
-        raise UnknownIdentity(
-            "past_key_values is a tuple, whose sequences cannot be followed; pass a Cache object"
-        )
     length = cache.get_seq_length()
     if isinstance(length, Tensor) and stream is not None:
         return stream.length

@@ -104,7 +104,6 @@ class Recorder:
         record.columns, record.layers = _stack(record, self._layers), {}
         with self._lock:
             self._last[threading.get_ident()] = record
-            self.writer.count(forwards=1)
 
     def cut(self, stream: Stream, length: int) -> None:
         """A cache dropped its columns from `length` on: rejected drafts of the last forward."""
@@ -143,6 +142,11 @@ class Recorder:
             else columns[0][name]
             for name in columns[0]
         }
+        if not self.writer.admit(sum(t.numel() * t.element_size() for t in tensors.values())):
+            self.writer.drop(
+                self._stage.copy({name: tensors[name] for name in ("position", "keep")})
+            )
+            return
         forwards = [record.forward for record in records]
         rows = [f.rows for f in forwards]
         sequences = np.concatenate([f.sequences for f in forwards])

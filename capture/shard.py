@@ -1,7 +1,8 @@
 """Shards: Parquet files that are whole once they have their final name."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +11,16 @@ import pyarrow.parquet as pq
 COMPRESSION_LEVEL = 1  # zstd; higher levels gain little on BYTE_STREAM_SPLIT logits
 
 
-def write_shard(path: Path, groups: Sequence[pa.Table]) -> int:
+# columns of many different values: their bytes are split into streams, which zstd then packs
+_SPLIT = {
+    "logits": "logits.list.element",
+    "weights": "weights.list.element",
+    "experts": "experts.list.element",
+    "token_id": "token_id",
+}
+
+
+def write_shard(path: Path, groups: Iterable[pa.Table]) -> int:
     """Write one shard under a temporary name, sync it, rename it; return its bytes.
 
     Args:
@@ -18,10 +28,19 @@ def write_shard(path: Path, groups: Sequence[pa.Table]) -> int:
         groups: a table per row group, at least one, all of one schema. A row group of routing rows
             holds one layer, so that readers skip layers by statistics.
     """
-    schema = groups[0].schema
+    part = write_part(path, groups)
+    seal(part)
+    return path.stat().st_size
+
+
+def write_part(path: Path, groups: Iterable[pa.Table]) -> Path:
+    """Write and sync the shard that is to become `path` under a temporary name; return that."""
+    tables = iter(groups)
+    first = next(tables)
+    schema = first.schema
     part = path.with_name(path.name + ".part")
-    plain = [name for name in ("logits", "weights") if name in schema.names]
-    dictionary = [name for name in schema.names if name not in plain]
+    split = [name for name in _SPLIT if name in schema.names]
+    dictionary = [name for name in schema.names if name not in split]
     try:
         with part.open("wb") as file:
             with pq.ParquetWriter(
@@ -30,20 +49,24 @@ def write_shard(path: Path, groups: Sequence[pa.Table]) -> int:
                 compression="zstd",
                 compression_level=COMPRESSION_LEVEL,
                 use_dictionary=dictionary,
-                column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in plain},
+                column_encoding={_SPLIT[name]: "BYTE_STREAM_SPLIT" for name in split},
                 write_statistics=dictionary,
                 write_page_checksum=True,
             ) as writer:
-                for group in groups:
+                for group in chain([first], tables):
                     writer.write_table(group, row_group_size=max(1, group.num_rows))
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    part.rename(path)
-    sync_folder(path.parent)
-    return path.stat().st_size
+    return part
+
+
+def seal(part: Path) -> None:
+    """Give a part its final name: from then on it is a shard, and never touched again."""
+    part.rename(part.with_suffix(""))
+    sync_folder(part.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -22,6 +22,11 @@ class Staged:
     _buffers: list[Tensor] = field(default_factory=list)
     _pool: "PinnedPool | None" = None
 
+    @property
+    def pinned(self) -> bool:
+        """Whether the host tensors lie in buffers that are used again after `release`."""
+        return self._pool is not None
+
     def wait(self) -> dict[str, Tensor]:
         """Block until the copies are done; return the host tensors."""
         if self._event is not None:
