@@ -11,6 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+from capture.errors import UnknownIdentity
+from capture.writer import WriterOptions
 from tests.capture.tiny import (
     EOS,
     PAD,
@@ -19,16 +24,12 @@ from tests.capture.tiny import (
     batch,
     check_logits,
     observed,
+    plain_logits,
     plain_loss,
     read,
     real_tokens,
     tiny_model,
 )
-from torch import Tensor
-from transformers import DynamicCache, StaticCache
-
-from capture.errors import UnknownIdentity
-from capture.writer import WriterOptions
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +290,7 @@ def test_beam_search(model, run, cache):
 
 def test_forked_beams_carry_their_logits(model, run):
     """Every beam's rows are what the model computes on that beam's whole prefix."""
-    ids, mask = batch([4], left=True)
+    ids, _ = batch([4], left=True)
     seen: list[tuple[Tensor, Tensor]] = []
     with observed(model, run) as patcher:
         cache = DynamicCache(config=model.config)
@@ -305,7 +306,6 @@ def test_forked_beams_carry_their_logits(model, run):
             stream = patcher.tracker._place.stream
             seen.append((torch.from_numpy(stream.sequences.astype("int64")), rows))
     logged = read(run)
-    from tests.capture.tiny import plain_logits
 
     for sequences, prefixes in seen:
         assert len(set(sequences.tolist())) == 3
