@@ -15,6 +15,7 @@ COMMANDS = {
     "capture": "capture.commands:capture",
     "info": "analysis.commands.info:info",
     "verify": "analysis.commands.info:verify",
+    "fidelity": "analysis.commands.replay:fidelity",
     "replay": "analysis.commands.replay:replay",
     "sweep": "analysis.commands.replay:sweep",
     "kde": "analysis.commands.kde:kde",

@@ -1,0 +1,343 @@
+"""Replay: the decisions of a log recomputed at other settings, with no model."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from analysis.log import Log, Progress, layer_of, logits_of
+from analysis.summary import LayerSummary, summary_frame
+from capture.bh import (
+    BhOptions,
+    count_rejected,
+    decide_by_expert,
+    decide_by_p_value,
+    empirical_p_values,
+    finite_keys,
+    no_finite_logit,
+    p_value_order,
+)
+from capture.errors import InvalidOption, KdeMismatch
+from capture.kde import KdeModel
+
+COLUMNS = ("layer", "logits", "experts", "n_selected", "forward", "rank")
+
+
+@dataclass(frozen=True, eq=False)
+class Replayed:
+    """Decisions of T rows of one layer under A settings.
+
+    Attributes:
+        logits: (T, E) float32.
+        order: (T, E) uint16, experts from the first choice on; the first n_selected are chosen.
+        n_selected, n_rejected: (A, T) uint16.
+    """
+
+    logits: NDArray[np.float32]
+    order: NDArray[np.uint16]
+    n_selected: NDArray[np.uint16]
+    n_rejected: NDArray[np.uint16]
+
+
+class Replay:
+    """The rule under several settings, ready to be applied to batches of a log.
+
+    Args:
+        log: the run to replay.
+        settings: BH options, one for each replay; all with the same p_values.
+        kde: null model; None takes the run's own.
+
+    Raises:
+        InvalidOption: no setting, a bound above the number of experts, or empirical p-values of a
+            log that does not hold whole batches.
+        KdeMismatch: no null model, or one for other layers or experts.
+    """
+
+    def __init__(
+        self, log: Log, settings: Sequence[BhOptions], kde: KdeModel | None = None
+    ) -> None:
+        if not settings:
+            raise InvalidOption("replay needs at least one alpha")
+        self.settings = tuple(settings)
+        self.n_experts = log.n_experts
+        self._bounds = [options.bounds(self.n_experts) for options in self.settings]
+        self.empirical = self.settings[0].p_values == "empirical"
+        self._kde = kde
+        if self.empirical:
+            _require_whole_batches(log)
+            return
+        if self._kde is None:
+            self._kde = log.kde
+        if self._kde is None:
+            raise KdeMismatch(
+                f"{log.path} has no null model of its own; name one: fit it with "
+                f"bhlog kde fit {log.path} --out null.parquet, then give it with --kde"
+            )
+        self._kde.require(log.layers, self.n_experts)
+        self._thresholds = {
+            layer: [self._kde[layer].thresholds(o.alpha, self.n_experts) for o in self.settings]
+            for layer in log.layers
+        }
+
+    def decide(self, batch: pa.RecordBatch) -> Replayed:
+        """Replay a batch of one layer that has the COLUMNS.
+
+        A row without a finite logit keeps the experts that were logged: the model's own choice.
+        """
+        logits, layer = logits_of(batch), layer_of(batch)
+        if self.empirical:
+            order, n_rejected = self._empirical(batch, logits)
+        elif self._kde is not None and self._kde[layer].pooled:
+            keys = finite_keys(logits)
+            by_logit = np.argsort(-keys, axis=1, kind="stable")
+            sorted_keys = np.take_along_axis(keys, by_logit, axis=1)
+            order = by_logit.astype(np.uint16)
+            n_rejected = np.stack([count_rejected(sorted_keys, t) for t in self._thresholds[layer]])
+        else:
+            assert self._kde is not None
+            p, E = self._kde[layer].p_value(logits), self.n_experts
+            order = p_value_order(finite_keys(logits), p).astype(np.uint16)
+            n_rejected = np.stack(
+                [
+                    decide_by_expert(logits, t, p, min_k=0, max_k=E).n_rejected
+                    for t in self._thresholds[layer]
+                ]
+            )
+        n_selected = np.stack(
+            [np.clip(n, low, high) for n, (low, high) in zip(n_rejected, self._bounds, strict=True)]
+        )
+        undecided = np.flatnonzero(no_finite_logit(logits))
+        if len(undecided):
+            logged = batch.column("experts").take(pa.array(undecided)).to_pylist()
+            for row, experts in zip(undecided, logged, strict=True):
+                rest = np.setdiff1d(np.arange(self.n_experts), experts)
+                order[row] = np.concatenate([experts, rest])
+                n_selected[:, row], n_rejected[:, row] = len(experts), 0
+        return Replayed(logits, order, n_selected, n_rejected)
+
+    def _empirical(
+        self, batch: pa.RecordBatch, logits: NDArray[np.float32]
+    ) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+        """Order and (A, T) n_rejected, each forward of each rank ranked on its own."""
+        T, E = logits.shape
+        order = np.empty((T, E), dtype=np.uint16)
+        n_rejected = np.empty((len(self.settings), T), dtype=np.uint16)
+        forward = batch.column("forward").to_numpy().astype(np.int64)
+        group = batch.column("rank").to_numpy().astype(np.int64) << 32 | forward
+        for number in np.unique(group):
+            rows = group == number
+            p = empirical_p_values(logits[rows])
+            order[rows] = p_value_order(finite_keys(logits[rows]), p)
+            for i, options in enumerate(self.settings):
+                decisions = decide_by_p_value(
+                    logits[rows], p, alpha=options.alpha, min_k=0, max_k=E
+                )
+                n_rejected[i, rows] = decisions.n_rejected
+        return order, n_rejected
+
+
+def settings_of(
+    log: Log,
+    alphas: Iterable[float],
+    *,
+    min_k: int | None = None,
+    max_k: int | None = None,
+    temperature: float | None = None,
+) -> tuple[BhOptions, ...]:
+    """Options for a replay at these alphas; what is None is as in the run.
+
+    A native run has no BH options of its own: then min_k is 1, max_k is all experts, the
+    temperature 1, and p-values come from a null model.
+    """
+    options = log.manifest.routing.options or BhOptions()
+    return tuple(
+        replace(
+            options,
+            alpha=alpha,
+            min_k=options.min_k if min_k is None else min_k,
+            max_k=options.max_k if max_k is None else max_k,
+            temperature=options.temperature if temperature is None else temperature,
+        )
+        for alpha in alphas
+    )
+
+
+def replay(
+    log: Log,
+    settings: Sequence[BhOptions],
+    *,
+    kde: KdeModel | None = None,
+    layers: Iterable[int] | None = None,
+    where: str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> pl.DataFrame:
+    """Summaries of a log replayed at several settings, in one pass.
+
+    Args:
+        settings: see settings_of.
+        kde: null model; None takes the run's own.
+        layers, where: which rows; see Log.fold.
+
+    Returns:
+        One row per setting and layer, and one per setting over all layers (layer null); columns as
+        in analysis.summary.
+
+    Raises:
+        InvalidOption, KdeMismatch: see Replay.
+    """
+    rule = Replay(log, settings, kde)
+    top_k = log.manifest.model.top_k
+    total = log.fold(
+        lambda: _Summaries(rule, top_k),
+        COLUMNS,
+        layers=layers,
+        where=where,
+        threads=threads,
+        progress=progress,
+    )
+    frames = []
+    for i, options in enumerate(settings):
+        low, high = options.bounds(log.n_experts)
+        frame = summary_frame(
+            {layer: parts[i] for layer, parts in total.layers.items()},
+            min_k=low,
+            max_k=high,
+            top_k=top_k,
+        )
+        frames.append(
+            frame.select(
+                pl.lit(options.alpha).alias("alpha"),
+                pl.lit(low).alias("min_k"),
+                pl.lit(high).alias("max_k"),
+                pl.all(),
+            )
+        )
+    return pl.concat(frames)
+
+
+class _Summaries:
+    """A LayerSummary per layer and setting."""
+
+    def __init__(self, rule: Replay, top_k: int) -> None:
+        self.rule, self.top_k = rule, top_k
+        self.layers: dict[int, list[LayerSummary]] = {}
+
+    def update(self, batch: pa.RecordBatch) -> None:
+        E = self.rule.n_experts
+        parts = self.layers.setdefault(
+            layer_of(batch), [LayerSummary(E) for _ in self.rule.settings]
+        )
+        replayed = self.rule.decide(batch)
+        for i, options in enumerate(self.rule.settings):
+            parts[i].add(
+                replayed.logits,
+                replayed.order,
+                replayed.n_selected[i],
+                replayed.n_rejected[i],
+                logged=batch.column("experts"),
+                top_k=self.top_k,
+                temperature=options.temperature,
+            )
+
+    def merge(self, other: Self) -> None:
+        for layer, parts in other.layers.items():
+            if layer not in self.layers:
+                self.layers[layer] = parts
+            else:
+                for mine, theirs in zip(self.layers[layer], parts, strict=True):
+                    mine.merge(theirs)
+
+
+def verify_replay(log: Log, progress: Progress | None = None) -> pl.DataFrame:
+    """Replay a run at its own settings and compare every row with what was logged.
+
+    Under BH the experts in order, n_selected and n_rejected must be the logged ones. Under native
+    routing the logged experts must hold the top_k largest logits; which of several equal ones is
+    the model's affair.
+
+    Returns:
+        One row per layer: layer, rows, mismatches, and where the first one is.
+
+    Raises:
+        InvalidOption: the run's experts are not decided by its logits alone.
+    """
+    total = log.fold(
+        lambda: _Comparison(log),
+        ("layer", "sequence", "position", *COLUMNS[1:], "n_rejected"),
+        progress=progress,
+    )
+    rows = [
+        {"layer": layer, "rows": n, "mismatches": wrong, "first": first}
+        for layer, (n, wrong, first) in sorted(total.layers.items())
+    ]
+    schema = {"layer": pl.Int64, "rows": pl.Int64, "mismatches": pl.Int64, "first": pl.String}
+    return pl.DataFrame(rows, schema=schema)
+
+
+class _Comparison:
+    """Counts rows whose replayed decision differs from the logged one."""
+
+    def __init__(self, log: Log) -> None:
+        options = log.manifest.routing.options
+        self.rule = None if options is None else Replay(log, [options])
+        self.top_k = log.manifest.model.top_k
+        self.layers: dict[int, tuple[int, int, str | None]] = {}
+
+    def update(self, batch: pa.RecordBatch) -> None:
+        n = batch.column("n_selected").to_numpy()
+        logged = padded_experts(batch.column("experts"), self.width(batch))
+        if self.rule is None:
+            wrong = self._native(batch, logged)
+        else:
+            mine = self.rule.decide(batch)
+            slots = np.arange(logged.shape[1]) < n[:, None]
+            wrong = (
+                (mine.n_selected[0] != n)
+                | (mine.n_rejected[0] != batch.column("n_rejected").to_numpy())
+                | ((mine.order[:, : logged.shape[1]] != logged) & slots).any(axis=1)
+            )
+        first = None
+        if wrong.any():
+            row = batch.slice(int(np.argmax(wrong)), 1).to_pylist()[0]
+            first = f"rank {row['rank']} sequence {row['sequence']} position {row['position']}"
+        self._count(layer_of(batch), len(wrong), int(wrong.sum()), first)
+
+    def merge(self, other: Self) -> None:
+        for layer, (n, wrong, first) in other.layers.items():
+            self._count(layer, n, wrong, first)
+
+    def width(self, batch: pa.RecordBatch) -> int:
+        """Slots for the widest row of a batch."""
+        return int(batch.column("n_selected").to_numpy().max(initial=1))
+
+    def _native(self, batch: pa.RecordBatch, logged: NDArray[np.uint16]) -> NDArray[np.bool_]:
+        keys = finite_keys(logits_of(batch))
+        best = -np.sort(-keys, axis=1)[:, : logged.shape[1]]
+        mine = -np.sort(-np.take_along_axis(keys, logged.astype(np.int64), axis=1), axis=1)
+        return np.asarray((best != mine).any(axis=1))
+
+    def _count(self, layer: int, n: int, wrong: int, first: str | None) -> None:
+        before = self.layers.get(layer, (0, 0, None))
+        self.layers[layer] = (before[0] + n, before[1] + wrong, before[2] or first)
+
+
+def padded_experts(experts: pa.ListArray, width: int) -> NDArray[np.uint16]:
+    """(T, width) uint16: the lists of a column side by side, 0 beyond their ends."""
+    lengths = experts.value_lengths().to_numpy(zero_copy_only=False)
+    result = np.zeros((len(experts), width), dtype=np.uint16)
+    result[np.arange(width) < lengths[:, None]] = experts.flatten().to_numpy()
+    return result
+
+
+def _require_whole_batches(log: Log) -> None:
+    manifest = log.manifest
+    if manifest.sample_every > 1 or manifest.totals.dropped:
+        raise InvalidOption(
+            f"{log.path}: empirical p-values rank whole batches, but tokens were left out of this "
+            "log (sampled or dropped); replay it with a null model: --kde FILE"
+        )

@@ -1,0 +1,156 @@
+"""Summary of decisions: how many experts, how much is kept, how the load is spread."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from capture.bh import finite_keys
+
+
+class LayerSummary:
+    """Counts of one layer under one setting; adding rows and merging commute.
+
+    Attributes:
+        selected: (E + 1,) int64, rows by n_selected.
+        load: (E,) int64, rows by chosen expert.
+        none_rejected: rows with n_rejected = 0.
+        kept: sum over rows of the softmax probability of the chosen experts.
+        native, logged: sums over rows of (Jaccard, recall) with the native top-k and with the
+            logged experts.
+    """
+
+    def __init__(self, n_experts: int) -> None:
+        self.selected = np.zeros(n_experts + 1, dtype=np.int64)
+        self.load = np.zeros(n_experts, dtype=np.int64)
+        self.none_rejected = 0
+        self.kept = 0.0
+        self.native = np.zeros(2)
+        self.logged = np.zeros(2)
+
+    def add(
+        self,
+        logits: NDArray[np.float32],
+        order: NDArray[np.uint16],
+        n_selected: NDArray[np.uint16],
+        n_rejected: NDArray[np.uint16],
+        *,
+        logged: pa.ListArray,
+        top_k: int,
+        temperature: float = 1.0,
+    ) -> None:
+        """Count T rows.
+
+        Args:
+            logits: (T, E).
+            order: (T, E), experts from the first choice on.
+            n_selected, n_rejected: (T,).
+            logged: (T,) list column, the experts that the run used.
+            top_k: experts of the model's own routing, those with the largest logits.
+        """
+        T, E = logits.shape
+        chosen = np.arange(E) < n_selected[:, None]  # by rank in the order
+        self.selected += np.bincount(n_selected, minlength=E + 1)
+        self.load += np.bincount(order[chosen], minlength=E)
+        self.none_rejected += int((n_rejected == 0).sum())
+        keys = finite_keys(logits)
+        top = keys.max(axis=1, keepdims=True)
+        scaled = (keys - np.where(np.isfinite(top), top, np.float32(0))) / np.float32(temperature)
+        weight = np.exp(scaled)
+        in_order = np.take_along_axis(weight, order.astype(np.int64), axis=1)
+        share = (in_order * chosen).sum(axis=1) / np.maximum(weight.sum(axis=1), np.float32(1e-30))
+        self.kept += float(share.sum(dtype=np.float64))
+        rank_of = np.empty((T, E), dtype=np.uint16)  # place of each expert in the order
+        np.put_along_axis(rank_of, order.astype(np.int64), np.arange(E, dtype=np.uint16)[None], 1)
+        best = np.argpartition(-keys, top_k - 1, axis=1)[:, :top_k]
+        in_native = np.take_along_axis(rank_of, best, axis=1) < n_selected[:, None]
+        self.native += _overlap(in_native.sum(axis=1), n_selected, np.full(T, top_k))
+        lengths = logged.value_lengths().to_numpy(zero_copy_only=False)
+        rows = np.repeat(np.arange(T), lengths)
+        hit = rank_of[rows, logged.flatten().to_numpy()] < n_selected[rows]
+        both = np.bincount(rows[hit], minlength=T)
+        self.logged += _overlap(both, n_selected, lengths)
+
+    def merge(self, other: "LayerSummary") -> None:
+        """Add the rows of another summary."""
+        self.selected += other.selected
+        self.load += other.load
+        self.none_rejected += other.none_rejected
+        self.kept += other.kept
+        self.native += other.native
+        self.logged += other.logged
+
+    def row(self, *, min_k: int, max_k: int, top_k: int) -> dict[str, Any]:
+        """The summary as the columns of summary_frame."""
+        n, E = int(self.selected.sum()), len(self.load)
+        k = np.arange(E + 1)
+        mean = float(self.selected @ k / n)
+        present = k[self.selected > 0]
+        cumulative = np.cumsum(self.selected)
+        share = self.load / max(1, self.load.sum())
+        spread = share[share > 0]
+        rising = np.sort(share)
+        return {
+            "rows": n,
+            "mean_experts": mean,
+            "sd_experts": float(np.sqrt(self.selected @ (k - mean) ** 2 / n)),
+            "min_experts": int(present[0]),
+            "median_experts": int(np.searchsorted(cumulative, n / 2)),
+            "max_experts": int(present[-1]),
+            "at_min_k": float(self.selected[min_k] / n),
+            "at_max_k": float(self.selected[max_k] / n),
+            "none_rejected": self.none_rejected / n,
+            "probability_kept": self.kept / n,
+            "native_jaccard": float(self.native[0] / n),
+            "native_recall": float(self.native[1] / n),
+            "logged_jaccard": float(self.logged[0] / n),
+            "logged_recall": float(self.logged[1] / n),
+            "load_entropy": float(-(spread * np.log(spread)).sum() / np.log(E)),
+            "load_cv": float(share.std() * E),
+            "load_gini": float(2 * (rising @ np.arange(1, E + 1)) / E - (E + 1) / E),
+            "busiest_share": float(share.max()),
+            "dead_experts": int((self.load == 0).sum()),
+            "flops": mean / top_k,
+            "histogram": self.selected.tolist(),
+        }
+
+
+def summary_frame(
+    layers: Mapping[int, LayerSummary], *, min_k: int, max_k: int, top_k: int
+) -> pl.DataFrame:
+    """One row per layer, then one over all layers (layer null).
+
+    Columns: rows; mean, sd, min, median and max of n_selected (experts per token); at_min_k,
+    at_max_k, none_rejected (shares of rows); probability_kept (mean softmax probability of the
+    chosen experts); native_jaccard, native_recall, logged_jaccard, logged_recall (mean overlap of
+    the chosen experts with the model's top-k and with the logged ones); load_entropy (1 is even),
+    load_cv, load_gini (0 is even), busiest_share (of all choices), dead_experts (count; summed
+    over layers); flops (expert FLOPs relative to the native top-k); histogram (rows by n_selected
+    from 0 to E). Over all layers, load figures are means over layers.
+    """
+    bounds = {"min_k": min_k, "max_k": max_k, "top_k": top_k}
+    rows: list[dict[str, Any]] = [
+        {"layer": layer, **part.row(**bounds)} for layer, part in sorted(layers.items())
+    ]
+    if not rows:
+        return pl.DataFrame()
+    total = LayerSummary(len(next(iter(layers.values())).load))
+    for part in layers.values():
+        total.merge(part)
+    overall: dict[str, Any] = {"layer": None, **total.row(**bounds)}
+    for name in ("load_entropy", "load_cv", "load_gini", "busiest_share"):
+        overall[name] = float(np.mean([row[name] for row in rows]))
+    overall["dead_experts"] = sum(row["dead_experts"] for row in rows)
+    return pl.DataFrame([*rows, overall], infer_schema_length=None)
+
+
+def _overlap(
+    both: NDArray[np.integer], a: NDArray[np.integer], b: NDArray[np.integer]
+) -> NDArray[np.float64]:
+    """Sums over rows of Jaccard and of recall (the share of b that is in a)."""
+    both, a, b = both.astype(np.float64), a.astype(np.float64), b.astype(np.float64)
+    union = np.maximum(a + b - both, 1)
+    return np.array([(both / union).sum(), (both / np.maximum(b, 1)).sum()])
