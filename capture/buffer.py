@@ -57,7 +57,7 @@ class Buffer:
     rank: int
     layers: tuple[int, ...] = ()
     tokens: int = 0
-    _by_layer: list[dict[str, Tensor]] = field(default_factory=list)
+    _by_layer: list[dict[str, NDArray[Any]]] = field(default_factory=list)
     _identity: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
 
     @property
@@ -86,16 +86,15 @@ class Buffer:
         if not len(rows):
             return counts
         whole = len(rows) == len(logged)
-        index = torch.from_numpy(rows)
         kept = {}
         for name in _BY_LAYER:
             if name in tensors:
-                tensor = tensors[name]
+                array = _host(tensors[name])
                 if not whole:
-                    tensor = tensor.index_select(1, index)
+                    array = array.take(rows, axis=1)
                 elif block.staged.pinned:
-                    tensor = tensor.clone()
-                kept[name] = tensor
+                    array = array.copy()
+                kept[name] = array
         codes = [sources.setdefault(name, len(sources)) for name in block.sources]
         identity: dict[str, NDArray[Any]] = {
             "sequence": block.sequence[rows],
@@ -109,7 +108,7 @@ class Buffer:
         if token_ids and "token_id" in tensors:
             identity["token_id"] = tensors["token_id"].numpy()[rows].astype(np.int32)
         if "nll" in tensors:
-            identity["nll"] = tensors["nll"].float().numpy()[rows]
+            identity["nll"] = tensors["nll"].numpy()[rows].astype(np.float32)
         for name, array in identity.items():
             self._identity.setdefault(name, []).append(array)
         self.layers = block.layers
@@ -118,7 +117,7 @@ class Buffer:
         return counts + Totals(
             rows=len(rows) * len(block.layers),
             tokens=len(rows),
-            nonfinite=_count_nonfinite(kept["logits"]),
+            nonfinite=sum(map(_count_nonfinite, kept["logits"])),
         )
 
     def tokens_table(self, sources: tuple[str, ...], metadata: dict[str, str]) -> pa.Table:
@@ -137,27 +136,35 @@ class Buffer:
         return pa.table([arrays[name] for name in schema.names], schema=schema)
 
     def routing_tables(self) -> Iterator[pa.Table]:
-        """Rows of the routing shard, a table per layer, made one at a time."""
+        """Rows of the routing shard, a table per layer; each is valid until the next is asked for.
+
+        They share memory: fresh memory for each costs more than what is done with it.
+        """
         n_experts = self._by_layer[0]["logits"].shape[2]
         schema, T = routing_schema(n_experts), self.tokens
         identity = self._identity_arrays(self._columns())
+        wide = np.empty((T, n_experts), dtype=np.float32)
         for i in sorted(range(len(self.layers)), key=lambda i: self.layers[i]):
             parts = [{name: t[i] for name, t in block.items()} for block in self._by_layer]
             n_selected, experts, weights = zip(*map(_chosen, parts), strict=True)
             counts = np.concatenate(n_selected)
             offsets = np.zeros(T + 1, dtype=np.int32)
             np.cumsum(counts, out=offsets[1:])
-            logits = _as_float32([part["logits"] for part in parts])
+            start = 0
+            for part in parts:
+                rows = slice(start, start + len(part["logits"]))
+                _widen(part["logits"], wide[rows])
+                start = rows.stop
             rejected = pa.nulls(T, pa.uint16())
             if "n_rejected" in parts[0]:
                 rejected = pa.array(
-                    np.concatenate([p["n_rejected"].numpy() for p in parts]).astype(np.uint16)
+                    np.concatenate([part["n_rejected"] for part in parts]).astype(np.uint16)
                 )
             arrays = {
                 **identity,
                 "layer": pa.array(np.full(T, self.layers[i], dtype=np.uint16)),
                 "logits": pa.FixedSizeListArray.from_arrays(
-                    pa.array(logits.ravel()), type=schema.field("logits").type
+                    pa.array(wide.ravel()), type=schema.field("logits").type
                 ),
                 "experts": pa.ListArray.from_arrays(
                     pa.array(offsets),
@@ -199,34 +206,44 @@ def logged_rows(tensors: dict[str, Tensor], sample_every: int) -> tuple[NDArray[
 
 
 def _chosen(
-    part: dict[str, Tensor],
+    part: dict[str, NDArray[Any]],
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint16], NDArray[np.float32]]:
     """n_selected of each row, and the experts and weights chosen, row after row."""
     T, K = part["experts"].shape
-    experts = part["experts"].numpy().astype(np.uint16, copy=False)
-    weights = part["weights"].float().numpy()
+    experts = part["experts"].astype(np.uint16, copy=False)
+    weights = np.empty((T, K), dtype=np.float32)
+    _widen(part["weights"], weights)
     if "n_selected" not in part:
         return np.full(T, K, dtype=np.uint16), experts.ravel(), weights.ravel()
-    n_selected = part["n_selected"].numpy().astype(np.uint16)
+    n_selected = part["n_selected"].astype(np.uint16)
     chosen = np.arange(K) < n_selected[:, None]
     return n_selected, experts[chosen], weights[chosen]
 
 
-def _as_float32(parts: list[Tensor]) -> NDArray[np.float32]:
-    """(T, E) rows of all parts; widening is exact."""
-    if len(parts) == 1:
-        single: NDArray[np.float32] = parts[0].float().contiguous().numpy()
-        return single
-    rows = sum(len(part) for part in parts)
-    result = torch.empty(rows, parts[0].shape[1])
-    torch.cat([part.float() for part in parts], out=result)
-    found: NDArray[np.float32] = result.numpy()
-    return found
+# Plain numpy from here on: torch would spread over the cores that the model needs.
 
 
-def _count_nonfinite(logits: Tensor) -> int:
-    """Rows of (L, T, E) with a NaN or an infinity."""
-    # one pass where all is well: a sum is finite unless a value is not, or it overflows
-    if bool(logits.sum(dtype=torch.float32).isfinite()):
-        return 0
-    return int((~logits.isfinite()).any(dim=-1).sum())
+def _host(tensor: Tensor) -> NDArray[Any]:
+    """A host tensor as an array; bfloat16, which numpy lacks, as its bits in uint16."""
+    if tensor.dtype == torch.bfloat16:
+        bits: NDArray[Any] = tensor.view(torch.int16).numpy().view(np.uint16)
+        return bits
+    array: NDArray[Any] = tensor.numpy()
+    return array
+
+
+def _widen(values: NDArray[Any], out: NDArray[np.float32]) -> None:
+    """Write floats, or bfloat16 as its bits, to float32; exact."""
+    if values.dtype == np.uint16:
+        np.left_shift(values, 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        out[...] = values
+
+
+def _count_nonfinite(logits: NDArray[Any]) -> int:
+    """Rows of (T, E) logits with a NaN or an infinity."""
+    if logits.dtype == np.uint16:
+        bad = (logits & 0x7F80) == 0x7F80  # bfloat16 with all bits of the exponent set
+        return int(bad.any(axis=1).sum()) if bad.any() else 0
+    finite = np.isfinite(logits)
+    return 0 if finite.all() else int((~finite).any(axis=1).sum())
