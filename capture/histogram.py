@@ -16,8 +16,10 @@ ONE_SPREAD = 1 << 12  # fixed-point unit of spread
 LARGEST_LOGIT = 1024.0  # finite logits beyond it are left out like infinite ones
 
 _FRACTION_BITS = 20
-_CHUNK = 1 << 16  # values binned at a time, so that temporaries stay in the processor's cache
-_TABLE_FROM = 1 << 15  # values from which the table of bfloat16 patterns pays
+_CHUNK = 1 << 16  # float32 values binned at a time, so that temporaries stay in the cache
+_PATTERNS = 1 << 16  # of bfloat16
+_PATTERN_CHUNK = 1 << 17  # bfloat16 values counted at a time: many for each pass over the table
+_TABLE_FROM = 1 << 15  # values from which the table of patterns pays
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,19 +70,15 @@ class Histogram:
     def of(cls, values: NDArray[np.float32]) -> Self:
         """Histogram of float32 values of any shape; those that cannot be counted are left out."""
         values = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
-        if values.size >= _TABLE_FROM:
-            bits = values.view(np.uint32)
-            if not int(np.bitwise_or.reduce(bits)) & 0xFFFF:
-                return cls._of_bfloat16(bits)
+        if values.size >= _TABLE_FROM and is_bfloat16(values):
+            times = np.zeros(_PATTERNS, dtype=np.int64)
+            count_patterns(values, times)
+            return cls.of_patterns(times)
         return cls._of_float32(values)
 
     @classmethod
-    def _of_bfloat16(cls, bits: NDArray[np.uint32]) -> Self:
-        """Histogram of values whose float32 patterns end in 16 zeros, which is bfloat16."""
-        times = np.zeros(1 << 16, dtype=np.int64)
-        for start in range(0, len(bits), _CHUNK):
-            patterns = (bits[start : start + _CHUNK] >> 16).astype(np.intp)
-            times += np.bincount(patterns, minlength=1 << 16)
+    def of_patterns(cls, times: NDArray[np.int64]) -> Self:
+        """Histogram of bfloat16 values, from how often each of the 2^16 patterns was seen."""
         patterns = np.flatnonzero(times)
         values = (patterns.astype(np.uint32) << 16).view(np.float32)
         countable = np.abs(values) <= LARGEST_LOGIT
@@ -133,6 +131,25 @@ class Histogram:
             and np.array_equal(self.counts, other.counts)
             and np.array_equal(self.spread, other.spread)
         )
+
+
+def is_bfloat16(values: NDArray[np.float32]) -> bool:
+    """Whether every value of a contiguous array is one of bfloat16: its pattern ends in zeros."""
+    bits = values.view(np.uint32)
+    return not int(np.bitwise_or.reduce(bits, axis=None)) & 0xFFFF
+
+
+def count_patterns(values: NDArray[np.float32], times: NDArray[np.int64]) -> None:
+    """Add to times, (2^16,), how often each bfloat16 pattern is among contiguous values."""
+    bits = values.reshape(-1).view(np.uint32)
+    # One buffer for all chunks: fresh pages would cost more than the counting.
+    buffer = np.empty(min(len(bits), _PATTERN_CHUNK), dtype=np.intp)
+    for start in range(0, len(bits), _PATTERN_CHUNK):
+        chunk = bits[start : start + _PATTERN_CHUNK]
+        patterns = buffer[: len(chunk)]
+        np.right_shift(chunk, 16, out=patterns, casting="unsafe")
+        seen = np.bincount(patterns)
+        times[: len(seen)] += seen
 
 
 def _bin(
@@ -195,7 +212,7 @@ class HistogramAccumulator:
     """Histograms of logits that arrive in batches of one layer; flat in memory.
 
     Batches may come in any order and any split, and accumulators merge in any order: the result is
-    the same integers.
+    the same integers. Pooled bfloat16 logits are counted by pattern and binned once, at the end.
     """
 
     def __init__(self, trims: Iterable[Trim] = (Trim(),), *, by_expert: bool = False) -> None:
@@ -203,6 +220,7 @@ class HistogramAccumulator:
         self.trims = tuple(dict.fromkeys(Trim(*trim) for trim in trims))
         self.by_expert = by_expert
         self._histograms: dict[HistogramKey, Histogram] = {}
+        self._patterns: dict[HistogramKey, NDArray[np.int64]] = {}
 
     def update(self, layer: int, logits: NDArray[np.float32]) -> None:
         """Count the rows of one layer.
@@ -217,30 +235,31 @@ class HistogramAccumulator:
             trim.check(logits.shape[1])
         if self.by_expert:
             for trim in self.trims:
-                kept = _kept(logits, trim)
+                keep = kept(logits, trim)
                 for expert in range(logits.shape[1]):
                     column = logits[:, expert]
-                    part = Histogram.of(column if kept is None else column[kept[:, expert]])
-                    self._add(HistogramKey(layer, expert, trim), part)
-            return
-        if self.trims == (Trim(),):
-            self._add(HistogramKey(layer, None, Trim()), Histogram.of(logits))
-            return
-        whole = np.isfinite(logits).all(axis=1)
-        self._add_sorted(layer, logits if whole.all() else logits[whole])
-        if not whole.all():
-            broken = logits[~whole]
-            for trim in self.trims:
-                kept = _kept(broken, trim)
-                part = Histogram.of(broken if kept is None else broken[kept])
-                self._add(HistogramKey(layer, None, trim), part)
+                    self._count(
+                        HistogramKey(layer, expert, trim),
+                        column if keep is None else column[keep[:, expert]],
+                    )
+        elif self.trims == (Trim(),):
+            self._count(HistogramKey(layer, None, Trim()), logits)
+        else:
+            step = max(1, _PATTERN_CHUNK // logits.shape[1])
+            for start in range(0, len(logits), step):
+                self._count_trimmed(layer, logits[start : start + step])
 
     def merge(self, other: Self) -> None:
-        """Add what another accumulator of the same kind counted."""
+        """Add what another accumulator of the same kind counted, which is used up by it."""
         if (self.trims, self.by_expert) != (other.trims, other.by_expert):
             raise InvalidOption("histograms of different trimming levels cannot be merged")
         for key, part in other._histograms.items():
             self._add(key, part)
+        for key, times in other._patterns.items():
+            if key in self._patterns:
+                self._patterns[key] += times
+            else:
+                self._patterns[key] = times
 
     def empty_copy(self) -> "HistogramAccumulator":
         """An accumulator of the same kind that has counted nothing."""
@@ -248,31 +267,52 @@ class HistogramAccumulator:
 
     def histograms(self) -> dict[HistogramKey, Histogram]:
         """What was counted so far, by layer, expert and trimming level, in that order."""
-        return dict(sorted(self._histograms.items(), key=lambda item: _order(item[0])))
+        total = dict(self._histograms)
+        for key, times in self._patterns.items():
+            part = Histogram.of_patterns(times)
+            total[key] = total[key].merge(part) if key in total else part
+        return dict(sorted(total.items(), key=lambda item: _order(item[0])))
+
+    def _count(self, key: HistogramKey, values: NDArray[np.float32]) -> None:
+        values = np.ascontiguousarray(values, dtype=np.float32)
+        if self.by_expert or values.size < _TABLE_FROM or not is_bfloat16(values):
+            self._add(key, Histogram.of(values))
+            return
+        if key not in self._patterns:
+            self._patterns[key] = np.zeros(_PATTERNS, dtype=np.int64)
+        count_patterns(values, self._patterns[key])
 
     def _add(self, key: HistogramKey, part: Histogram) -> None:
         sum_so_far = self._histograms.get(key)
         self._histograms[key] = part if sum_so_far is None else sum_so_far.merge(part)
 
-    def _add_sorted(self, layer: int, logits: NDArray[np.float32]) -> None:
-        """Count finite rows: each stretch of ranks between two cuts is counted once."""
-        if not len(logits):
-            return
-        E = logits.shape[1]
-        ranked = np.sort(logits, axis=1)
-        cuts = sorted({cut for trim in self.trims for cut in (trim.low, E - trim.high)})
-        stretches = {low: Histogram.of(ranked[:, low:high]) for low, high in pairwise(cuts)}
-        for trim in self.trims:
-            for low, part in stretches.items():
-                if trim.low <= low < E - trim.high:
-                    self._add(HistogramKey(layer, None, trim), part)
+    def _count_trimmed(self, layer: int, logits: NDArray[np.float32]) -> None:
+        """Count pooled rows at every level: each stretch of ranks between two cuts once."""
+        whole = np.isfinite(logits).all(axis=1)
+        ranked = logits[whole]  # a copy
+        if len(ranked):
+            ranked.sort(axis=1)
+            E = logits.shape[1]
+            cuts = sorted({cut for trim in self.trims for cut in (trim.low, E - trim.high)})
+            for low, high in pairwise(cuts):
+                part = Histogram.of(ranked[:, low:high])
+                for trim in self.trims:
+                    if trim.low <= low < E - trim.high:
+                        self._add(HistogramKey(layer, None, trim), part)
+        if not whole.all():
+            broken = logits[~whole]
+            for trim in self.trims:
+                keep = kept(broken, trim)
+                self._count(
+                    HistogramKey(layer, None, trim), broken if keep is None else broken[keep]
+                )
 
 
 def _order(key: HistogramKey) -> tuple[int, int, Trim]:
     return key.layer, -1 if key.expert is None else key.expert, key.trim
 
 
-def _kept(logits: NDArray[np.float32], trim: Trim) -> NDArray[np.bool_] | None:
+def kept(logits: NDArray[np.float32], trim: Trim) -> NDArray[np.bool_] | None:
     """(T, E) bool: what a trimming level keeps of each row; None for everything.
 
     Non-finite logits are kept, so that the histogram counts them as left out, and rank nowhere.

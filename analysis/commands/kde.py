@@ -1,74 +1,23 @@
 """`bhlog kde`: fit, refit, merge, show, compare, check, import and export null models."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from analysis.commands.kde_calibration import check, compare
+from analysis.commands.kde_options import (
+    KERNELS,
+    bandwidth_option,
+    check_figure,
+    check_writable,
+    load,
+    trim_option,
+    with_rows_options,
+    write_figure,
+)
 from analysis.table import format_option, print_frame, progress_bar
 from capture.errors import InvalidOption
-
-if TYPE_CHECKING:
-    from capture.kde import KdeModel
-
-KERNELS = ("gaussian", "epanechnikov", "tophat", "triangular", "none")
-
-
-def bandwidth_option(text: str) -> str | float:
-    """A rule's name or a number of logits."""
-    try:
-        return float(text)
-    except ValueError:
-        if text in ("scott", "silverman", "isj"):
-            return text
-        raise click.BadParameter(
-            f"{text!r} is neither scott, silverman, isj nor a number"
-        ) from None
-
-
-def layers_option(text: str) -> tuple[int, ...]:
-    """Layers, from text such as 0-3,7."""
-    layers: list[int] = []
-    try:
-        for part in text.split(","):
-            low, _, high = part.partition("-")
-            layers += range(int(low), int(high or low) + 1)
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a list of layers such as 0-3,7") from None
-    return tuple(layers)
-
-
-def trim_option(text: str) -> tuple[int, int]:
-    """A trimming level, from text such as 0:8."""
-    try:
-        low, high = text.split(":")
-        return int(low), int(high)
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a trimming level such as 0:8") from None
-
-
-rows_options = (
-    click.option("--layers", type=layers_option, metavar="LIST", help="Only these, such as 0-3,7."),
-    click.option(
-        "--where", metavar="SQL", help="Only rows that match, such as \"phase = 'decode'\"."
-    ),
-    click.option(
-        "--sample",
-        type=float,
-        default=1.0,
-        show_default=True,
-        metavar="SHARE",
-        help="Only this share of the tokens, the same ones each time.",
-    ),
-    click.option("--threads", type=click.IntRange(min=1), help="Threads that read (default: all)."),
-)
-
-
-def with_rows_options(command: Any) -> Any:
-    """Add the options that say which rows of a run are read."""
-    for option in reversed(rows_options):
-        command = option(command)
-    return command
 
 
 @click.group()
@@ -228,15 +177,20 @@ def show(
     """Show what a null model was fitted from, layer by layer."""
     from analysis.kde_tables import curves_frame
 
+    check_figure(figure)
     model = load(file)
-    if figure:
-        check_writable(figure)
     print_frame(curves_frame(model, alpha, experts), output_format, title=file)
     if figure:
-        from analysis.kde_figures import draw_layers, plot_tail
+        from analysis.kde_figures import layer_page, plot_tail
 
-        draw_layers(model, lambda layer, axes: plot_tail(model[layer], axes), figure)
-        click.echo(f"wrote {figure}", err=True)
+        page = layer_page(
+            sorted(model),
+            lambda layer, axes: plot_tail(model[layer], axes),
+            x="logit",
+            y="S(x)",
+            title=f"tails of {file}",
+        )
+        write_figure(page, figure)
 
 
 @kde.command("import", epilog="\b\nexample:\n  bhlog kde import old/kde_models --out null.parquet")
@@ -292,17 +246,5 @@ def export(file: str, out: str) -> None:
     click.echo(f"wrote {out}: {len(model)} layers", err=True)
 
 
-def load(file: str) -> "KdeModel":
-    """A null model from our file or from a folder of old pickles."""
-    from capture.pickles import load_kde_models
-
-    return load_kde_models(file)
-
-
-def check_writable(out: str) -> None:
-    """Raise InvalidOption if a file cannot be made at out, before the work rather than after."""
-    path = Path(out)
-    if path.is_dir():
-        raise InvalidOption(f"{out}: is a folder; expected the name of a file")
-    if not path.absolute().parent.is_dir():
-        raise InvalidOption(f"{out}: its folder does not exist; make it first")
+kde.add_command(compare)
+kde.add_command(check)
