@@ -77,7 +77,8 @@ class NullCurve:
         last = len(self.tail) - 1
         cell = np.clip(np.nan_to_num(np.floor(u), nan=0.0), 0, last - 1).astype(np.int64)
         left = self.tail[cell]
-        p = left + (u - cell) * (self.tail[cell + 1] - left)
+        with np.errstate(invalid="ignore"):  # an infinite u in a flat cell; settled below
+            p = left + (u - cell) * (self.tail[cell + 1] - left)
         p = np.where(u < 0, 1.0, np.where(u > last, 0.0, p))
         return np.where(np.isnan(u), np.nan, p)
 
