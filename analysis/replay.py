@@ -1,6 +1,6 @@
 """Replay: the decisions of a log recomputed at other settings, with no model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -22,7 +22,7 @@ from capture.bh import (
     p_value_order,
 )
 from capture.errors import InvalidOption, KdeMismatch
-from capture.kde import KdeModel
+from capture.kde import KdeModel, LayerNull
 
 COLUMNS = ("layer", "logits", "experts", "n_selected", "forward", "rank")
 
@@ -126,10 +126,7 @@ class Replay:
         T, E = logits.shape
         order = np.empty((T, E), dtype=np.uint16)
         n_rejected = np.empty((len(self.settings), T), dtype=np.uint16)
-        forward = batch.column("forward").to_numpy().astype(np.int64)
-        group = batch.column("rank").to_numpy().astype(np.int64) << 32 | forward
-        for number in np.unique(group):
-            rows = group == number
+        for rows in _forwards(batch):
             p = empirical_p_values(logits[rows])
             order[rows] = p_value_order(finite_keys(logits[rows]), p)
             for i, options in enumerate(self.settings):
@@ -324,6 +321,30 @@ class _Comparison:
     def _count(self, layer: int, n: int, wrong: int, first: str | None) -> None:
         before = self.layers.get(layer, (0, 0, None))
         self.layers[layer] = (before[0] + n, before[1] + wrong, before[2] or first)
+
+
+def p_values_of(batch: pa.RecordBatch, null: LayerNull | None) -> NDArray[np.float64]:
+    """(T, E) float64 p-values of a batch of one layer.
+
+    Args:
+        batch: with the COLUMNS; whole forwards if null is None.
+        null: the layer's null model; None ranks each forward of each rank on its own.
+    """
+    logits = logits_of(batch)
+    if null is not None:
+        return null.p_value(logits)
+    p = np.empty(logits.shape, dtype=np.float64)
+    for rows in _forwards(batch):
+        p[rows] = empirical_p_values(logits[rows])
+    return p
+
+
+def _forwards(batch: pa.RecordBatch) -> Iterator[NDArray[np.bool_]]:
+    """(T,) bool, the rows of each forward of each rank."""
+    forward = batch.column("forward").to_numpy().astype(np.int64)
+    group = batch.column("rank").to_numpy().astype(np.int64) << 32 | forward
+    for number in np.unique(group):
+        yield group == number
 
 
 def padded_experts(experts: pa.ListArray, width: int) -> NDArray[np.uint16]:

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capture.bh import empirical_p_values
 from capture.errors import InvalidOption, RouterLogError, RunExists
 from capture.kde import KdeModel
 from capture.manifest import MANIFEST_NAME, Manifest, ModelInfo, Routing
@@ -144,7 +143,7 @@ class BHRoutingLogger:
 
     def generate_plots(self) -> list[Path]:
         """Draw the six figures of the run into `plots_dir`; return their paths."""
-        from analysis.figures import SEED_FIGURES, draw_figures
+        from analysis.drawing import SEED_FIGURES, draw_figures
 
         return draw_figures(self._sealed(), SEED_FIGURES, self.plots_dir)
 
@@ -167,7 +166,8 @@ class BHRoutingLogger:
         columns = ["layer", "logits", "n_selected", "forward", "rank"]
         for batch in log.batches(columns):
             counts += np.bincount(batch.column("n_selected").to_numpy(), minlength=E + 1)
-            for p in _p_values(batch, log.kde, options is not None):
+            p = _p_values(batch, log.kde, options is not None)
+            if p is not None:
                 p_values.add(p)
         total = int(counts.sum())
         if total == 0:
@@ -251,7 +251,7 @@ class BHRoutingLogger:
         bh = log.manifest.routing.options is not None
         rows: list[dict[str, Any]] = []
         for batch in batches:
-            p = np.concatenate(list(_p_values(batch, log.kde, bh)) or [np.zeros((0, 0))])
+            p = _p_values(batch, log.kde, bh)
             for i, row in enumerate(batch.to_pylist()):
                 if row["position"] % self.log_every_n:
                     continue
@@ -266,7 +266,7 @@ class BHRoutingLogger:
                         "selected_experts": row["experts"],
                         "weights": row["weights"],
                         "logits": row["logits"],
-                        "p_values": p[i].tolist() if len(p) else None,
+                        "p_values": None if p is None else p[i].tolist(),
                     }
                 )
         rows.sort(key=lambda r: (r["sample_idx"], r["token_idx"], r["layer_idx"]))
@@ -354,19 +354,14 @@ class _Moments:
         }
 
 
-def _p_values(batch: Any, kde: KdeModel | None, bh: bool) -> Iterator[NDArray[np.float64]]:
-    """(T, E) float64 p-values of a batch of one layer, in one piece or by forward."""
-    from analysis.log import layer_of, logits_of
+def _p_values(batch: Any, kde: KdeModel | None, bh: bool) -> NDArray[np.float64] | None:
+    """(T, E) float64 p-values of a batch of one layer; None for a run that has none."""
+    from analysis.log import layer_of
+    from analysis.replay import p_values_of
 
-    logits = logits_of(batch)
-    if kde is not None:
-        yield kde[layer_of(batch)].p_value(logits)
-    elif bh:
-        forward = batch.column("forward").to_numpy()
-        p = np.empty(logits.shape)
-        for number in np.unique(forward):
-            p[forward == number] = empirical_p_values(logits[forward == number])
-        yield p
+    if kde is None and not bh:
+        return None
+    return p_values_of(batch, None if kde is None else kde[layer_of(batch)])
 
 
 def _first_tokens(log: Any, columns: list[str], most_rows: int) -> Iterator[Any]:
