@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import numpy as np
 import polars as pl
@@ -19,6 +19,11 @@ from capture.errors import CorruptManifest, CorruptShard, InvalidOption, Missing
 from capture.kde import KdeModel
 from capture.manifest import MANIFEST_NAME, Manifest, merge_manifests
 from capture.schema import SHARD_NAME, routing_schema, schema_difference, tokens_schema
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyRelation
+
+    from analysis.database import Database
 
 Progress = Callable[[int], None]  # called with the number of rows just read
 
@@ -110,6 +115,16 @@ class Log:
         selector = pafs.FileSelector(f"{self._root}/{folder}", allow_not_found=True)
         found = self._fs.get_file_info(selector)
         return {f.base_name: f.size for f in sorted(found, key=lambda f: f.base_name) if f.is_file}
+
+    def tree(self) -> dict[str, int]:
+        """Bytes of each file in the run's folder and below, by its path inside the run, sorted."""
+        found = self._fs.get_file_info(pafs.FileSelector(self._root, recursive=True))
+        sizes = {f.path[len(self._root) + 1 :]: f.size for f in found if f.is_file}
+        return dict(sorted(sizes.items()))
+
+    def open_file(self, path: str) -> pa.NativeFile:
+        """A file of the run for reading, by its path inside the run."""
+        return self._fs.open_input_file(f"{self._root}/{path}")
 
     def open_shard(self, folder: str, name: str) -> pq.ParquetFile:
         """A sealed shard of `routing` or `tokens`, its columns checked against the schema.
@@ -243,6 +258,20 @@ class Log:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return total
+
+    @cached_property
+    def _database(self) -> "Database":
+        from analysis.database import connect
+
+        return connect(self)
+
+    def sql(self, query: str, **parameters: Any) -> "DuckDBPyRelation":
+        """Ask the run in SQL; see analysis.database for the views. $name takes parameters.
+
+        Returns:
+            A DuckDB relation: .pl(), .df(), .to_arrow_table(), .fetchnumpy(), ...
+        """
+        return self._database.sql(query, parameters)
 
     def check_layers(self, layers: Iterable[int] | None) -> set[int]:
         """The layers asked for as a set, all of the run's for None.

@@ -1,0 +1,165 @@
+"""bhlog sql: ask runs in SQL, by a query, by a question of sql/, or at a prompt."""
+
+from pathlib import Path
+
+import click
+
+from capture.errors import InvalidOption
+
+_RESULT_FORMATS = ("table", "json", "csv", "markdown", "parquet")
+
+EPILOG = """\b
+examples:
+  bhlog sql runs/demo --query experts_per_token
+  bhlog sql runs/demo "SELECT layer, avg(bh_count(logits, layer, 0.1)) FROM routing GROUP BY layer"
+  bhlog sql --list
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("arguments", nargs=-1, metavar="RUN... [QUERY]")
+@click.option(
+    "--query", "name", metavar="NAME", help="A question of --list, or a file ending in .sql."
+)
+@click.option(
+    "--param",
+    "params",
+    multiple=True,
+    metavar="K=V",
+    help="A parameter of the question; repeatable.",
+)
+@click.option("--list", "list_questions", is_flag=True, help="List the questions.")
+@click.option("--describe", metavar="NAME", help="What a question reads, takes and returns.")
+@click.option(
+    "--format",
+    "result_format",
+    type=click.Choice(_RESULT_FORMATS),
+    help="How the result prints; by default a table, or what the name of --out says.",
+)
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the result here."
+)
+@click.option(
+    "--max-rows",
+    type=click.IntRange(min=1),
+    default=1000,
+    show_default=True,
+    help="Most rows a printed table or Markdown shows.",
+)
+@click.option("--kde", type=click.Path(), help="Null model in place of the runs' own.")
+@click.option("--memory-limit", metavar="SIZE", help="Such as 4GB; beyond it data spill to disk.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: one a core.")
+@click.option("--temp-dir", type=click.Path(file_okay=False), help="Where data spill to.")
+@click.option(
+    "--shell-command", is_flag=True, help="Print a command that opens the views in duckdb."
+)
+@click.option(
+    "--unsafe",
+    is_flag=True,
+    help="Let SQL read and write any file, change settings and load extensions.",
+)
+def sql(
+    arguments: tuple[str, ...],
+    name: str | None,
+    params: tuple[str, ...],
+    list_questions: bool,
+    describe: str | None,
+    result_format: str | None,
+    out: Path | None,
+    max_rows: int,
+    kde: str | None,
+    memory_limit: str | None,
+    threads: int | None,
+    temp_dir: str | None,
+    shell_command: bool,
+    unsafe: bool,
+) -> None:
+    """Ask one run or several in SQL, as DuckDB understands it.
+
+    Without QUERY and --query, a prompt opens. Views: routing, selections, tokens, runs, kde,
+    replays, shards; their column `run` tells the runs apart. The connection reads the runs' files
+    and nothing else.
+    """
+    if list_questions:
+        _print_questions(result_format)
+        return
+    if describe is not None:
+        _print_question(describe)
+        return
+    runs, query = _runs_and_query(arguments, name)
+    from analysis.database import connect
+    from analysis.log import open_log
+    from analysis.question import find_question
+    from analysis.result import SUFFIXES, print_result, write_result
+    from capture.kde import KdeModel
+
+    logs = [open_log(run) for run in runs]
+    parameters: dict[str, object] = {}
+    if name is not None:
+        question = find_question(name)
+        query, parameters = question.text, question.values(_pairs(params))
+    elif params:
+        raise InvalidOption("--param belongs to --query")
+    database = connect(
+        logs,
+        kde=None if kde is None else KdeModel.load(kde),
+        memory_limit=memory_limit,
+        threads=threads,
+        temp_dir=temp_dir,
+        unsafe=unsafe,
+    )
+    with database:
+        schema, batches = database.batches(query, parameters)
+        if out is not None:
+            chosen = result_format or SUFFIXES.get(out.suffix, "table")
+            rows = write_result(schema, batches, chosen, out)
+            click.echo(f"{out}: {rows:,} rows", err=True)
+            return
+        left_out = print_result(schema, batches, result_format or "table", max_rows=max_rows)
+        if left_out:
+            click.echo(
+                f"{left_out:,} more rows: raise --max-rows, or write all to --out FILE", err=True
+            )
+
+
+def _runs_and_query(arguments: tuple[str, ...], name: str | None) -> tuple[list[str], str]:
+    """Runs are folders and URIs; what has blanks and is no folder is the query, and comes last."""
+    runs = list(arguments)
+    query = ""
+    if runs and " " in runs[-1].strip() and not Path(runs[-1]).exists():
+        query = runs.pop()
+        if name is not None:
+            raise InvalidOption("give a query or --query, not both")
+    if not runs:
+        raise InvalidOption('name a run: bhlog sql RUN "SELECT ..."')
+    return runs, query
+
+
+def _pairs(params: tuple[str, ...]) -> dict[str, str]:
+    pairs = {}
+    for param in params:
+        key, equals, value = param.partition("=")
+        if not equals:
+            raise InvalidOption(f"--param takes NAME=VALUE, got {param!r}")
+        pairs[key.removeprefix("$")] = value
+    return pairs
+
+
+def _print_questions(result_format: str | None) -> None:
+    import polars as pl
+
+    from analysis.question import questions
+    from analysis.result import print_result
+
+    rows = [
+        {"name": q.name, "question": q.title, "parameters": " ".join(p.name for p in q.parameters)}
+        for q in questions()
+    ]
+    frame = pl.DataFrame(rows).to_arrow()
+    print_result(frame.schema, iter(frame.to_batches()), result_format or "table", max_rows=1000)
+
+
+def _print_question(name: str) -> None:
+    from analysis.question import find_question
+
+    click.echo(find_question(name).text, nl=False)

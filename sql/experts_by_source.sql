@@ -1,0 +1,67 @@
+-- experts_by_source.sql
+-- Which experts prefer one source of text over another, such as code over docs?
+--
+-- share(e, s) = P(expert e is among a token's experts | the token is from source s). The preference
+-- is share_first - share_second; lift is share_first / share_second.
+--
+-- Reads   routing (one row per run, token and layer), tokens (one row per run and token), runs
+-- Param   $first text = NULL  compare this source, by default each one
+-- Param   $second text = NULL  with this one, by default each other one
+-- Param   $layer integer = NULL  only this layer
+-- Param   $top integer = 20  at most this many rows per run, strongest first
+-- Returns one row per run, pair of sources, layer and expert, the strongest preference first:
+--         share_first and share_second of tokens, preference, lift (NULL where share_second is 0)
+WITH source AS (
+    SELECT run, source, count(*) AS n_tokens
+    FROM tokens
+    WHERE source IS NOT NULL
+    GROUP BY run, source
+),
+
+selection AS (
+    SELECT run, source, layer, unnest(experts) AS expert
+    FROM routing
+    JOIN tokens USING (run, rank, sequence, position)
+    WHERE source IS NOT NULL AND ($layer IS NULL OR layer = $layer)
+),
+
+count_of_expert AS (
+    SELECT run, source, layer, expert, count(*) AS n
+    FROM selection
+    GROUP BY run, source, layer, expert
+),
+
+expert AS (
+    SELECT run, layer, unnest(range(n_experts)) AS expert
+    FROM (SELECT run, n_experts, unnest(layers) AS layer FROM runs)
+    WHERE $layer IS NULL OR layer = $layer
+),
+
+share AS (
+    SELECT run, source, layer, expert, coalesce(n, 0) / n_tokens AS share
+    FROM expert
+    JOIN source USING (run)
+    LEFT JOIN count_of_expert USING (run, source, layer, expert)
+)
+
+SELECT
+    a.run,
+    a.source AS first,
+    b.source AS second,
+    layer,
+    expert,
+    a.share AS share_first,
+    b.share AS share_second,
+    a.share - b.share AS preference,
+    a.share / nullif(b.share, 0) AS lift
+FROM share AS a
+JOIN share AS b USING (run, layer, expert)
+WHERE
+    a.source <> b.source
+    AND ($first IS NOT NULL OR $second IS NOT NULL OR a.source < b.source)
+    AND a.source = coalesce($first, a.source)
+    AND b.source = coalesce($second, b.source)
+QUALIFY row_number() OVER (
+    PARTITION BY a.run ORDER BY abs(a.share - b.share) DESC, layer, expert
+) <= $top
+ORDER BY run, abs(preference) DESC, layer, expert;
