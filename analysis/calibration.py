@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
+from scipy.special import betainc
 
 from analysis.fit import sampled
 from analysis.log import Log, Progress, layer_of, logits_of
@@ -20,6 +21,8 @@ from capture.histogram import ONE_VALUE, Histogram, HistogramAccumulator, kept
 from capture.kde import KdeModel
 
 SMALLEST_P = 2.0**-1000
+_CHUNK_ROWS = 2048  # looked at together, so that temporaries stay small
+P_BINS = 1024  # in which p-values of each expert are counted
 LEVELS = (0.05, 0.01, 0.001)  # shares of p-values at most these are shown beside them
 
 
@@ -88,10 +91,8 @@ class LayerCheck:
 
     def rank_ks(self, k: int) -> float:
         """KS distance of the k-th smallest p-value from the k-th uniform order statistic."""
-        from scipy.stats import beta
-
         found = self.by_rank[k]
-        return found.ks_against(beta.cdf(found.p, k, self.n_experts - k + 1))
+        return found.ks_against(betainc(k, self.n_experts - k + 1, found.p))
 
 
 def check(
@@ -145,7 +146,7 @@ class _PValueFold:
         self.kde, self.ranks, self.top_k, self.sample = kde, ranks, top_k, sample
         self.bits = HistogramAccumulator()
         self.by_rank = HistogramAccumulator(by_expert=True)
-        self.by_expert = HistogramAccumulator(by_expert=True)
+        self.by_expert: dict[int, NDArray[np.int64]] = {}
         self.chosen: dict[int, NDArray[np.int64]] = {}
         self.rows: dict[int, int] = {}
         self.left_out: dict[int, int] = {}
@@ -156,40 +157,62 @@ class _PValueFold:
             logits = logits[sampled(batch, self.sample)]
         if not len(logits):
             return
-        null = self.kde[layer]
+        bits = np.empty(logits.shape, dtype=np.float32)
+        ranked = np.empty((len(logits), len(self.ranks)), dtype=np.float32)
+        for start in range(0, len(logits), _CHUNK_ROWS):
+            rows = slice(start, start + _CHUNK_ROWS)
+            bits[rows], ranked[rows] = self._count(layer, logits[rows])
+        self.bits.update(layer, bits)
+        self.by_rank.update(layer, ranked)
+
+    def _count(
+        self, layer: int, logits: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Count a few rows; returns -log2 p of the logits that trimming keeps, and by rank."""
+        null, E = self.kde[layer], logits.shape[1]
         finite = np.isfinite(logits)
         p = np.where(finite, null.p_value(logits), np.nan)
         ranked = np.sort(p, axis=1)[:, [k - 1 for k in self.ranks]]
-        self.by_rank.update(layer, _bits(ranked))
         keep = kept(logits, null.curves[0].trim)
         if keep is not None:
             p = np.where(keep, p, np.nan)
-        self.bits.update(layer, _bits(p))
-        self.by_expert.update(layer, p.astype(np.float32))
-        E = logits.shape[1]
-        keys = np.where(finite, logits, -np.inf)
+        bins = np.minimum(p * P_BINS, P_BINS - 1) + np.arange(E) * P_BINS
+        by_expert = np.bincount(bins[np.isfinite(p)].astype(np.intp), minlength=E * P_BINS)
+        keys = np.where(finite, logits, np.float32(-np.inf))
         kth = np.partition(keys, E - self.top_k, axis=1)[:, [E - self.top_k]]
         chosen = np.count_nonzero((keys >= kth) & finite, axis=0)
-        self._add(layer, len(logits), chosen, int(finite.size - np.count_nonzero(finite)))
+        left_out = int(finite.size - np.count_nonzero(finite))
+        self._add(layer, len(logits), chosen, left_out, by_expert)
+        return _bits(p), _bits(ranked)
 
     def merge(self, other: Self) -> None:
         self.bits.merge(other.bits)
         self.by_rank.merge(other.by_rank)
-        self.by_expert.merge(other.by_expert)
         for layer in other.rows:
-            self._add(layer, other.rows[layer], other.chosen[layer], other.left_out[layer])
+            self._add(
+                layer,
+                other.rows[layer],
+                other.chosen[layer],
+                other.left_out[layer],
+                other.by_expert[layer],
+            )
 
-    def _add(self, layer: int, rows: int, chosen: NDArray[np.int64], left_out: int) -> None:
+    def _add(
+        self,
+        layer: int,
+        rows: int,
+        chosen: NDArray[np.int64],
+        left_out: int,
+        by_expert: NDArray[np.int64],
+    ) -> None:
+        self.by_expert[layer] = self.by_expert.get(layer, 0) + by_expert
         self.rows[layer] = self.rows.get(layer, 0) + rows
         self.chosen[layer] = self.chosen.get(layer, 0) + chosen
         self.left_out[layer] = self.left_out.get(layer, 0) + left_out
 
     def layer_checks(self, n_experts: int) -> list[LayerCheck]:
         """What was found, by layer."""
-        by_expert: dict[int, list[PValues]] = {}
-        for key, found in self.by_expert.histograms().items():
-            values = PValues(found.nodes, found.counts / ONE_VALUE)
-            by_expert.setdefault(key.layer, []).append(values)
+        centers = (np.arange(P_BINS) + 0.5) / P_BINS
         by_rank = {key[:2]: _from_bits(h) for key, h in self.by_rank.histograms().items()}
         bits = {key.layer: h for key, h in self.bits.histograms().items()}
         return [
@@ -197,7 +220,10 @@ class _PValueFold:
                 layer=layer,
                 n_experts=n_experts,
                 trimmed=_from_bits(bits[layer]),
-                by_expert=tuple(by_expert[layer]),
+                by_expert=tuple(
+                    _without_empty(centers, counts.astype(np.float64))
+                    for counts in self.by_expert[layer].reshape(n_experts, P_BINS)
+                ),
                 by_rank={k: by_rank[layer, i] for i, k in enumerate(self.ranks)},
                 popularity=self.chosen[layer] / self.rows[layer],
                 left_out=self.left_out[layer],
@@ -206,14 +232,18 @@ class _PValueFold:
         ]
 
 
+def _without_empty(p: NDArray[np.float64], weight: NDArray[np.float64]) -> PValues:
+    seen = weight > 0
+    return PValues(p[seen], weight[seen])
+
+
 def _bits(p: NDArray[np.float64]) -> NDArray[np.float32]:
     """-log2 p as float32, on which a histogram resolves small p-values as finely as large ones."""
     return (-np.log2(np.maximum(p, SMALLEST_P))).astype(np.float32)
 
 
 def _from_bits(histogram: Histogram) -> PValues:
-    p = np.exp2(-histogram.nodes)[::-1]
-    return PValues(p, histogram.counts[::-1] / ONE_VALUE)
+    return _without_empty(np.exp2(-histogram.nodes)[::-1], histogram.counts[::-1] / ONE_VALUE)
 
 
 def check_frame(checks: Sequence[LayerCheck]) -> pl.DataFrame:

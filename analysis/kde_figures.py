@@ -4,10 +4,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from numpy.typing import NDArray
+from scipy.special import betaincinv
 
 from analysis.calibration import LayerCheck, PValues
 from capture.errors import InvalidOption
@@ -35,7 +38,7 @@ def layer_page(
         draw: draws one layer into its panel.
         x, y: what the axes show, written once for the page.
     """
-    columns = int(np.ceil(np.sqrt(len(layers) * 1.25)))
+    columns = _columns(len(layers))
     rows = -(-len(layers) // columns)
     width, height = max(1.75 * columns, 4.5), max(1.6 * rows + 1.0, 3.6)
     figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
@@ -56,13 +59,27 @@ def layer_page(
         axes.set_visible(False)
     figure.supxlabel(x, fontsize=10)
     figure.supylabel(y, fontsize=10)
-    figure.suptitle(title, fontsize=11)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False
+        # With the title, above the panels: below them it would lie on the label of the x axis.
+        legend = figure.legend(
+            handles,
+            labels,
+            loc="outside upper center",
+            ncols=int(width / 1.1),
+            fontsize=9,
+            frameon=False,
         )
+        legend.set_title(title, prop=FontProperties(size=11))
+    else:
+        figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _columns(n: int) -> int:
+    """Columns of a page of n panels: about as many as rows or a few more, with few left empty."""
+    square = int(np.ceil(np.sqrt(n)))
+    return min(range(square, int(1.4 * square) + 1), key=lambda columns: (-n % columns, columns))
 
 
 def save_figure(figure: Figure, path: str) -> None:
@@ -112,7 +129,7 @@ def plot_histogram(found: LayerCheck, axes: Axes) -> Axes:
     axes.stairs(density, edges, fill=True, color=PALE, label="p-values")
     axes.axhline(1, color=OTHER, linewidth=0.9, linestyle="--", label="uniform")
     axes.set_xlim(0, 1)
-    axes.set_ylim(0, None)
+    _from_zero(axes, density)
     return axes
 
 
@@ -121,23 +138,27 @@ def plot_experts(found: LayerCheck, axes: Axes) -> Axes:
     share = [values.share_below(0.05) for values in found.by_expert]
     axes.plot(found.popularity, share, ".", color=INK, markersize=3, label="an expert")
     axes.axhline(0.05, color=OTHER, linewidth=0.9, linestyle="--", label="uniform")
-    axes.set_ylim(0, None)
+    _from_zero(axes, np.array(share))
     return axes
 
 
 def plot_ranks(found: LayerCheck, axes: Axes) -> Axes:
-    """CDF of the k-th smallest p-value of a row, in terms of the k-th uniform order statistic."""
-    from scipy.stats import beta
-
-    for i, (k, values) in enumerate(found.by_rank.items()):
-        expected = beta.cdf(values.p, k, found.n_experts - k + 1)
-        x, y = _thinned(expected, values.mid_cdf)
-        tone = INK if i == 0 else PALE
-        axes.plot(x, y, color=tone, linewidth=1.4 - 0.25 * i, label=f"k = {k}")
+    """Quantiles of a row's k-th smallest p-value against those of the k-th of E uniform ones."""
+    colors = colormaps["viridis"](np.linspace(0.1, 0.8, max(len(found.by_rank), 1)))
+    for color, (k, values) in zip(colors, found.by_rank.items(), strict=False):
+        expected = betaincinv(k, found.n_experts - k + 1, values.mid_cdf)
+        x, y = _thinned(-np.log10(expected), -np.log10(values.p))
+        axes.plot(x, y, color=color, linewidth=1.2, label=f"k = {k}")
     axes.axline((0, 0), slope=1, color=OTHER, linewidth=0.9, linestyle="--", label="uniform")
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
+    most = -np.log10(SMALLEST_SHOWN)
+    axes.set_xlim(0, most)
+    axes.set_ylim(0, most)
     return axes
+
+
+def _from_zero(axes: Axes, values: NDArray[np.float64]) -> None:
+    """Let the y axis start at 0 and hold these values beside those of panels that share it."""
+    axes.set_ylim(0, max(axes.get_ylim()[1], 1.1 * float(np.nanmax(values, initial=0.0))))
 
 
 def _qq_line(values: PValues, axes: Axes, *, color: str, width: float, label: str | None) -> None:

@@ -319,6 +319,23 @@ def kept(logits: NDArray[np.float32], trim: Trim) -> NDArray[np.bool_] | None:
     """
     if trim == Trim():
         return None
+    E = logits.shape[1]
+    padded = np.full((len(logits), E + 2), np.inf, dtype=np.float32)
+    padded[:, 0] = -np.inf
+    padded[:, 1:-1] = logits
+    padded[:, 1:-1].sort(axis=1)
+    low, high = trim.low, E - trim.high
+    last_below, first_above = padded[:, low], padded[:, high + 1]
+    inside: NDArray[np.bool_] = (logits > last_below[:, None]) & (logits < first_above[:, None])
+    # A value that repeats across a cut, and non-finite logits, need the order of the experts.
+    unclear = (last_below == padded[:, low + 1]) | (padded[:, high] == first_above)
+    unclear |= ~np.isfinite(logits).all(axis=1)
+    inside[unclear] = _kept_by_order(logits[unclear], trim)
+    return inside
+
+
+def _kept_by_order(logits: NDArray[np.float32], trim: Trim) -> NDArray[np.bool_]:
+    """As kept, from the ranks of the decision rule."""
     finite = np.isfinite(logits)
     falling = np.argsort(np.where(finite, -logits, np.float32(np.inf)), axis=1, kind="stable")
     rank = np.empty(logits.shape, dtype=np.int64)

@@ -19,8 +19,8 @@ CHECK_FIGURES = {
     ),
     "ranks": (
         "plot_ranks",
-        "CDF of the k-th smallest of uniform p-values",
-        "share of rows",
+        "expected -log10 of the k-th smallest of uniform p-values",
+        "observed -log10 p",
         "k-th smallest p-value of a row",
     ),
 }
