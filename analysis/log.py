@@ -1,5 +1,6 @@
 """The log of a run, opened for reading: manifest, null model, and folds over its rows."""
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyRelation
 
     from analysis.database import Database
+    from analysis.profile import Profile
 
 Progress = Callable[[int], None]  # called with the number of rows just read
 
@@ -172,12 +174,18 @@ class Log:
                     yield RowGroup(name, index, statistics.min, group.num_rows)
 
     def read(
-        self, group: RowGroup, columns: Sequence[str], where: str | None = None
+        self,
+        group: RowGroup,
+        columns: Sequence[str],
+        where: str | None = None,
+        *,
+        shard: pq.ParquetFile | None = None,
     ) -> pa.RecordBatch:
         """Columns of one row group, the rows that match `where`, as one record batch.
 
         Args:
             where: a condition on columns in SQL, such as "phase = 'decode' AND position < 100".
+            shard: the group's shard, if it is open already.
 
         Raises:
             CorruptShard: its pages cannot be decoded.
@@ -186,7 +194,7 @@ class Log:
         if where is not None:
             needed += [name for name in _condition(where)[1] if name not in needed]
         try:
-            table = self.open_shard("routing", group.shard).read_row_group(
+            table = (shard or self.open_shard("routing", group.shard)).read_row_group(
                 group.index, columns=needed, use_threads=False
             )
         except (pa.ArrowException, OSError) as error:
@@ -239,9 +247,11 @@ class Log:
         groups = list(self.row_groups(layers))
 
         def work(stretch: Sequence[RowGroup]) -> A:
-            part = make()
+            part, name, shard = make(), "", None
             for group in stretch:
-                batch = self.read(group, needed, where)
+                if group.shard != name:
+                    name, shard = group.shard, self.open_shard("routing", group.shard)
+                batch = self.read(group, needed, where, shard=shard)
                 if batch.num_rows:
                     part.update(batch)
                 if progress is not None:
@@ -263,7 +273,10 @@ class Log:
     def _database(self) -> "Database":
         from analysis.database import connect
 
-        return connect(self)
+        database = connect(self)
+        # relations may outlive the log; an open connection complains when the interpreter ends
+        atexit.register(database.close)
+        return database
 
     def sql(self, query: str, **parameters: Any) -> "DuckDBPyRelation":
         """Ask the run in SQL; see analysis.database for the views. $name takes parameters.
@@ -272,6 +285,33 @@ class Log:
             A DuckDB relation: .pl(), .df(), .to_arrow_table(), .fetchnumpy(), ...
         """
         return self._database.sql(query, parameters)
+
+    def replay(
+        self,
+        alpha: float | Sequence[float],
+        *,
+        kde: KdeModel | None = None,
+        min_k: int | None = None,
+        max_k: int | None = None,
+        temperature: float | None = None,
+        layers: Iterable[int] | None = None,
+        where: str | None = None,
+    ) -> pl.DataFrame:
+        """Summary of the decisions at other settings, for each alpha and layer and overall.
+
+        Args: what is None is as in the run; see analysis.replay.settings_of and replay.
+        """
+        from analysis.replay import replay, settings_of
+
+        alphas = [alpha] if isinstance(alpha, int | float) else alpha
+        settings = settings_of(self, alphas, min_k=min_k, max_k=max_k, temperature=temperature)
+        return replay(self, settings, kde=kde, layers=layers, where=where)
+
+    def profile(self, kde: KdeModel | None = None, **options: Any) -> "Profile":
+        """Experts at every alpha of a grid, from one pass; see analysis.profile.profile_log."""
+        from analysis.profile import profile_log
+
+        return profile_log(self, kde, **options)
 
     def check_layers(self, layers: Iterable[int] | None) -> set[int]:
         """The layers asked for as a set, all of the run's for None.
