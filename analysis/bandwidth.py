@@ -141,7 +141,7 @@ def _plug_in(
             return np.inf
         odd_product = float(np.prod(np.arange(1, 2 * s, 2)))
         factor = (1 + 0.5 ** (s + 0.5)) / 3 * odd_product / np.sqrt(np.pi / 2)
-        norm = roughness(s, (2 * factor / (n * norm)) ** (2 / (3 + 2 * s)))
+        norm = roughness(s, (factor / (n * norm)) ** (2 / (3 + 2 * s)))
     return float((2 * n * np.sqrt(np.pi) * norm) ** (-2 / 5)) if norm > 0 else np.inf
 
 
