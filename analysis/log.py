@@ -160,18 +160,27 @@ class Log:
         """
         wanted = self.check_layers(layers)
         for name in self.shards:
-            metadata = self.open_shard("routing", name).metadata
-            column = metadata.schema.names.index("layer")
-            for index in range(metadata.num_row_groups):
-                group = metadata.row_group(index)
-                statistics = group.column(column).statistics
-                if statistics is None or statistics.min != statistics.max:
-                    raise CorruptShard(
-                        f"{self.path}/routing/{name}: row group {index} holds several layers or "
-                        "has no statistics; expected one layer per row group"
-                    )
-                if statistics.min in wanted:
-                    yield RowGroup(name, index, statistics.min, group.num_rows)
+            groups = self.groups_of(name, self.open_shard("routing", name))
+            yield from (group for group in groups if group.layer in wanted)
+
+    def groups_of(self, name: str, shard: pq.ParquetFile) -> list[RowGroup]:
+        """Row groups of one open routing shard.
+
+        Raises:
+            CorruptShard: a row group holds several layers.
+        """
+        column = shard.metadata.schema.names.index("layer")
+        groups = []
+        for index in range(shard.metadata.num_row_groups):
+            group = shard.metadata.row_group(index)
+            statistics = group.column(column).statistics
+            if statistics is None or statistics.min != statistics.max:
+                raise CorruptShard(
+                    f"{self.path}/routing/{name}: row group {index} holds several layers or "
+                    "has no statistics; expected one layer per row group"
+                )
+            groups.append(RowGroup(name, index, statistics.min, group.num_rows))
+        return groups
 
     def read(
         self,
@@ -331,16 +340,25 @@ class Log:
     def tokens(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Token rows of all shards, in order of rank, shard and row."""
         names = list(columns) if columns is not None else tokens_schema().names
-        tables = []
-        for name in self.token_shards:
-            try:
-                tables.append(self.open_shard("tokens", name).read(columns=names))
-            except (pa.ArrowException, OSError) as error:
-                raise CorruptShard(
-                    f"{self.path}/tokens/{name}: cannot be read ({str(error).splitlines()[0]})"
-                ) from error
+        tables = [self.read_tokens(name, names) for name in self.token_shards]
         empty = pa.schema([tokens_schema().field(name) for name in names]).empty_table()
         return pa.concat_tables([empty, *tables]).unify_dictionaries()
+
+    def read_tokens(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Rows of one tokens shard; None reads all columns.
+
+        Raises:
+            CorruptShard: its pages cannot be decoded.
+        """
+        shard = self.open_shard("tokens", name)
+        try:
+            table: pa.Table = shard.read(columns=None if columns is None else list(columns))
+        except (pa.ArrowException, OSError) as error:
+            raise CorruptShard(
+                f"{self.path}/tokens/{name}: cannot be read ({str(error).splitlines()[0]}); "
+                "restore the file, or move it away to read the rest"
+            ) from error
+        return table
 
     def _read_manifest(self) -> Manifest:
         info = self._fs.get_file_info(self._root)
