@@ -1,5 +1,6 @@
 """Histogram of router logits: the sufficient statistic of a null model, exact in integers."""
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,8 +19,10 @@ LARGEST_LOGIT = 1024.0  # finite logits beyond it are left out like infinite one
 _FRACTION_BITS = 20
 _CHUNK = 1 << 16  # float32 values binned at a time, so that temporaries stay in the cache
 _PATTERNS = 1 << 16  # of bfloat16
-_PATTERN_CHUNK = 1 << 17  # bfloat16 values counted at a time: many for each pass over the table
+_PATTERN_CHUNK = 1 << 18  # bfloat16 values counted at a time: many for each pass over the table
 _TABLE_FROM = 1 << 15  # values from which the table of patterns pays
+
+_scratch = threading.local()  # one buffer a thread: fresh pages would cost more than the counting
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,11 +145,11 @@ def is_bfloat16(values: NDArray[np.float32]) -> bool:
 def count_patterns(values: NDArray[np.float32], times: NDArray[np.int64]) -> None:
     """Add to times, (2^16,), how often each bfloat16 pattern is among contiguous values."""
     bits = values.reshape(-1).view(np.uint32)
-    # One buffer for all chunks: fresh pages would cost more than the counting.
-    buffer = np.empty(min(len(bits), _PATTERN_CHUNK), dtype=np.intp)
+    if not hasattr(_scratch, "patterns"):
+        _scratch.patterns = np.empty(_PATTERN_CHUNK, dtype=np.intp)
     for start in range(0, len(bits), _PATTERN_CHUNK):
         chunk = bits[start : start + _PATTERN_CHUNK]
-        patterns = buffer[: len(chunk)]
+        patterns = _scratch.patterns[: len(chunk)]
         np.right_shift(chunk, 16, out=patterns, casting="unsafe")
         seen = np.bincount(patterns)
         times[: len(seen)] += seen
