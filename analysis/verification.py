@@ -3,20 +3,22 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+import pyarrow.parquet as pq
 
-from analysis.log import Log, Progress, logits_of
-from analysis.replay import padded_experts
-from capture.bh import finite_keys
+from analysis.identity import Identity, identity_of
+from analysis.log import Log, Progress
+from analysis.replay import verify_replay
+from analysis.rows import expert_problems
 from capture.errors import CorruptKde, CorruptShard
-from capture.manifest import MANIFEST_NAME
-from capture.schema import SHARD_NAME
+from capture.manifest import MANIFEST_NAME, manifest_name
+from capture.schema import SCHEMA_VERSION, SHARD_NAME, routing_schema, tokens_schema
 
-_IDENTITY = ("rank", "sequence", "position")
-_KNOWN_FOLDERS = ("routing", "tokens", "figures", "replay")
+FOLDERS = ("routing", "tokens")
+_KNOWN_FOLDERS = (*FOLDERS, "figures", "replay")
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,14 @@ class Finding:
     """What a check found.
 
     Attributes:
-        status: "ok", "warning" (worth knowing, nothing lost) or "error".
+        check: "manifest", "files", "null model", "shards", "rows", "totals" or "replay".
+        status: "ok", "warning" (worth knowing, nothing is wrong) or "error".
         where: file or part of the run.
         detail: what was found, and what was expected.
     """
 
-    status: str
+    check: str
+    status: Literal["ok", "warning", "error"]
     where: str
     detail: str
 
@@ -37,165 +41,317 @@ class Finding:
 def verify(log: Log, progress: Progress | None = None) -> list[Finding]:
     """Check a run's files against each other and against what the log promises.
 
-    Reads every page of every shard; holds one row group at a time.
+    Reads every page of every shard, with checksums; holds the tokens of one shard and one row group
+    at a time. A run that is open, or whose capture was killed, is whole as far as it goes: what is
+    missing is a warning.
     """
-    return [*_manifest(log), *_files(log), *_kde(log), *_shards(log, progress)]
+    return [*_manifest(log), *_files(log), *_null_model(log), *_shards(log, progress)]
+
+
+def verify_decisions(log: Log, progress: Progress | None = None) -> list[Finding]:
+    """Replay a run at its own settings and compare every row; see analysis.replay.verify_replay.
+
+    Raises:
+        InvalidOption, KdeMismatch: the run cannot be replayed.
+    """
+    findings = []
+    for row in verify_replay(log, progress).iter_rows(named=True):
+        wrong = row["mismatches"]
+        detail = f"{row['rows']:,} rows replayed, {wrong:,} disagree"
+        if wrong:
+            detail += f", first at {row['first']}"
+        where = f"layer {row['layer']}"
+        findings.append(Finding("replay", "error" if wrong else "ok", where, detail))
+    return findings
 
 
 def _manifest(log: Log) -> Iterator[Finding]:
     manifest = log.manifest
     if manifest.error:
-        yield Finding("warning", MANIFEST_NAME, f"the capture ended early: {manifest.error}")
+        detail = f"the capture ended early: {manifest.error}"
+        yield Finding("manifest", "warning", MANIFEST_NAME, detail)
     if manifest.closed is None:
         yield Finding(
+            "manifest",
             "warning",
             MANIFEST_NAME,
-            "not closed: the capture is still running or was killed; rows since the last sealed "
-            "shard are missing, and totals are what is on disk",
+            "not closed: the capture still runs or was killed; rows since its last sealed shard "
+            "are missing",
         )
-        return
-    listed = {shard.name for shard in manifest.shards}
-    for folder, names in (("routing", log.shards), ("tokens", log.token_shards)):
-        for name in sorted(listed - set(names)):
-            yield Finding("error", f"{folder}/{name}", "missing: the manifest lists it")
-        for name in sorted(set(names) - listed):
-            yield Finding("error", f"{folder}/{name}", "not listed in the manifest")
+    else:
+        detail = f"closed {manifest.closed}, {len(manifest.shards):,} shard pairs listed"
+        yield Finding("manifest", "ok", MANIFEST_NAME, detail)
+    if manifest.totals.dropped:
+        detail = f"{manifest.totals.dropped:,} tokens were dropped because the queue was full"
+        yield Finding("manifest", "warning", MANIFEST_NAME, detail)
 
 
 def _files(log: Log) -> Iterator[Finding]:
-    for path in log.tree():
-        folder, _, name = path.rpartition("/")
-        if name.endswith(".part"):
-            yield Finding("warning", path, "unfinished: its rows are not part of the run")
-        elif folder in ("routing", "tokens"):
-            if not SHARD_NAME.fullmatch(name):
-                yield Finding("warning", path, "not a shard's name: it is not read")
-        elif path.split("/")[0] not in (*_KNOWN_FOLDERS, "kde.parquet") and not (
-            name.startswith("run.") and name.endswith(".json")
-        ):
-            yield Finding("warning", path, "not part of a run: it is not read")
+    """Shards that are listed, numbered and paired, and files that belong to no run."""
+    files = log.tree()
+    listed = {shard.name: shard for shard in log.manifest.shards}
+    found = {*log.shards, *log.token_shards}
+    for name in sorted(listed.keys() | found):
+        for folder in FOLDERS:
+            path = f"{folder}/{name}"
+            if path in files and name not in listed and log.manifest.closed:
+                yield Finding("files", "error", path, "not in the manifest of the closed run")
+            elif path not in files and name in listed:
+                yield Finding("files", "error", path, "missing: the manifest lists it")
+            elif path not in files and _last_of_open_run(log, name):
+                detail = "missing: the capture stopped between the two files of its last pair"
+                yield Finding("files", "warning", path, detail)
+            elif path not in files:
+                yield Finding("files", "error", path, "missing beside its other half")
+        size = sum(files.get(f"{folder}/{name}", 0) for folder in FOLDERS)
+        if name in listed and name in found and size != listed[name].bytes:
+            detail = f"{size:,} bytes in its two files, the manifest says {listed[name].bytes:,}"
+            yield Finding("files", "error", name, detail)
+    yield from _numbers(log, found, files)
+    for path in files:
+        yield from _foreign(path)
+    total = sum(size for path, size in files.items() if path.startswith(FOLDERS))
+    yield Finding("files", "ok", log.path, f"{len(files):,} files, {total:,} bytes in shards")
 
 
-def _kde(log: Log) -> Iterator[Finding]:
+def _last_of_open_run(log: Log, name: str) -> bool:
+    """Whether a shard is the last of its rank in a run that is not closed."""
+    rank = name.partition("-")[0]
+    last = max(n for n in (*log.shards, *log.token_shards) if n.startswith(rank))
+    return log.manifest.closed is None and name == last
+
+
+def _numbers(log: Log, found: set[str], files: dict[str, int]) -> Iterator[Finding]:
+    """Shards are numbered from 0 within their rank, and each rank has a manifest."""
+    numbers: dict[int, set[int]] = {}
+    for name in found | {shard.name for shard in log.manifest.shards}:
+        rank, number = _rank_and_number(name)
+        numbers.setdefault(rank, set()).add(number)
+    for rank, mine in sorted(numbers.items()):
+        if manifest_name(rank) not in files:
+            yield Finding(
+                "files", "error", manifest_name(rank), f"missing: there are shards of rank {rank}"
+            )
+        for number in sorted(set(range(max(mine))) - mine):
+            yield Finding(
+                "files",
+                "error",
+                f"rank{rank:05d}-{number:05d}.parquet",
+                f"missing from both folders: shards of rank {rank} go on to {max(mine):05d}",
+            )
+
+
+def _foreign(path: str) -> Iterator[Finding]:
+    folder, _, name = path.rpartition("/")
+    top = path.split("/")[0]
+    if name.endswith(".part"):
+        yield Finding("files", "warning", path, "unfinished: its rows are not part of the run")
+    elif folder in FOLDERS and not SHARD_NAME.fullmatch(name):
+        yield Finding("files", "warning", path, "not the name of a shard: it is not read")
+    elif top not in (*_KNOWN_FOLDERS, "kde.parquet", MANIFEST_NAME) and not (
+        path.startswith("run.rank") and path.endswith(".json")
+    ):
+        yield Finding("files", "warning", path, "not part of a run: it is not read")
+
+
+def _null_model(log: Log) -> Iterator[Finding]:
     expected = log.manifest.routing.kde_sha256
+    where = "kde.parquet"
     try:
         null = log.kde
     except CorruptKde as error:
-        yield Finding("error", "kde.parquet", str(error))
+        yield Finding("null model", "error", where, str(error))
         return
     if null is None:
         if expected is not None:
-            yield Finding("error", "kde.parquet", "missing: the run was routed by it")
+            yield Finding("null model", "error", where, "missing: the run was routed by it")
         return
-    if expected is not None:
-        with log.open_file("kde.parquet") as file:
-            found = hashlib.sha256(file.read()).hexdigest()
-        if found != expected:
-            yield Finding(
-                "error",
-                "kde.parquet",
-                f"sha256 is {found[:12]}..., the manifest says {expected[:12]}...: this is not the "
-                "null model that the run was routed by",
-            )
-            return
-    yield Finding("ok", "kde.parquet", f"null model of {len(null)} layers")
+    with log.open_file(where) as file:
+        found = hashlib.sha256(file.read()).hexdigest()
+    if expected is not None and found != expected:
+        detail = (
+            f"sha256 is {found[:12]}..., the manifest says {expected[:12]}...: not the null model "
+            "that the run was routed by"
+        )
+        yield Finding("null model", "error", where, detail)
+    else:
+        yield Finding("null model", "ok", where, f"{len(null)} layers, sha256 {found[:12]}...")
+
+
+def _orders_by_logit(log: Log) -> bool:
+    """Whether the rule chose experts in order of falling logit: under one null for all experts."""
+    options = log.manifest.routing.options
+    if options is None or options.p_values != "kde":
+        return False
+    try:
+        return log.kde is not None and log.kde.pooled
+    except CorruptKde:  # told by the check of the null model
+        return False
 
 
 def _shards(log: Log, progress: Progress | None) -> Iterator[Finding]:
+    """Every pair of shards, row by row, and the totals over them."""
     listed = {shard.name: shard for shard in log.manifest.shards}
-    rows = tokens = 0
+    seen: dict[bytes, str] = {}  # digest of a pair's tokens -> its name
+    by_logit = _orders_by_logit(log)
+    rows = tokens = nonfinite = n_whole = broken = 0
     for name in sorted({*log.shards, *log.token_shards}):
-        problems: list[str] = []
+        pair = _Pair(log, name, by_logit=by_logit)
         try:
-            counts = _check_pair(log, name, problems, progress)
+            pair.check(progress)
         except CorruptShard as error:
-            yield Finding("error", name, str(error))
-            continue
+            pair.problems.append(("shards", str(error)))
+        twin = seen.setdefault(pair.digest, name) if pair.digest else name
+        if twin != name:
+            pair.problems.append(("rows", f"holds the same tokens as {twin}"))
         entry = listed.get(name)
-        if counts and entry is not None and counts != (entry.rows, entry.tokens):
-            problems.append(
-                f"{counts[0]:,} rows and {counts[1]:,} tokens, the manifest says {entry.rows:,} "
-                f"and {entry.tokens:,}"
+        if entry is not None and not pair.problems and pair.counts != (entry.rows, entry.tokens):
+            detail = (
+                f"{pair.rows:,} rows of {pair.tokens:,} tokens, the manifest says {entry.rows:,} "
+                f"of {entry.tokens:,}"
             )
-        for problem in problems:
-            yield Finding("error", name, problem)
-        if counts and not problems:
-            yield Finding("ok", name, f"{counts[0]:,} rows of {counts[1]:,} tokens")
-            rows, tokens = rows + counts[0], tokens + counts[1]
+            pair.problems.append(("totals", detail))
+        for check, problem in pair.problems:
+            yield Finding(check, "error", name, problem)
+        for problem in pair.remarks:
+            yield Finding("rows", "warning", name, problem)
+        n_whole += pair.whole
+        broken += bool(pair.problems)
+        rows, tokens, nonfinite = rows + pair.rows, tokens + pair.tokens, nonfinite + pair.nonfinite
+    if broken:
+        detail = f"{n_whole:,} pairs are whole, {broken:,} not: see the errors above"
+        yield Finding("shards", "warning", log.path, detail)
+    else:
+        detail = f"{n_whole:,} pairs: {rows:,} rows of {tokens:,} tokens, every page read"
+        yield Finding("shards", "ok", log.path, detail)
+        yield from _totals(log, rows, tokens, nonfinite)
+
+
+def _totals(log: Log, rows: int, tokens: int, nonfinite: int) -> Iterator[Finding]:
     totals = log.manifest.totals
-    if log.manifest.closed and (rows, tokens) != (totals.rows, totals.tokens):
-        yield Finding(
-            "error",
-            MANIFEST_NAME,
-            f"totals are {totals.rows:,} rows of {totals.tokens:,} tokens; whole shards hold "
-            f"{rows:,} of {tokens:,}",
-        )
-
-
-def _check_pair(
-    log: Log, name: str, problems: list[str], progress: Progress | None
-) -> tuple[int, int] | None:
-    """Check a routing shard with its token shard; return their rows, None if one is missing."""
-    for folder, names in (("routing", log.shards), ("tokens", log.token_shards)):
-        if name not in names:
-            if log.manifest.closed:
-                problems.append(f"{folder}/{name} is missing beside its other half")
-            return None
-    tokens = _read_tokens(log, name)
-    expected = np.stack([tokens[column].to_numpy() for column in _IDENTITY])
-    rows = 0
-    layers = set()
-    for group in log.row_groups():
-        if group.shard != name:
-            continue
-        columns = ["layer", *_IDENTITY, "logits", "experts", "weights", "n_selected", "n_rejected"]
-        batch = log.read(group, columns)
-        rows += group.rows
-        layers.add(group.layer)
-        found = np.stack([batch.column(column).to_numpy() for column in _IDENTITY])
-        if not np.array_equal(found, expected):
-            problems.append(f"layer {group.layer} holds other tokens than tokens/{name}")
-        problems += [f"layer {group.layer}: {p}" for p in _row_problems(log, batch)]
-        if progress is not None:
-            progress(group.rows)
-    missing = sorted(set(log.layers) - layers)
-    if missing:
-        problems.append(f"no rows of layers {', '.join(map(str, missing))}")
-    return rows, tokens.num_rows
-
-
-def _read_tokens(log: Log, name: str) -> pa.Table:
-    try:
-        table: pa.Table = log.open_shard("tokens", name).read()
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptShard(
-            f"{log.path}/tokens/{name}: cannot be read ({str(error).splitlines()[0]})"
-        ) from error
-    return table
-
-
-def _row_problems(log: Log, batch: pa.RecordBatch) -> Iterator[str]:
-    """What is wrong with the decisions of a batch."""
-    E = log.n_experts
-    experts, n = batch.column("experts"), batch.column("n_selected").to_numpy()
-    flat = experts.flatten().to_numpy()
-    if not np.array_equal(experts.value_lengths().to_numpy(zero_copy_only=False), n):
-        yield "n_selected is not the number of experts"
+    if log.manifest.closed is None:
         return
-    if not np.array_equal(batch.column("weights").value_lengths(), experts.value_lengths()):
-        yield "weights and experts differ in number"
-    if flat.max(initial=0) >= E:
-        yield f"expert {flat.max()} of {E}"
-        return
-    width = int(n.max(initial=0))
-    logged = padded_experts(experts, max(1, width)).astype(np.int64)
-    used = np.arange(logged.shape[1]) < n[:, None]
-    marked: NDArray[np.int64] = np.where(used, logged, E + np.arange(logged.shape[1]))
-    if (np.diff(np.sort(marked, axis=1), axis=1) == 0).any():
-        yield "an expert is chosen twice in a row"
-    if log.kde is None or log.kde.pooled:
-        keys = np.take_along_axis(finite_keys(logits_of(batch)), logged, axis=1)
-        falls = (keys[:, 1:] <= keys[:, :-1]) | ~used[:, 1:]
-        options = log.manifest.routing.options
-        if not falls.all() and (options is None or options.p_values == "kde"):
-            yield "experts are not in order of falling logit"
+    expected = {"rows": totals.rows, "tokens": totals.tokens, "nonfinite": totals.nonfinite}
+    found = {"rows": rows, "tokens": tokens, "nonfinite": nonfinite}
+    for name, count in found.items():
+        if count != expected[name]:
+            detail = f"{name}: {expected[name]:,} in the manifest, {count:,} in the shards"
+            yield Finding("totals", "error", MANIFEST_NAME, detail)
+    if found == expected:
+        detail = f"{rows:,} rows, {tokens:,} tokens, {nonfinite:,} rows with a NaN or infinity"
+        yield Finding("totals", "ok", MANIFEST_NAME, detail)
+
+
+class _Pair:
+    """A routing shard beside its tokens shard, and what is wrong with them.
+
+    Attributes:
+        rows, tokens, nonfinite: counted in the files.
+        problems: (check, detail) of each error.
+        remarks: warnings on rows.
+        digest: of the identity of its tokens; None before they are read.
+    """
+
+    def __init__(self, log: Log, name: str, *, by_logit: bool) -> None:
+        self.log, self.name, self.by_logit = log, name, by_logit
+        self.rows = self.tokens = self.nonfinite = 0
+        self.problems: list[tuple[str, str]] = []
+        self.remarks: list[str] = []
+        self.digest: bytes | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether both files are there and nothing is wrong with them."""
+        log = self.log
+        return self.name in log.shards and self.name in log.token_shards and not self.problems
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        return self.rows, self.tokens
+
+    def check(self, progress: Progress | None) -> None:
+        """Read both files through; what one of them lacks is told by the check of files.
+
+        Raises:
+            CorruptShard: a file cannot be read.
+        """
+        tokens = None
+        if self.name in self.log.token_shards:
+            tokens = self._check_tokens()
+        if self.name in self.log.shards:
+            self._check_routing(tokens, progress)
+
+    def _check_tokens(self) -> Identity:
+        self._check_schema(self.log.open_shard("tokens", self.name), tokens_schema())
+        table = self.log.read_tokens(self.name)
+        identity = identity_of(table)
+        self.tokens = table.num_rows
+        self.digest = identity.digest() if table.num_rows else None
+        self._check_identity("tokens", table, identity)
+        twice = identity.repeated()
+        if twice is not None:
+            self._row_error(f"tokens: {twice} is there twice")
+        elif identity.revisits():
+            self.remarks.append(
+                f"{identity.revisits():,} positions of a sequence were run more than once"
+            )
+        return identity
+
+    def _check_routing(self, tokens: Identity | None, progress: Progress | None) -> None:
+        shard = self.log.open_shard("routing", self.name)
+        self._check_schema(shard, routing_schema(self.log.n_experts))
+        groups = self.log.groups_of(self.name, shard)
+        layers = sorted({group.layer for group in groups})
+        if tuple(layers) != self.log.layers:
+            found, expected = (", ".join(map(str, ls)) for ls in (layers, self.log.layers))
+            self._row_error(f"layers {found}; the manifest says {expected}")
+        for layer in layers:
+            parts = []
+            for group in groups:
+                if group.layer != layer:
+                    continue
+                batch = self.log.read(group, routing_schema(1).names, shard=shard)
+                part = identity_of(batch)
+                parts.append(part)
+                self._check_identity(f"layer {layer}", batch, part)
+                problems, nonfinite = expert_problems(self.log, batch, by_logit=self.by_logit)
+                for row, problem in problems:
+                    self._row_error(f"layer {layer}: {part.words(row)}: {problem}")
+                self.rows += batch.num_rows
+                self.nonfinite += nonfinite
+                if progress is not None:
+                    progress(batch.num_rows)
+            difference = None if tokens is None else Identity.join(parts).difference(tokens)
+            if difference is not None:
+                self._row_error(f"layer {layer}: {difference}")
+
+    def _check_schema(self, shard: pq.ParquetFile, expected: pa.Schema) -> None:
+        found = shard.schema_arrow
+        extra = sorted(set(found.names) - set(expected.names))
+        if extra:
+            self.remarks.append(f"columns that the schema does not have: {', '.join(extra)}")
+        version = (found.metadata or {}).get(b"bhlog.schema_version", b"none").decode()
+        if version != str(SCHEMA_VERSION):
+            detail = f"schema version {version}, expected {SCHEMA_VERSION}"
+            self.problems.append(("shards", detail))
+
+    def _check_identity(
+        self, where: str, table: pa.Table | pa.RecordBatch, identity: Identity
+    ) -> None:
+        rank, _ = _rank_and_number(self.name)
+        ranks = np.unique(table.column("rank").to_numpy())
+        if table.num_rows and ranks.tolist() != [rank]:
+            self._row_error(f"{where}: rows of rank {ranks.tolist()}, the name says {rank}")
+        if identity.unknown_phases:
+            self._row_error(f"{where}: unknown phase {identity.unknown_phases[0]!r}")
+        if not self.log.manifest.token_ids and (identity.token_id >= 0).any():
+            self._row_error(f"{where}: has token ids, the manifest says they are withheld")
+
+    def _row_error(self, problem: str) -> None:
+        self.problems.append(("rows", problem))
+
+
+def _rank_and_number(name: str) -> tuple[int, int]:
+    match = SHARD_NAME.fullmatch(name)
+    assert match is not None
+    return int(match["rank"]), int(match["number"])
