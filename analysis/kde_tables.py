@@ -52,8 +52,13 @@ def curves_frame(
             model[layer].require(experts)
             t = curve.thresholds(alpha, experts)
             row |= {"t_1": float(t[0]), f"t_{experts}": float(t[-1])}
-        row["source"] = " ".join(source[:8] for source in curve.source) or None
+        row["source"] = " ".join(_short(source) for source in curve.source) or None
         rows.append(row)
     schema = {"lowest": pl.Float64, "highest": pl.Float64, "kept": pl.String, "source": pl.String}
     schema |= {"left_out": pl.Int64, "bandwidth": pl.Float64}
     return pl.DataFrame(rows, schema_overrides=schema)
+
+
+def _short(source: str) -> str:
+    """The first 8 digits of a run's id; the name of an imported file as it is."""
+    return source[:8] if len(source) == 32 else source

@@ -2,7 +2,8 @@
 
     python -m tests.bench.kde [--rows N] [--cdfs PATH]
 
-Rows of 64 bfloat16 logits, one layer in memory and 16 layers in a log. Peers get the same logits:
+Needs KDEpy and scikit-learn beside the development extra. Rows of 64 bfloat16 logits, one layer in
+memory and 16 layers in a log. Peers get the same logits:
 KDEpy.FFTKDE all of them; scipy and scikit-learn, whose cost is n times grid points, as many as they
 can do in seconds, extrapolated. Errors are of S(x) against a direct float64 sum wherever it is at
 least 1e-8, on 320,000 logits in float32; a peer's density is summed from the right, which is the
@@ -159,6 +160,7 @@ def from_log(log: Log, threads: int) -> dict[str, Any]:
     times = medians(
         {
             "read": lambda: log.fold(Reading, ["logits"], threads=threads),
+            "count": lambda: count(options),
             "fit": lambda: fit_histograms(count(options).histograms(), options, source=["bench"]),
             "fit_trimmed": lambda: fit_histograms(
                 count(FitOptions(trim_high=8)).histograms(), FitOptions(trim_high=8), source=["b"]
@@ -173,6 +175,7 @@ def from_log(log: Log, threads: int) -> dict[str, Any]:
         "threads": threads,
         "read_s": round(times["read"], 3),
         "fit_s": round(times["fit"], 3),
+        "count_over_read": round(times["count"] / times["read"], 2),
         "fit_over_read": round(times["fit"] / times["read"], 2),
         "trimmed_over_read": round(times["fit_trimmed"] / times["read"], 2),
         "refit_16_layers_ms": round(1e3 * times["refit"], 1),
