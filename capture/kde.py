@@ -212,6 +212,12 @@ class KdeModel(Mapping[int, LayerNull]):
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise CorruptKde(f"{name}: not a null model file: {reason}") from error
+        version = (table.schema.metadata or {}).get(b"bhlog.kde_schema_version", b"").decode()
+        if version not in ("", str(KDE_SCHEMA_VERSION)):
+            raise CorruptKde(
+                f"{name}: a null model file of version {version}, this bhlog reads "
+                f"{KDE_SCHEMA_VERSION}; read it with the bhlog that wrote it"
+            )
         if table.schema.remove_metadata() != _SCHEMA:
             raise CorruptKde(
                 f"{name}: columns are {', '.join(table.column_names)}; "

@@ -20,7 +20,11 @@ from analysis.table import format_option, print_frame, progress_bar
 from capture.errors import InvalidOption
 
 
-@click.group()
+@click.group(
+    epilog="\b\nexample:\n"
+    "  bhlog kde fit runs/native --out null.parquet\n"
+    "  bhlog kde check null.parquet runs/native"
+)
 def kde() -> None:
     """Fit, inspect and check null models.
 

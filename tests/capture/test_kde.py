@@ -222,6 +222,10 @@ def test_a_file_that_is_no_null_model_is_named(tmp_path):
     pq.write_table(pa.table({"layer": [1]}), path)
     with pytest.raises(CorruptKde, match="columns are layer; a null model file has layer, expert"):
         KdeModel.load(path)
+    newer = pa.table({"layer": [1]}).replace_schema_metadata({"bhlog.kde_schema_version": "9"})
+    pq.write_table(newer, path)
+    with pytest.raises(CorruptKde, match="of version 9, this bhlog reads 1"):
+        KdeModel.load(path)
     with pytest.raises(CorruptKde, match="at least one layer"):
         KdeModel({})
 
