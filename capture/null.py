@@ -103,17 +103,30 @@ class NullCurve:
     def _settle(self, t: NDArray[np.float32], critical: NDArray[np.float64]) -> NDArray[np.float32]:
         """Move each t, right but for rounding, to the float32 where p_value first is <= critical.
 
-        On a plateau at the critical value t is its left end already, so a few steps suffice.
+        Usually that is t itself or its neighbour; around 0 float32 values lie closer together than
+        the rounding of p_value. So it brackets the place in growing steps, then halves them.
         """
-        for _ in range(4):
-            before = np.nextafter(t, np.float32(-np.inf), dtype=np.float32)
-            after = np.nextafter(t, np.float32(np.inf), dtype=np.float32)
-            late = self.p_value(before) <= critical
-            early = self.p_value(t) > critical
-            if not (late.any() or early.any()):
+        position = _place(t)
+
+        def passes(place: NDArray[np.int64]) -> NDArray[np.bool_]:
+            passed: NDArray[np.bool_] = self.p_value(_float32_at(place)) <= critical
+            return passed
+
+        reach = np.int64(1)
+        below, above = position - 1, position
+        while True:
+            early, late = passes(below), ~passes(above)
+            if not (early.any() or late.any()):
                 break
-            t = np.where(early, after, np.where(late, before, t))
-        return t
+            below = np.where(early, below - reach, below)
+            above = np.where(late, above + reach, above)
+            reach *= 2
+        while np.any(above - below > 1):
+            middle = (above + below) >> 1
+            passed = passes(middle)
+            above = np.where(passed, middle, above)
+            below = np.where(passed, below, middle)
+        return _float32_at(above)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,3 +198,18 @@ def round_up_to_float32(x: NDArray[np.float64]) -> NDArray[np.float32]:
     nearest = x.astype(np.float32)
     above = np.nextafter(nearest, np.float32(np.inf), dtype=np.float32)
     return np.where(nearest.astype(np.float64) < x, above, nearest)
+
+
+_LARGEST = int(np.float32(np.inf).view(np.int32))  # infinity's place
+
+
+def _place(x: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Place of each float32 in the order of all of them; 0 for 0, +-1 for the next to it."""
+    bits = x.view(np.int32).astype(np.int64)
+    return np.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
+
+
+def _float32_at(place: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The float32 at a place of that order, infinite beyond its ends."""
+    size = np.minimum(np.abs(place), _LARGEST).astype(np.int32).view(np.float32)
+    return np.where(place < 0, -size, size)
