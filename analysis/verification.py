@@ -13,7 +13,7 @@ from analysis.identity import Identity, identity_of
 from analysis.log import Log, Progress
 from analysis.replay import verify_replay
 from analysis.rows import expert_problems
-from capture.errors import CorruptKde, CorruptShard
+from capture.errors import CorruptKde, CorruptShard, InvalidOption, KdeMismatch
 from capture.manifest import MANIFEST_NAME, manifest_name
 from capture.schema import SCHEMA_VERSION, SHARD_NAME, routing_schema, tokens_schema
 
@@ -51,11 +51,14 @@ def verify(log: Log, progress: Progress | None = None) -> list[Finding]:
 def verify_decisions(log: Log, progress: Progress | None = None) -> list[Finding]:
     """Replay a run at its own settings and compare every row; see analysis.replay.verify_replay.
 
-    Raises:
-        InvalidOption, KdeMismatch: the run cannot be replayed.
+    A run that cannot be replayed is an error.
     """
+    try:
+        frame = verify_replay(log, progress)
+    except (InvalidOption, KdeMismatch) as error:
+        return [Finding("replay", "error", log.path, str(error))]
     findings = []
-    for row in verify_replay(log, progress).iter_rows(named=True):
+    for row in frame.iter_rows(named=True):
         wrong = row["mismatches"]
         detail = f"{row['rows']:,} rows replayed, {wrong:,} disagree"
         if wrong:
@@ -79,7 +82,7 @@ def _manifest(log: Log) -> Iterator[Finding]:
             "are missing",
         )
     else:
-        detail = f"closed {manifest.closed}, {len(manifest.shards):,} shard pairs listed"
+        detail = f"closed {manifest.closed}, {_pairs(len(manifest.shards))} listed"
         yield Finding("manifest", "ok", MANIFEST_NAME, detail)
     if manifest.totals.dropped:
         detail = f"{manifest.totals.dropped:,} tokens were dropped because the queue was full"
@@ -219,10 +222,10 @@ def _shards(log: Log, progress: Progress | None) -> Iterator[Finding]:
         broken += bool(pair.problems)
         rows, tokens, nonfinite = rows + pair.rows, tokens + pair.tokens, nonfinite + pair.nonfinite
     if broken:
-        detail = f"{n_whole:,} pairs are whole, {broken:,} not: see the errors above"
+        detail = f"{n_whole:,} whole, {broken:,} not: see the errors above"
         yield Finding("shards", "warning", log.path, detail)
     else:
-        detail = f"{n_whole:,} pairs: {rows:,} rows of {tokens:,} tokens, every page read"
+        detail = f"{_pairs(n_whole)}: {rows:,} rows of {tokens:,} tokens, every page read"
         yield Finding("shards", "ok", log.path, detail)
         yield from _totals(log, rows, tokens, nonfinite)
 
@@ -355,3 +358,7 @@ def _rank_and_number(name: str) -> tuple[int, int]:
     match = SHARD_NAME.fullmatch(name)
     assert match is not None
     return int(match["rank"]), int(match["number"])
+
+
+def _pairs(n: int) -> str:
+    return f"{n:,} shard {'pair' if n == 1 else 'pairs'}"

@@ -107,7 +107,7 @@ def test_a_sound_run_has_no_errors_and_tells_what_is_there(run):
     findings = verify(open_log(run))
     assert {f.status for f in findings} == {"ok"}
     details = {f.check: f.detail for f in findings}
-    assert details["shards"] == "3 pairs: 60 rows of 30 tokens, every page read"
+    assert details["shards"] == "3 shard pairs: 60 rows of 30 tokens, every page read"
     assert details["manifest"].endswith("3 shard pairs listed")
     assert details["null model"].startswith("2 layers")
 
@@ -151,7 +151,7 @@ def test_a_shard_cut_in_half(run, folder):
     size, unreadable = errors(run)
     assert size[:2] == ("files", LAST) and "the manifest says" in size[2]
     assert unreadable[:2] == ("shards", LAST) and "no readable Parquet footer" in unreadable[2]
-    assert "2 pairs are whole, 1 not: see the errors above" in [d for _, d in warnings(run)]
+    assert "2 whole, 1 not: see the errors above" in [d for _, d in warnings(run)]
 
 
 @pytest.mark.parametrize("folder", ["routing", "tokens"])
@@ -200,7 +200,7 @@ def test_a_run_without_close_is_whole_as_far_as_it_goes(run):
     assert errors(run) == []
     (where, detail) = warnings(run)[0]
     assert where == "run.json" and detail.startswith("not closed")
-    assert "3 pairs: 60 rows" in details(run)["shards"]
+    assert "3 shard pairs: 60 rows" in details(run)["shards"]
 
 
 def test_a_capture_killed_between_the_files_of_its_last_pair(run):
