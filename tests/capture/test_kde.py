@@ -52,6 +52,8 @@ def test_thresholds_are_the_first_float32_whose_p_value_is_at_most_critical(curv
     # a threshold can only sit lower than its own critical value asks where the next one's does
     assert np.all((curve.p_value(before) > critical) | (np.roll(t, 1) == t))
     for k in {0, E // 2, E - 1}:  # against exact rationals, up to float64 rounding
+        if critical[k] < curve.tail[-1]:
+            continue  # S jumps to 0 at the grid's end, which rounding can move; see below
         assert exact_tail(curve, t[k]) <= critical[k] * (1 + 1e-9) + 1e-15
         assert exact_tail(curve, before[k]) >= critical[k] * (1 - 1e-9) - 1e-15
 
