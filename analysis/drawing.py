@@ -1,86 +1,101 @@
 """Drawing a run's figures: what each needs of the log, and the files they become."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
-from typing import Self, TypeVar
 
 import numpy as np
-import polars as pl
-import pyarrow as pa
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from analysis import figures
-from analysis.log import Log, Progress, layer_of, logits_of
+from analysis.load import ExpertLoad, expert_load, source_load
+from analysis.log import Log
 from analysis.profile import profile_log
-from analysis.replay import p_values_of
+from analysis.replay import replay, settings_of
+from analysis.sample import LayerSample, sample_rows
 from capture.bh import BhOptions, critical_values
-from capture.errors import InvalidOption
+from capture.errors import InvalidOption, KdeMismatch
 from capture.kde import KdeModel
 
-SAMPLE_ROWS = 4_000  # rows whose p-values figures show, over all layers
-SWEEP_ALPHAS = tuple(i / 50 for i in range(1, 50))
-STEP_UP_ROWS = 6
+# even in the logarithm where few experts pass, then in steps of 0.03
+SWEEP_ALPHAS = (
+    *np.geomspace(1e-4, 0.09, 25).round(6).tolist(),
+    *(i / 100 for i in range(12, 100, 3)),
+)
+STEP_UP_QUANTILES = (0.1, 0.5, 0.9, 0.3, 0.7, 0.99)  # of n_rejected, for the sample tokens
+MOST_POINTS = 40_000  # of the scatter of logits against p-values
 
-K = TypeVar("K")
 
-
-@dataclass(eq=False)
 class RunData:
-    """What the figures of a run show.
+    """What the figures of a run show, read from the log when a figure first asks for it.
 
-    Attributes:
-        log, kde: the run and its null model, if there is one.
-        alpha: BH level that figures show; None for a native run without one.
-        selected: (L, E + 1), rows by layer and n_selected.
-        load: (L, E), share of a layer's tokens that use an expert.
-        by_source: (L, E) of the same kind for each source.
-        logits, p: (N, E), sampled rows; p is empty without p-values.
-        layers: (N,), their layers.
-        decisions: their n_rejected and n_selected at alpha, (N,) each.
+    Args:
+        log: the run.
+        kde: null model for p-values; None takes the run's own, or its empirical p-values.
+        alpha: BH level; None takes the run's own, or 0.05 for a native run.
+
+    Raises:
+        InvalidOption: alpha is out of range.
+        KdeMismatch: the null model is for other layers or experts.
     """
 
-    log: Log
-    kde: KdeModel | None
-    alpha: float | None
-    selected: NDArray[np.int64]
-    load: NDArray[np.float64]
-    by_source: dict[str, NDArray[np.float64]]
-    logits: NDArray[np.float32]
-    p: NDArray[np.float64]
-    layers: NDArray[np.int64]
+    def __init__(self, log: Log, kde: KdeModel | None, alpha: float | None) -> None:
+        if kde is not None:
+            kde.require(log.layers, log.n_experts)
+        own = log.manifest.routing.options or BhOptions()
+        options = settings_of(log, [own.alpha if alpha is None else alpha])[0]
+        self.log, self.kde = log, kde
+        self.options = options if kde is None else replace(options, p_values="kde")
 
     @property
-    def bounds(self) -> tuple[int, int] | tuple[None, None]:
+    def logged_bounds(self) -> tuple[int, int] | tuple[None, None]:
         """min_k and max_k of a BH run; None under native routing."""
         options = self.log.manifest.routing.options
         return (None, None) if options is None else options.bounds(self.log.n_experts)
 
-    def rejections(self) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """Whether each sampled row's k-th p-value passes (N, E), and n_rejected (N,)."""
-        assert self.alpha is not None
-        E = self.p.shape[1]
-        passes = np.sort(self.p, axis=1) <= critical_values(self.alpha, E)
-        last = E - np.argmax(passes[:, ::-1], axis=1)
-        return passes, np.where(passes.any(axis=1), last, 0)
+    @cached_property
+    def load(self) -> ExpertLoad:
+        """Counts over all rows.
+
+        Raises:
+            InvalidOption: the run has no rows.
+        """
+        load = expert_load(self.log)
+        if not load.rows.sum():
+            raise InvalidOption(f"{self.log.path}: no rows to draw")
+        return load
+
+    @cached_property
+    def samples(self) -> list[LayerSample]:
+        """Rows of each layer with p-values.
+
+        Raises:
+            InvalidOption, KdeMismatch: the run has no rows, or they have no p-values.
+        """
+        samples = sample_rows(self.log, self.options, self.kde)
+        if not samples:
+            raise InvalidOption(f"{self.log.path}: no rows to draw")
+        return samples
 
 
 @dataclass(frozen=True)
 class FigureKind:
-    """A figure of a run: what it shows, what it needs, and how it is drawn.
+    """A figure of a run.
 
     Attributes:
-        title: for listings.
-        draw: draws RunData on a Figure.
-        needs: "p-values", "alpha", "null model" or "sources", without which it is left out.
+        shows: in words, for listings.
+        needs: what a run must have, in words; "" if any run will do.
+        draw: draws RunData on a Figure; raises InvalidOption or KdeMismatch where the run lacks
+            what is needed.
     """
 
-    title: str
+    shows: str
+    needs: str
     draw: Callable[[RunData, Figure], object]
-    needs: tuple[str, ...] = ()
 
 
 def draw_figures(
@@ -90,252 +105,206 @@ def draw_figures(
     *,
     kde: KdeModel | None = None,
     alpha: float | None = None,
-    progress: Progress | None = None,
+    left_out: Callable[[str, str], object] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[Path]:
     """Draw figures of a run as PNG files; return their paths.
+
+    Memory stays flat: p-values are those of a sample of rows, counts those of all rows.
 
     Args:
         names: keys of FIGURES; None draws all that the run can show.
         out: folder of the files; None is `figures` in the run's folder.
-        kde: null model for p-values; None takes the run's own.
-        alpha: BH level to show; None takes the run's own.
+        kde: null model for p-values; None takes the run's own, or its empirical p-values.
+        alpha: BH level to show; None takes the run's own, or 0.05 for a native run.
+        left_out: called with the name of a figure that the run cannot show, and why.
+        progress: called with 1 after each figure.
 
     Raises:
-        InvalidOption: no such figure, or the run cannot show one that was named.
+        InvalidOption, KdeMismatch: no such figure, an option is out of range, the folder cannot be
+            written, or the run cannot show a figure that was named.
     """
-    data = _gather(log, kde or log.kde, alpha, progress)
-    chosen = []
-    for name in names if names is not None else FIGURES:
+    for name in names or ():
         if name not in FIGURES:
             near = get_close_matches(name, FIGURES, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"figures: {', '.join(FIGURES)}"
             raise InvalidOption(f"no figure '{name}'; {hint}")
-        missing = [need for need in FIGURES[name].needs if not _has(data, need)]
-        if missing and names is not None:
-            raise InvalidOption(f"{log.path}: figure '{name}' needs {_MISSING[missing[0]]}")
-        if not missing:
-            chosen.append(name)
-    folder = Path(out) if out is not None else Path(log.path) / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    return [_save(FIGURES[name], data, folder / f"{name}.png") for name in chosen]
+    folder = _folder(log, out)
+    data = RunData(log, kde, alpha)
+    paths = []
+    for name in dict.fromkeys(FIGURES if names is None else names):
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        try:
+            FIGURES[name].draw(data, figure)
+        except (InvalidOption, KdeMismatch) as error:
+            if names is not None:
+                raise
+            if left_out is not None:
+                left_out(name, str(error))
+        else:
+            paths.append(_save(figure, folder / f"{name}.png"))
+        if progress is not None:
+            progress(1)
+    return paths
 
 
-def _save(kind: FigureKind, data: RunData, path: Path) -> Path:
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    kind.draw(data, figure)
+def _folder(log: Log, out: str | Path | None) -> Path:
+    if out is None and "://" in log.path:
+        raise InvalidOption(f"{log.path} is not a local folder; say where figures go: --out DIR")
+    folder = Path(log.path) / "figures" if out is None else Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidOption(f"{folder}: cannot make the folder ({error.strerror})") from error
+    return folder
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    """Write a figure under a temporary name, then rename it."""
     part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=150, format="png")
-    part.replace(path)
+    try:
+        figure.savefig(part, dpi=150, format="png")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InvalidOption(f"{path}: cannot be written ({error.strerror})") from error
     return path
 
 
-def _gather(
-    log: Log, kde: KdeModel | None, alpha: float | None, progress: Progress | None
-) -> RunData:
-    options = log.manifest.routing.options
-    if kde is not None:
-        kde.require(log.layers, log.n_experts)
-    empirical = kde is None and options is not None and options.p_values == "empirical"
-    if alpha is not None:
-        BhOptions(alpha)  # checks it
-    rows = sum(group.rows for group in log.row_groups())
-    total = log.fold(
-        lambda: _Counts(
-            log.n_experts, max(1, rows // SAMPLE_ROWS), kde, empirical, _sources_of(log)
-        ),
-        ("layer", "rank", "sequence", "forward", "logits", "experts", "n_selected"),
-        progress=progress,
-    )
-    names = sorted({source for _, source in total.load if source})
-    E, L = log.n_experts, log.layers
-    empty = np.zeros(E + 1, dtype=np.int64)
-    return RunData(
-        log=log,
-        kde=kde,
-        alpha=alpha if alpha is not None or options is None else options.alpha,
-        selected=np.stack([total.selected.get(layer, empty) for layer in L]),
-        load=_shares(total, L, None, E),
-        by_source={name: _shares(total, L, name, E) for name in names},
-        logits=np.concatenate([*total.logits, np.zeros((0, E), np.float32)]),
-        p=np.concatenate([*total.p, np.zeros((0, E))]),
-        layers=np.concatenate([*total.layers, np.zeros(0, np.int64)]),
-    )
-
-
-def _sources_of(log: Log) -> dict[tuple[int, int], str]:
-    """Source of each (rank, sequence)."""
-    tokens = pl.DataFrame(pl.from_arrow(log.tokens(["rank", "sequence", "source"])))
-    known = tokens.with_columns(pl.col("source").cast(pl.String)).drop_nulls().unique()
-    return {(rank, sequence): source for rank, sequence, source in known.iter_rows()}
-
-
-def _shares(
-    total: "_Counts", layers: Sequence[int], source: str | None, n_experts: int
-) -> NDArray[np.float64]:
-    """(L, E) share of the tokens of a source (None: all) that use an expert."""
-    result = np.zeros((len(layers), n_experts))
-    for i, layer in enumerate(layers):
-        keys = [key for key in total.load if key[0] == layer and source in (None, key[1])]
-        rows = sum(total.rows[key] for key in keys)
-        if rows:
-            result[i] = sum(total.load[key] for key in keys) / rows
-    return result
-
-
-class _Counts:
-    """Counts over all rows and a sample of them, gathered in one pass."""
-
-    def __init__(
-        self,
-        n_experts: int,
-        every: int,
-        kde: KdeModel | None,
-        empirical: bool,
-        sources: dict[tuple[int, int], str],
-    ) -> None:
-        self._E, self._every, self._kde, self._empirical = n_experts, every, kde, empirical
-        self._sources = sources
-        self.selected: dict[int, NDArray[np.int64]] = {}
-        self.load: dict[tuple[int, str], NDArray[np.int64]] = {}
-        self.rows: dict[tuple[int, str], int] = {}
-        self.logits: list[NDArray[np.float32]] = []
-        self.p: list[NDArray[np.float64]] = []
-        self.layers: list[NDArray[np.int64]] = []
-
-    def update(self, batch: pa.RecordBatch) -> None:
-        layer, E = layer_of(batch), self._E
-        n = batch.column("n_selected").to_numpy()
-        _add(self.selected, layer, np.bincount(n, minlength=E + 1))
-        flat = batch.column("experts").flatten().to_numpy()
-        rank, sequence = batch.column("rank").to_numpy(), batch.column("sequence").to_numpy()
-        key, inverse = np.unique(
-            rank.astype(np.int64) << 32 | sequence.astype(np.int64), return_inverse=True
-        )
-        names = np.array([self._sources.get((int(k) >> 32, int(k) & 0xFFFFFFFF), "") for k in key])
-        for name in np.unique(names):
-            mine = (names == name)[inverse]
-            self.rows[layer, str(name)] = self.rows.get((layer, str(name)), 0) + int(mine.sum())
-            load = np.bincount(flat[np.repeat(mine, n)], minlength=E)
-            _add(self.load, (layer, str(name)), load)
-        if self._kde is not None or self._empirical:
-            null = None if self._kde is None else self._kde[layer]
-            self.logits.append(logits_of(batch)[:: self._every].copy())
-            self.p.append(p_values_of(batch, null)[:: self._every])
-            self.layers.append(np.full(len(self.p[-1]), layer, dtype=np.int64))
-
-    def merge(self, other: Self) -> None:
-        for layer, counts in other.selected.items():
-            _add(self.selected, layer, counts)
-        for key, counts in other.load.items():
-            _add(self.load, key, counts)
-            self.rows[key] = self.rows.get(key, 0) + other.rows[key]
-        self.logits += other.logits
-        self.p += other.p
-        self.layers += other.layers
-
-
-def _add(table: dict[K, NDArray[np.int64]], key: K, counts: NDArray[np.int64]) -> None:
-    table[key] = table[key] + counts if key in table else counts
-
-
-def _has(data: RunData, need: str) -> bool:
-    return {
-        "p-values": len(data.p) > 0,
-        "alpha": data.alpha is not None,
-        "null model": data.kde is not None and data.kde.pooled,
-        "sources": len(data.by_source) > 1,
-    }[need]
-
-
-_MISSING = {
-    "p-values": "p-values: give the run a null model with --kde FILE",
-    "alpha": "a BH level: give one with --alpha A",
-    "null model": "a null model pooled over experts: give one with --kde FILE",
-    "sources": "text of at least two sources",
-}
+def _draw_p_values(data: RunData, figure: Figure) -> None:
+    p = np.concatenate([sample.p.ravel() for sample in data.samples])
+    figures.plot_p_value_histogram(figure.subplots(), p)
 
 
 def _draw_step_up(data: RunData, figure: Figure) -> None:
-    """Rows that show few, middling and many rejections."""
-    assert data.alpha is not None
-    passes, n_rejected = data.rejections()
-    low, high = data.bounds
-    by_count = np.argsort(n_rejected, kind="stable")
-    picks = by_count[(np.linspace(0.05, 0.98, STEP_UP_ROWS) * len(by_count)).astype(int)]
-    figure.set_size_inches(9, 5.5)
-    grid = figure.subplots(2, STEP_UP_ROWS // 2)
-    for axes, row in zip(grid.flat, picks, strict=True):
-        n = int(n_rejected[row])
-        chosen = int(np.clip(n, low if low is not None else 1, high or passes.shape[1]))
-        figures.plot_step_up(axes, data.p[row], data.alpha, n_rejected=n, n_selected=chosen)
-        axes.set_title(f"layer {data.layers[row]}: {axes.get_title()}", fontsize=9)
-    grid.flat[0].legend(fontsize=8)
-    figure.suptitle(f"BH step-up at alpha {data.alpha:g} on {STEP_UP_ROWS} tokens")
+    """Tokens with few, middling and many rejections, of layers from the first to the last."""
+    n = len(STEP_UP_QUANTILES)
+    layers = np.linspace(0, len(data.samples) - 1, n).round().astype(int)
+    figure.set_size_inches(10.5, 6.5)
+    grid = figure.subplots(2, n // 2)
+    for axes, layer, quantile in zip(grid.flat, layers, STEP_UP_QUANTILES, strict=True):
+        sample = data.samples[layer]
+        order = np.argsort(sample.n_rejected, kind="stable")
+        row = int(order[int(quantile * (len(order) - 1))])
+        figures.plot_step_up(
+            axes,
+            sample.p[row],
+            data.options.alpha,
+            n_rejected=int(sample.n_rejected[row]),
+            n_selected=int(sample.n_selected[row]),
+        )
+        where = f"layer {sample.layer}, sequence {sample.sequence[row]}, "
+        axes.set_title(f"{where}position {sample.position[row]}\n{axes.get_title()}", fontsize=9)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    alpha, low, high = data.options.alpha, *data.options.bounds(data.log.n_experts)
+    figure.suptitle(f"BH step-up at alpha {alpha:g}, min_k {low}, max_k {high}: sample tokens")
+
+
+def _draw_logits(data: RunData, figure: Figure) -> None:
+    E = data.log.n_experts
+    most = max(1, MOST_POINTS // (E * len(data.samples)))
+    rows = [slice(None, None, -(-len(sample.p) // most)) for sample in data.samples]
+    logits, p = (
+        np.concatenate([getattr(s, name)[part] for s, part in zip(data.samples, rows, strict=True)])
+        for name in ("logits", "p")
+    )
+    layers = [np.full(len(s.p[part]), s.layer) for s, part in zip(data.samples, rows, strict=True)]
+    figures.plot_logits_against_p_values(figure.subplots(), logits, p, np.concatenate(layers))
+
+
+def _draw_passing_rate(data: RunData, figure: Figure) -> None:
+    E, alpha = data.log.n_experts, data.options.alpha
+    sorted_p = np.concatenate([sample.sorted_p for sample in data.samples])
+    n_rejected = np.concatenate([sample.n_rejected for sample in data.samples])
+    rejected = np.bincount(n_rejected, minlength=E + 1)[::-1].cumsum()[::-1][1:] / len(n_rejected)
+    low, high = data.options.bounds(E)
+    figures.plot_passing_rate(
+        figure.subplots(),
+        (sorted_p <= critical_values(alpha, E)).mean(axis=0),
+        rejected,
+        alpha=alpha,
+        min_k=low,
+        max_k=high,
+    )
+
+
+def _draw_heatmap(data: RunData, figure: Figure) -> None:
+    figure.set_size_inches(9, 4.5)
+    figures.plot_expert_heatmap(figure.subplots(), data.load.share, data.log.layers)
+
+
+def _draw_histogram(data: RunData, figure: Figure) -> None:
+    low, high = data.logged_bounds
+    counts = data.load.n_selected.sum(axis=0)
+    figures.plot_experts_histogram(figure.subplots(), counts, min_k=low, max_k=high)
+
+
+def _draw_mean_experts(data: RunData, figure: Figure) -> None:
+    figures.plot_mean_experts(figure.subplots(), data.load.n_selected, data.log.layers)
 
 
 def _draw_sweep(data: RunData, figure: Figure) -> None:
-    low, high = data.bounds
-    profile = profile_log(data.log, data.kde, alphas=SWEEP_ALPHAS)
-    bounds = {"min_k": 1 if low is None else low, "max_k": high}
-    frame = profile.frame(SWEEP_ALPHAS, min_k=bounds["min_k"] or 0, max_k=bounds["max_k"])
-    by_layer = {layer: frame[f"layer_{layer}"].to_list() for layer in profile.counts}
-    figures.plot_sweep(figure.subplots(), SWEEP_ALPHAS, by_layer, frame["overall"].to_list())
+    if not data.load.rows.all():
+        raise InvalidOption(f"{data.log.path}: no rows of some layers to replay")
+    logged = data.log.manifest.routing.options
+    figures.plot_sweep(
+        figure.subplots(),
+        SWEEP_ALPHAS,
+        _swept(data),
+        data.log.layers,
+        alpha=None if logged is None else logged.alpha,
+    )
+
+
+def _swept(data: RunData) -> NDArray[np.float64]:
+    """(L, A) replayed mean experts of each layer at SWEEP_ALPHAS, over all rows."""
+    log, layers = data.log, data.log.layers
+    low, high = data.options.bounds(log.n_experts)
+    null = data.kde or log.kde
+    if data.options.p_values == "kde" and null is not None and null.pooled:
+        profile = profile_log(log, data.kde, alphas=SWEEP_ALPHAS)
+        frame = profile.frame(SWEEP_ALPHAS, min_k=low, max_k=high)
+        return np.stack([frame[f"layer_{layer}"].to_numpy() for layer in layers])
+    settings = [replace(data.options, alpha=alpha) for alpha in SWEEP_ALPHAS]
+    frame = replay(log, settings, kde=data.kde).drop_nulls("layer").sort("layer", "alpha")
+    return frame["mean_experts"].to_numpy().reshape(len(layers), len(SWEEP_ALPHAS))
 
 
 def _draw_sources(data: RunData, figure: Figure) -> None:
-    first, second = list(data.by_source)[:2]
-    difference = data.by_source[first] - data.by_source[second]
-    figures.plot_source_difference(figure.subplots(), difference, data.log.layers, (first, second))
+    load = source_load(data.log)
+    if load is None:
+        raise InvalidOption(f"{data.log.path}: its tokens come from fewer than two sources")
+    figure.set_size_inches(9, 4.5)
+    difference = load.share[0] - load.share[1]
+    axes = figures.plot_source_difference(
+        figure.subplots(), difference, data.log.layers, load.names
+    )
+    if load.n_sources > 2:
+        note = f"the 2 sources with most tokens of {load.n_sources:,}"
+        axes.set_title(f"{axes.get_title()}\n{note}", fontsize=9)
 
+
+_P_VALUES = "a null model, or empirical p-values"
 
 FIGURES: dict[str, FigureKind] = {
-    "p_values": FigureKind(
-        "p-values against the uniform distribution",
-        lambda data, figure: figures.plot_p_value_histogram(figure.subplots(), data.p),
-        ("p-values",),
-    ),
-    "step_up": FigureKind(
-        "the BH step-up rule on sample tokens", _draw_step_up, ("p-values", "alpha")
-    ),
+    "p_values": FigureKind("p-values against the uniform distribution", _P_VALUES, _draw_p_values),
+    "step_up": FigureKind("the BH step-up rule on sample tokens", _P_VALUES, _draw_step_up),
     "expert_heatmap": FigureKind(
-        "share of tokens that use an expert, layer by expert",
-        lambda data, figure: figures.plot_expert_heatmap(
-            figure.subplots(), data.load, data.log.layers
-        ),
+        "how often each expert was selected, layer by expert", "", _draw_heatmap
     ),
     "experts_histogram": FigureKind(
-        "experts selected, with mean, min_k and max_k",
-        lambda data, figure: figures.plot_experts_histogram(
-            figure.subplots(),
-            data.selected.sum(axis=0),
-            min_k=data.bounds[0],
-            max_k=data.bounds[1],
-        ),
+        "experts selected per row, with mean, min_k and max_k", "", _draw_histogram
     ),
-    "logits_p_values": FigureKind(
-        "logits against p-values",
-        lambda data, figure: figures.plot_logits_against_p_values(
-            figure.subplots(), data.logits[::8], data.p[::8], data.layers[::8]
-        ),
-        ("p-values",),
-    ),
+    "logits_p_values": FigureKind("logits against p-values", _P_VALUES, _draw_logits),
     "passing_rate": FigureKind(
-        "passing rate of the BH threshold by rank",
-        lambda data, figure: figures.plot_passing_rate(
-            figure.subplots(), data.rejections()[0].mean(axis=0), data.bounds[1]
-        ),
-        ("p-values", "alpha"),
+        "passing rate of the BH threshold by rank", _P_VALUES, _draw_passing_rate
     ),
-    "mean_experts": FigureKind(
-        "experts per token by layer",
-        lambda data, figure: figures.plot_mean_experts(
-            figure.subplots(), data.selected, data.log.layers
-        ),
-    ),
-    "sweep": FigureKind("experts per token at every alpha", _draw_sweep, ("null model",)),
+    "mean_experts": FigureKind("experts per token by layer", "", _draw_mean_experts),
+    "sweep": FigureKind("replayed experts per token against alpha", _P_VALUES, _draw_sweep),
     "sources": FigureKind(
-        "experts that serve one source more than another", _draw_sources, ("sources",)
+        "experts that one source selects more than another", "two sources", _draw_sources
     ),
 }
 

@@ -7,13 +7,23 @@ from analysis.table import format_option, print_frame, progress_bar
 
 @click.command(
     epilog="\b\nexamples:\n  bhlog plot runs/demo/bh-0.3\n"
-    "  bhlog plot runs/demo/native sweep --kde runs/demo/null.parquet --out figures"
+    "  bhlog plot runs/demo/native sweep --kde runs/demo/null.parquet --out figures\n"
+    "  bhlog plot --list"
 )
 @click.argument("run", required=False)
 @click.argument("figures", nargs=-1, metavar="[FIGURE]...")
 @click.option("--out", metavar="DIR", help="Where the PNG files go (default: RUN/figures).")
-@click.option("--kde", metavar="FILE", help="Null model for p-values (default: the run's own).")
-@click.option("--alpha", type=float, help="BH level to show (default: the run's own).")
+@click.option(
+    "--kde",
+    metavar="FILE",
+    help="Null model for p-values (default: the run's own, or its empirical p-values).",
+)
+@click.option(
+    "--alpha",
+    type=float,
+    metavar="A",
+    help="BH level that p-values are held against (default: the run's own; 0.05 if native).",
+)
 @click.option("--list", "listing", is_flag=True, help="List the figures.")
 @format_option
 def plot(
@@ -25,7 +35,10 @@ def plot(
     listing: bool,
     output_format: str,
 ) -> None:
-    """Draw figures of a run as PNG files; without FIGURE, all that the run can show."""
+    """Draw figures of a run as PNG files; without FIGURE, all that the run can show.
+
+    Counts are of all rows; p-values of a random sample of rows.
+    """
     import polars as pl
 
     from analysis.drawing import FIGURES, draw_figures
@@ -34,7 +47,7 @@ def plot(
 
     if listing:
         rows = [
-            {"figure": name, "shows": kind.title, "needs": ", ".join(kind.needs)}
+            {"figure": name, "shows": kind.shows, "needs": kind.needs or None}
             for name, kind in FIGURES.items()
         ]
         print_frame(pl.DataFrame(rows), output_format)
@@ -43,6 +56,17 @@ def plot(
         raise click.UsageError("name the run to draw, or --list")
     log = open_log(run)
     null = None if kde is None else KdeModel.load(kde)
-    with progress_bar("plot", log.manifest.totals.rows or None) as advance:
-        paths = draw_figures(log, figures or None, out, kde=null, alpha=alpha, progress=advance)
+    left_out: dict[str, list[str]] = {}  # figures by reason
+    with progress_bar("plot", len(figures) or len(FIGURES), unit="figures") as advance:
+        paths = draw_figures(
+            log,
+            figures or None,
+            out,
+            kde=null,
+            alpha=alpha,
+            left_out=lambda name, why: left_out.setdefault(why, []).append(name),
+            progress=advance,
+        )
+    for why, names in left_out.items():
+        click.echo(f"bhlog: left out {', '.join(names)}: {why}", err=True)
     print_frame(pl.DataFrame({"figure": [str(path) for path in paths]}), output_format)
