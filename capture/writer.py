@@ -118,6 +118,7 @@ class RunWriter:
         )
         self.next_sequence = self._progress.next_sequence
         self.next_forward = self._progress.next_forward
+        self._sealed = self._progress.totals  # counts up to the last sealed shard
         self._shards = list(self._manifest.shards)
         self._number = next_number(self._manifest.shards)
         self._sources: dict[str, int] = {}
@@ -137,9 +138,16 @@ class RunWriter:
     def manifest(self) -> Manifest:
         """The manifest with the counts so far."""
         with self._wake:
-            shards = tuple(self._shards)
-            totals = replace(self._progress.totals, shards=len(shards))
-        return replace(self._manifest, totals=totals, shards=shards)
+            shards, totals, sealed = tuple(self._shards), self._progress.totals, self._sealed
+            if self._error is not None:  # what was gathered but not sealed is lost
+                totals = replace(
+                    totals,
+                    rows=sealed.rows,
+                    tokens=sealed.tokens,
+                    nonfinite=sealed.nonfinite,
+                    dropped=totals.dropped + totals.tokens - sealed.tokens,
+                )
+        return replace(self._manifest, totals=replace(totals, shards=len(shards)), shards=shards)
 
     @property
     def closed(self) -> bool:
@@ -165,7 +173,6 @@ class RunWriter:
         Raises:
             WriterFailed: the writer stopped on an error.
         """
-        self.check()
         self.next_sequence = max(self.next_sequence, int(block.sequence.max(initial=0)) + 1)
         self.next_forward = max(self.next_forward, int(block.forward.max(initial=0)) + 1)
         if self.admit(block.staged.n_bytes):
@@ -248,9 +255,15 @@ class RunWriter:
                     self._queued_bytes += item.staged.n_bytes
                 self._wake.notify_all()
                 return
-        if isinstance(item, Block):
-            item.staged.wait()
+        self._let_go(item)
+
+    def _let_go(self, item: Block | _Dropped | threading.Event | None) -> None:
+        """Count what nobody will write."""
+        if isinstance(item, Block | _Dropped):
+            logged, n_kept = logged_rows(item.staged.wait(), self.options.sample_every)
+            dropped = int(logged.sum())
             item.staged.release()
+            self._count(Totals(dropped=dropped, sampled_out=n_kept - dropped))
         elif isinstance(item, threading.Event):
             item.set()
 
@@ -260,17 +273,20 @@ class RunWriter:
 
     def _work(self) -> None:
         """The gathering thread: blocks into columns, columns into shards."""
+        gathering: Block | None = None
         try:
             while True:
                 with self._wake:
                     self._wake.wait_for(lambda: bool(self._queue))
                     item = self._queue.popleft()
                 if isinstance(item, Block):
+                    gathering = item
                     self._gather(item)
+                    gathering = None
+                    if self._buffer.rows >= self.options.shard_rows:
+                        self._seal()
                 elif isinstance(item, _Dropped):
-                    logged, n_kept = logged_rows(item.staged.tensors, self.options.sample_every)
-                    dropped = int(logged.sum())
-                    self._count(Totals(dropped=dropped, sampled_out=n_kept - dropped))
+                    self._let_go(item)
                 else:
                     self._seal()
                     while self._sealing:
@@ -279,19 +295,19 @@ class RunWriter:
                         return
                     item.set()
         except BaseException as error:
-            self._fail(error)
+            self._fail(error, gathering)
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, error: BaseException, gathering: Block | None) -> None:
         for future in self._sealing:
             future.cancel()
         with self._wake:
             self._error = error
-            for item in self._queue:
-                if isinstance(item, threading.Event):
-                    item.set()
+            left: list[Any] = [gathering, *self._queue]
             self._queue.clear()
             self._queued_bytes = 0
             self._wake.notify_all()
+        for item in left:
+            self._let_go(item)
 
     def _gather(self, block: Block) -> None:
         """Append the rows to log to the buffer."""
@@ -302,13 +318,11 @@ class RunWriter:
             token_ids=self.options.token_ids,
             sources=self._sources,
         )
-        block.staged.release()
         self._count(counts, block)
+        block.staged.release()
         with self._wake:
             self._queued_bytes -= block.staged.n_bytes
             self._wake.notify_all()
-        if self._buffer.rows >= self.options.shard_rows:
-            self._seal()
 
     def _count(self, counts: Totals, block: Block | None = None) -> None:
         before = self._progress
@@ -366,9 +380,11 @@ class RunWriter:
         except BaseException:
             for part in parts:
                 part.unlink(missing_ok=True)
+                part.with_suffix("").unlink(missing_ok=True)  # half a pair is no shard
             raise
         with self._wake:
             self._shards.append(ShardEntry(name, buffer.rows, buffer.tokens, n_bytes))
+            self._sealed = progress.totals
 
 
 def _open(

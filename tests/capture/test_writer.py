@@ -283,9 +283,8 @@ def test_shards_are_sealed_in_order_though_encoded_side_by_side(run, monkeypatch
     for number in range(4):
         log_writer.submit(make_block(number))
     log_writer.close()
-    assert order == [
-        f"{folder}/rank00000-0000{n}.parquet.part" for n in range(4) for folder in ("tokens", "routing")
-    ]  # fmt: skip
+    pairs = [(n, folder) for n in range(4) for folder in ("tokens", "routing")]
+    assert order == [f"{folder}/rank00000-0000{n}.parquet.part" for n, folder in pairs]
     assert len(check_run(run)) == 40
 
 
