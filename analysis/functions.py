@@ -8,6 +8,8 @@
 | p_value(logit, layer[, expert, run]) | the p-value of one logit |
 | softmax(logits[, temperature]) | a weight per expert, float32 |
 | router_entropy(logits) | entropy of the softmax, in nats |
+| top_probability(logits) | the largest weight of the softmax |
+| n_shared(experts, others) | how many experts two selections share |
 
 min_k and max_k are 1 and the number of experts unless given. run tells which run's null model
 counts, and is needed only where runs with different ones are open. NULL in, NULL out.
@@ -22,6 +24,7 @@ from typing import Any, NamedTuple
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from duckdb.func import FunctionNullHandling, PythonUDFType
 from numpy.typing import NDArray
 
@@ -38,7 +41,16 @@ from capture.bh import (
 from capture.errors import InvalidOption, KdeMismatch
 from capture.kde import KdeModel
 
-FUNCTIONS = ("bh_count", "bh_experts", "p_values", "p_value", "softmax", "router_entropy")
+FUNCTIONS = (
+    "bh_count",
+    "bh_experts",
+    "p_values",
+    "p_value",
+    "softmax",
+    "router_entropy",
+    "top_probability",
+    "n_shared",
+)
 
 # Optional arguments are DuckDB's: functions in Python have a fixed number of them.
 _MACROS = """
@@ -51,6 +63,8 @@ CREATE MACRO p_value(logit, layer, expert := NULL, run := NULL) AS
     _p_value(logit, run, layer, expert);
 CREATE MACRO softmax(logits, temperature := 1.0) AS _softmax(logits, temperature);
 CREATE MACRO router_entropy(logits) AS _router_entropy(logits);
+CREATE MACRO top_probability(logits) AS _top_probability(logits);
+CREATE MACRO n_shared(experts, others) AS _n_shared(experts, others);
 """
 
 
@@ -134,6 +148,8 @@ def register_functions(connection: duckdb.DuckDBPyConnection, nulls: Nulls) -> N
         (_p_value, ["FLOAT", "VARCHAR", "INTEGER", "INTEGER"], "DOUBLE"),
         (_softmax, ["FLOAT[]", "DOUBLE"], "FLOAT[]"),
         (_router_entropy, ["FLOAT[]"], "DOUBLE"),
+        (_top_probability, ["FLOAT[]"], "DOUBLE"),
+        (_n_shared, ["USMALLINT[]", "USMALLINT[]"], "INTEGER"),
     ]
     for function, parameters, result in functions:
         connection.create_function(
@@ -285,20 +301,48 @@ def _softmax(_: Nulls, logits: pa.ListArray, temperature: pa.Array) -> pa.Array:
 
 
 def _router_entropy(_: Nulls, logits: pa.ListArray) -> pa.Array:
-    entropy = np.zeros(len(logits))
-    known = np.zeros(len(logits), dtype=np.bool_)
+    entropy = np.full(len(logits), np.nan)
     for _key, rows, x in _groups(logits):
-        keys = finite_keys(x)
-        top = keys.max(axis=1, keepdims=True)
-        below = keys - np.where(np.isfinite(top), top, np.float32(0))  # at most 0
-        unnormalized = np.exp(below)
+        below, unnormalized = _exponentials(x)
         total = unnormalized.sum(axis=1, dtype=np.float64)
-        # H = log Z - sum(p * (x - top)); a logit of -inf adds nothing
-        moment = (unnormalized * np.maximum(below, np.float32(-200))).sum(axis=1, dtype=np.float64)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            entropy[rows] = np.log(total) - moment / total
-        known[rows] = np.isfinite(top[:, 0])
-    return pa.array(entropy, mask=~known)
+        # H = ln Z - sum(p * (x - max)); exp has made a logit this far below 0
+        below = np.maximum(below, np.float32(-200), out=below)
+        moment = np.einsum("te,te->t", unnormalized, below, dtype=np.float64)
+        entropy[rows] = np.log(total) - moment / total
+    return pa.array(entropy, from_pandas=True)
+
+
+def _top_probability(_: Nulls, logits: pa.ListArray) -> pa.Array:
+    top = np.full(len(logits), np.nan)
+    for _key, rows, x in _groups(logits):
+        top[rows] = 1 / _exponentials(x)[1].sum(axis=1, dtype=np.float64)
+    return pa.array(top, from_pandas=True)
+
+
+def _exponentials(logits: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(T, E) float32 x - max(x) and its exponential; NaN in rows without a finite logit."""
+    keys = finite_keys(logits)
+    top = keys.max(axis=1, keepdims=True)
+    below = keys - np.where(np.isfinite(top), top, np.float32(np.nan))
+    return below, np.exp(below)
+
+
+def _n_shared(_: Nulls, experts: pa.ListArray, others: pa.ListArray) -> pa.Array:
+    row, expert = _elements(experts)
+    other_row, other = _elements(others)
+    width = 1 + max(expert.max(initial=0), other.max(initial=0))
+    chosen = np.zeros(len(experts) * width, dtype=np.bool_)
+    chosen[row * width + expert] = True
+    shared = chosen[other_row * width + other]
+    n = np.bincount(other_row[shared], minlength=len(experts))
+    missing = pc.or_(experts.is_null(), others.is_null())
+    return pa.array(n.astype(np.int32), mask=missing.to_numpy(zero_copy_only=False))
+
+
+def _elements(lists: pa.ListArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row and value of each element of a list column."""
+    rows = lists.value_parent_indices().to_numpy(zero_copy_only=False)
+    return rows.astype(np.int64), lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 class _Lists:

@@ -1,0 +1,59 @@
+-- coactivation.sql
+-- Which experts of a layer are selected together?
+--
+-- N(a) is the number of tokens that select expert a, N(a, b) that select both, T all tokens.
+-- coactivation = N(a, b) / N(a), as in Muennighoff et al. (2024), OLMoE, section 5.2;
+-- lift = N(a, b) T / (N(a) N(b)): 1 is what independent experts would give.
+--
+-- Reads   routing (one row per run, token and layer)
+-- Param   $layer integer = NULL  only this layer
+-- Param   $min_tokens integer = 10  leave out pairs that fewer tokens select
+-- Param   $top integer = 20  at most this many pairs per run and layer, by falling lift
+-- Returns one row per run, layer and pair of experts, first < second: tokens (that select both),
+--         coactivation_first = N(a, b) / N(a), coactivation_second = N(a, b) / N(b), lift
+WITH decision AS (
+    SELECT run, layer, experts
+    FROM routing
+    WHERE $layer IS NULL OR layer = $layer
+),
+
+count_of_layer AS (
+    SELECT run, layer, count(*) AS tokens
+    FROM decision
+    GROUP BY run, layer
+),
+
+count_of_expert AS (
+    SELECT run, layer, expert, count(*) AS n
+    FROM (SELECT run, layer, unnest(experts) AS expert FROM decision)
+    GROUP BY run, layer, expert
+),
+
+pair AS (
+    SELECT run, layer, a, unnest(experts) AS b
+    FROM (SELECT run, layer, experts, unnest(experts) AS a FROM decision)
+),
+
+count_of_pair AS (
+    SELECT run, layer, a, b, count(*) AS n
+    FROM pair
+    WHERE a < b
+    GROUP BY run, layer, a, b
+    HAVING count(*) >= $min_tokens
+)
+
+SELECT
+    run,
+    layer,
+    p.a AS first,
+    p.b AS second,
+    p.n AS tokens,
+    p.n / a.n AS coactivation_first,
+    p.n / b.n AS coactivation_second,
+    p.n * t.tokens / (a.n * b.n) AS lift
+FROM count_of_pair AS p
+JOIN count_of_layer AS t USING (run, layer)
+JOIN count_of_expert AS a ON (a.run, a.layer, a.expert) = (p.run, p.layer, p.a)
+JOIN count_of_expert AS b ON (b.run, b.layer, b.expert) = (p.run, p.layer, p.b)
+QUALIFY row_number() OVER (PARTITION BY run, layer ORDER BY lift DESC, first, second) <= $top
+ORDER BY run, layer, lift DESC, first, second;
