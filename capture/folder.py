@@ -223,7 +223,9 @@ def _wait_for_leader(folder: Path) -> str:
             raise WriterFailed(f"{path}: rank 0 wrote no manifest in {RANK_WAIT_SECONDS:.0f} s")
         time.sleep(0.05)
     leader = Manifest.from_json(path.read_bytes(), str(path))
-    if leader.closed is not None or _time(leader, path) < _STARTED - _SKEW:
+    # what is complete already may be rank 0's if it was made since this process started
+    slack = _SKEW if leader.closed is None else timedelta(seconds=1)
+    if _time(leader, path) < _STARTED - slack:
         raise RunExists(
             f"{path}: a run of an earlier launch, made {leader.created}; choose another folder, "
             "remove it, or continue a broken capture with --resume"
