@@ -1,16 +1,12 @@
 """Things that go wrong while a run is written: what is sealed stays whole, and the caller knows."""
 
 import errno
-import os
-import random
 import resource
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +17,14 @@ import capture.shard
 import capture.writer as writer_module
 from analysis.log import open_log
 from analysis.verification import verify
-from capture.bh import BhOptions
 from capture.buffer import Buffer
-from capture.errors import CorruptShard, InvalidOption, RouterLogError, WriterFailed
-from capture.manifest import Routing, Totals
-from capture.patch import RouterPatcher
-from capture.run import new_writer, observe, recording, route
+from capture.errors import WriterFailed
+from capture.manifest import Totals
+from capture.run import observe, route
 from capture.writer import Block, RunWriter, WriterOptions
-from tests.capture.blocks import EXPERTS, INFO, LAYERS, check_run, make_block, writer
-from tests.capture.tiny import batch, check_logits, observed, read, real_tokens, tiny_model
+from tests.capture.blocks import EXPERTS, LAYERS, check_run, make_block, writer
+from tests.capture.tiny import batch, observed, read, real_tokens, tiny_model
 from tests.synthetic import normal_kde
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -48,148 +40,6 @@ def model() -> Any:
 def no_errors(run: Path) -> None:
     findings = [finding for finding in verify(open_log(run)) if finding.status == "error"]
     assert findings == []
-
-
-# Forks a child for each line of arguments and prints its process id: torch is imported once.
-_NURSERY = """
-import os, signal, sys, tests.capture.tiny, tests.capture.test_faults as tests
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-for line in sys.stdin:
-    pid = os.fork()
-    if not pid:
-        name, *args = line.split()
-        getattr(tests, name)(*args)
-        os._exit(0)
-    print(pid, flush=True)
-"""
-
-
-def log_blocks_for_ever(run: str, resume: str, notes: str) -> None:
-    """A child: logs hand-made blocks, and notes after each flush how many are on disk."""
-    log_writer = writer(Path(run), resume=bool(int(resume)), shard_rows=200)
-    number = log_writer.next_sequence
-    while True:
-        log_writer.submit(make_block(number, 5 + number % 7))
-        number += 1
-        if number % 16 == 0:
-            log_writer.flush()
-            Path(notes).write_text(str(number))
-        time.sleep(0.002)  # keeps the run small
-
-
-def log_a_model_for_ever(run: str, resume: str, notes: str) -> None:
-    """A child: generates with a real model."""
-    torch.set_num_threads(1)
-    model = tiny_model()
-    patcher = RouterPatcher(model)
-    options = WriterOptions(shard_rows=200)
-    log_writer = new_writer(run, patcher.info, Routing(), options=options, resume=bool(int(resume)))
-    with torch.no_grad(), recording(patcher, Routing(), None, log_writer):
-        while True:
-            ids, mask = batch([4, 7, 2], left=True, seed=log_writer.next_sequence)
-            model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
-
-
-class Nursery:
-    """Starts children quickly."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _NURSERY],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-
-    def start(self, *args: object) -> int:
-        """The process id of a child that does what args say."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(" ".join(map(str, args)) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.communicate()
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
-
-
-def kill(child: int) -> None:
-    """kill -9, and wait until it is gone."""
-    os.kill(child, signal.SIGKILL)
-    with suppress(ProcessLookupError):
-        while True:
-            os.kill(child, 0)
-            time.sleep(0.001)
-
-
-def drop_orphan(run: Path) -> None:
-    """Killed between the two renames of a pair, the last tokens shard stands alone."""
-    log = open_log(run)
-    orphans = set(log.token_shards) - set(log.shards)
-    assert orphans <= set(log.token_shards[-1:])
-    for name in orphans:
-        (run / "tokens" / name).unlink()
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def test_killed_twenty_times_at_random_moments_and_resumed(run, tmp_path, nursery):
-    """kill -9: what is sealed reads and pairs up, and the next process goes on behind it."""
-    rng, notes = random.Random(0), tmp_path / "notes"
-    notes.write_text("0")
-    before = 0
-    for turn in range(20):
-        child = nursery.start("log_blocks_for_ever", run, int(turn > 0), notes)
-        wait_for(lambda: (run / "run.json").exists())
-        time.sleep(rng.uniform(0.0, 0.7))
-        flushed = int(notes.read_text() or 0)
-        kill(child)
-        no_errors(run)
-        assert open_log(run).manifest.closed is None
-        drop_orphan(run)
-        tokens = check_run(run)
-        # a prefix of what was logged, without a gap: only unsealed rows are missing
-        sequences = 1 + max((sequence for sequence, _ in tokens), default=-1)
-        assert tokens == [(s, p) for s in range(sequences) for p in range(5 + s % 7)]
-        assert sequences >= max(flushed, before)
-        before = sequences
-    assert before > 20
-    last = writer(run, resume=True)
-    assert last.next_sequence == last.next_forward == before
-    last.close()
-    totals = open_log(run).manifest.totals
-    assert totals == Totals(
-        rows=len(tokens) * len(LAYERS), tokens=len(tokens), shards=totals.shards, forwards=before
-    )
-    assert not list(run.rglob("*.part"))
-    no_errors(run)
-
-
-def test_killed_while_a_model_generates_and_resumed(run, tmp_path, nursery, model):
-    for turn in range(3):
-        child = nursery.start("log_a_model_for_ever", run, int(turn > 0), tmp_path / "notes")
-        wait_for(
-            lambda turn=turn: (run / "run.json").exists() and len(open_log(run).shards) > 2 * turn
-        )
-        kill(child)
-        no_errors(run)
-        drop_orphan(run)
-        logged = read(run, closed=False)
-        forwards = [f for by in logged.forward.values() for f in by.values()]
-        assert set(range(max(forwards) + 1)) == set(forwards)
-    check_logits(model, logged, sorted(logged.tokens)[:6])
 
 
 @pytest.fixture
@@ -452,112 +302,6 @@ def test_ctrl_c_leaves_a_closed_run(model, run, moment):
     no_errors(run)
     with torch.no_grad():  # nothing of the interrupted forward is left
         model(ids, attention_mask=mask)
-
-
-def test_resume_goes_on_with_numbers_and_counts(run):
-    first = writer(run, sample_every=2, shard_rows=30)
-    for number in range(5):
-        first.submit(make_block(number))
-    first.close(KeyboardInterrupt())
-    before = open_log(run).manifest
-    assert before.error == "KeyboardInterrupt"
-    second = writer(run, sample_every=2, shard_rows=30, resume=True)
-    assert (second.next_sequence, second.next_forward) == (5, 5)
-    for number in range(5, 8):
-        second.submit(make_block(number))
-    second.close()
-    after = open_log(run).manifest
-    assert check_run(run) == [(s, p) for s in range(8) for p in range(0, 10, 2)]
-    assert (after.run_id, after.created, after.error) == (before.run_id, before.created, None)
-    assert after.totals == Totals(
-        rows=80, tokens=40, shards=len(after.shards), forwards=8, sampled_out=40
-    )
-    names = [shard.name for shard in after.shards]
-    assert names == [f"rank00000-{i:05d}.parquet" for i in range(len(names))]
-
-
-def test_a_resumed_model_goes_on_with_its_numbers(model, run):
-    ids, mask = batch([4, 3], left=True)
-    patcher = RouterPatcher(model)
-    for resume in (False, True, True):
-        log_writer = new_writer(run, patcher.info, Routing(), resume=resume)
-        with torch.no_grad(), recording(patcher, Routing(), None, log_writer):
-            model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
-    logged = read(run)
-    assert list(logged.sequences) == list(range(6))
-    assert {f for by in logged.forward.values() for f in by.values()} == set(range(9))
-    check_logits(model, logged)
-
-
-def test_one_writer_for_two_patches_gives_no_number_twice(model, run):
-    ids, _ = batch([4, 3])
-    patcher = RouterPatcher(model)
-    log_writer = new_writer(run, patcher.info, Routing())
-    for _ in range(2):
-        patcher.attach(Routing(), writer=log_writer)
-        with patcher, torch.no_grad():
-            model(ids)
-    log_writer.close()
-    assert list(read(run).sequences.values()) == ids.tolist() * 2
-
-
-def test_resume_cleans_up_and_replaces_half_a_pair(run):
-    first = writer(run, shard_rows=1)
-    for number in range(3):
-        first.submit(make_block(number))
-    first.close()
-    (run / "routing" / "rank00000-00002.parquet").unlink()
-    (run / "routing" / "rank00000-00003.parquet.part").write_bytes(b"PAR1")
-    (run / "run.json.part").write_text("{")
-    second = writer(run, resume=True)
-    assert second.next_sequence == 2
-    second.submit(make_block(2))
-    second.close()
-    assert len(check_run(run)) == 30
-    assert not list(run.rglob("*.part"))
-    no_errors(run)
-
-
-def test_resume_of_a_run_whose_shards_say_nothing_of_progress(run, monkeypatch):
-    monkeypatch.setattr(writer_module.Progress, "metadata", lambda self: {})
-    first = writer(run, shard_rows=1)
-    for number in range(3):
-        first.submit(make_block(number))
-    first.flush()
-    second = writer(run, resume=True)
-    assert (second.next_sequence, second.next_forward) == (3, 3)
-    second.close()
-    assert open_log(run).manifest.totals == Totals(rows=60, tokens=30, shards=3, forwards=3)
-    first.close()
-
-
-def test_resume_refuses_what_does_not_fit(run, tmp_path):
-    with pytest.raises(RouterLogError, match="no run to resume"):
-        writer(tmp_path / "nothing", resume=True)
-    kde, other = normal_kde(LAYERS), normal_kde(range(9))
-    routing = Routing("bh", BhOptions(alpha=0.3))
-    RunWriter(run, INFO, routing, kde=kde).close()
-    RunWriter(run, INFO, routing, kde=kde, resume=True).close()
-    for mistake in (
-        {"options": WriterOptions(sample_every=3)},
-        {"options": WriterOptions(token_ids=False)},
-        {"routing": Routing()},
-        {"routing": Routing("bh", BhOptions(alpha=0.2))},
-        {"kde": other},
-    ):
-        arguments: dict[str, Any] = {"routing": routing, "kde": kde, **mistake}
-        with pytest.raises(InvalidOption, match="resume"):
-            RunWriter(run, INFO, arguments.pop("routing"), resume=True, **arguments)
-
-
-def test_resume_stops_at_a_broken_shard(run):
-    first = writer(run)
-    first.submit(make_block(0))
-    first.close()
-    path = run / "routing" / "rank00000-00000.parquet"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CorruptShard, match="broken shard"):
-        writer(run, resume=True)
 
 
 def test_no_thread_outlives_its_run(model, run):

@@ -169,3 +169,20 @@ def observed(model: Any, run: Path, **options: Any) -> Iterator[Any]:
 def real_tokens(ids: Tensor, mask: Tensor) -> list[list[int]]:
     """Each row's tokens without padding."""
     return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+
+
+def ends_of(output: Tensor, width: int) -> int:
+    """A token that ends some rows of a greedy output early, and not all at once."""
+    answers = [row[width:-1].tolist() for row in output]
+    for token in {t for answer in answers for t in answer} - {PAD}:
+        at = {a.index(token) if token in a else None for a in answers}
+        if len(at) > 1 and any(i is not None and i < 4 for i in at):
+            return token
+    raise AssertionError("no such token")
+
+
+def finishing(model: Any) -> tuple[Tensor, Tensor, int]:
+    ids, mask = batch([5, 9, 3, 4], left=True, seed=3)
+    with torch.no_grad():
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    return ids, mask, ends_of(output, ids.shape[1])

@@ -1,0 +1,354 @@
+"""Identity through `generate`: each row of its output is found in the log, token by token."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from tests.capture.tiny import (
+    EOS,
+    PAD,
+    VOCABULARY,
+    Logged,
+    batch,
+    check_logits,
+    finishing,
+    observed,
+    read,
+    tiny_model,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def generated(output: Tensor, mask: Tensor, eos: set[int] = frozenset()) -> list[list[int]]:
+    """What each row of a generation was fed: prompt and answer, but the last token, up to eos."""
+    rows = []
+    width, repeats = mask.shape[1], len(output) // len(mask)
+    for i, row in enumerate(output):
+        prompt = row[:width][mask[i // repeats].bool()].tolist()
+        answer = row[width:-1].tolist()
+        ends = [j + 1 for j, token in enumerate(answer) if token in eos]
+        rows.append(prompt + answer[: min(ends, default=None)])
+    return rows
+
+
+def fed(logged: Logged) -> list[list[int | None]]:
+    """Sequences of a run in order of their numbers."""
+    return list(logged.sequences.values())
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("lengths", [[5, 5], [2, 7, 4]])
+def test_greedy_generation(model, run, cache, lengths):
+    ids, mask = batch(lengths, left=True)
+    with observed(model, run):
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=8,
+            do_sample=False,
+            cache_implementation=cache if cache == "static" else None,
+        )
+    logged = read(run)
+    assert fed(logged) == generated(output, mask)
+    assert logged.phase[0] == {
+        i: "prefill" if i < lengths[0] else "decode" for i in range(lengths[0] + 7)
+    }
+    check_logits(model, logged)
+
+
+def test_static_cache_used_again_starts_new_sequences(model, run):
+    first, second = batch([5, 3], left=True), batch([2, 5], left=True, seed=1)
+    with observed(model, run):
+        outputs = [
+            model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=4,
+                do_sample=False,
+                cache_implementation="static",
+            )
+            for ids, mask in (first, second)
+        ]
+    logged = read(run)
+    assert fed(logged) == [
+        row for output, given in zip(outputs, (first, second), strict=True)
+        for row in generated(output, given[1])
+    ]  # fmt: skip
+    check_logits(model, logged)
+
+
+def test_sampled_returns(model, run):
+    ids, mask = batch([3, 6], left=True)
+    torch.manual_seed(1)
+    with observed(model, run):
+        output = model.generate(
+            ids, attention_mask=mask, max_new_tokens=7, do_sample=True, num_return_sequences=3
+        )
+    logged = read(run)
+    assert fed(logged) == generated(output, mask, {EOS})
+    check_logits(model, logged)
+
+
+@pytest.mark.parametrize("told", ["config", "argument", "list", "static", "pad is eos"])
+def test_rows_that_finish_early_end_with_their_eos(model, run, told, monkeypatch):
+    ids, mask, eos = finishing(model)
+    options: dict[str, Any] = {}
+    if told == "config":
+        monkeypatch.setattr(model.generation_config, "eos_token_id", eos)
+    else:
+        options["eos_token_id"] = [eos, EOS] if told == "list" else eos
+    if told == "static":
+        options["cache_implementation"] = "static"
+    if told == "pad is eos":
+        options["pad_token_id"] = eos
+    with observed(model, run):
+        output = model.generate(
+            ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **options
+        )
+    logged = read(run)
+    expected = generated(output, mask, {eos, EOS} if told == "list" else {eos})
+    assert len({len(row) - int(m.sum()) for row, m in zip(expected, mask, strict=True)}) > 1
+    assert fed(logged) == expected
+    check_logits(model, logged)
+
+
+def test_eos_that_generation_ignores_does_not_end_a_sequence(model, run, monkeypatch):
+    ids, mask, eos = finishing(model)
+    monkeypatch.setattr(model.config, "eos_token_id", eos)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    with observed(model, run):
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    assert fed(read(run)) == generated(output, mask)
+
+
+def test_rows_that_another_criterion_stops(model, run):
+    ids, mask = batch([4, 4])
+
+    def stop_first_row(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.tensor([input_ids.shape[1] == 7, False])
+
+    with observed(model, run):
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=8,
+            do_sample=False,
+            stopping_criteria=[stop_first_row],
+        )
+    assert output[0, 7:].tolist() == [PAD] * 5
+    assert fed(read(run)) == [output[0, :7].tolist(), output[1, :-1].tolist()]
+
+
+def test_padding_is_dropped_when_generating_without_a_cache(model, run):
+    ids, mask, eos = finishing(model)
+    with observed(model, run):
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=6,
+            do_sample=False,
+            use_cache=False,
+            eos_token_id=eos,
+        )
+        model(*batch([15, 15, 15, 15]))
+    logged = read(run)
+    whole = generated(output, mask, {eos})
+    steps = output.shape[1] - ids.shape[1]
+    for step in range(steps):  # every forward reads its sequences anew
+        for row in range(4):
+            sequence = logged.sequence(4 * step + row)
+            assert sequence == whole[row][: int(mask[row].sum()) + step]
+    assert [len(logged.sequence(4 * steps + row)) for row in range(4)] == [15] * 4
+    check_logits(model, logged)
+
+
+def chains(logged: Logged, wanted: list[int]) -> bool:
+    """Whether sequences of a run, each starting where the one before forked, spell `wanted`."""
+    pieces = [sorted(tokens.items()) for tokens in logged.tokens.values()]
+    reached = {0}
+    for position, token in enumerate(wanted):
+        starts = {p[0][0] for p in pieces if dict(p).get(position) == token}
+        if not starts:
+            return False
+        reached |= starts
+    return 0 in reached
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_beam_search(model, run, cache):
+    ids, mask = batch([5, 3], left=True)
+    with observed(model, run):
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=8,
+            num_beams=3,
+            num_return_sequences=2,
+            do_sample=False,
+            cache_implementation=cache,
+        )
+    logged = read(run)  # which finds duplicates
+    for row in generated(output, mask.repeat_interleave(2, 0), {EOS}):
+        assert chains(logged, row)
+    for tokens in logged.tokens.values():  # a fork starts later, but has no gap
+        assert sorted(tokens) == list(range(min(tokens), max(tokens) + 1))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 100])
+def test_chunked_prefill(model, run, chunk):
+    ids, mask = batch([9, 5], left=True)
+    ids[0, 3] = ids[0, 8] = EOS  # within a prompt it ends nothing
+    with observed(model, run):
+        output = model.generate(
+            ids, attention_mask=mask, max_new_tokens=5, do_sample=False, prefill_chunk_size=chunk
+        )
+    logged = read(run)
+    assert fed(logged) == generated(output, mask)
+    prefill = [p for p, phase in logged.phase[0].items() if phase == "prefill"]
+    assert sorted(prefill) == list(range(9))
+    check_logits(model, logged)
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("sample", [False, True])
+def test_assisted_decoding_keeps_no_rejected_draft(model, run, same, sample):
+    """The same model drafts well, so all drafts are accepted at times; another one badly."""
+    ids, _ = batch([6])
+    helper = tiny_model(seed=0 if same else 7)
+    helper.generation_config.num_assistant_tokens = 4
+    helper.generation_config.assistant_confidence_threshold = 0.0
+    torch.manual_seed(0)
+    with observed(model, run):
+        output = model.generate(
+            ids, max_new_tokens=20, do_sample=sample, assistant_model=helper, eos_token_id=None
+        )
+    logged = read(run)
+    assert fed(logged) in ([output[0].tolist()], [output[0, :-1].tolist()])
+    assert {f for f, p in zip(logged.forward[0].values(), logged.phase[0].values(), strict=True)
+            if p == "prefill"} == {0}  # fmt: skip
+    check_logits(model, logged)
+
+
+def test_prompt_lookup_keeps_no_rejected_draft(model, run):
+    ids = batch([6])[0].repeat(1, 3)
+    with observed(model, run):
+        output = model.generate(
+            ids, max_new_tokens=25, do_sample=False, prompt_lookup_num_tokens=4, eos_token_id=None
+        )
+    logged = read(run)
+    assert fed(logged) in ([output[0].tolist()], [output[0, :-1].tolist()])
+    check_logits(model, logged)
+
+
+def test_a_cache_cut_back_to_an_earlier_point_starts_another_sequence(model, run):
+    ids, mask = batch([5])
+    cache = DynamicCache(config=model.config)
+    with observed(model, run):
+        first = model.generate(
+            ids, attention_mask=mask, max_new_tokens=4, do_sample=False, past_key_values=cache
+        )
+        cache.crop(5 - cache.get_seq_length())
+        model(torch.tensor([[7]]), past_key_values=cache)
+        model(torch.tensor([[8]]), past_key_values=cache)
+    logged = read(run)
+    assert logged.sequence(0) == first[0, :-1].tolist()
+    assert logged.tokens[1] == {5: 7, 6: 8}
+
+
+def test_pipeline(model, run):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, pipeline
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", eos_token="w2", padding_side="left"
+    )
+    texts = ["w5 w6 w7", "w8", "w9 w10 w11 w12 w13"]
+    speak = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    with observed(model, run):
+        answers = speak(texts, max_new_tokens=6, do_sample=False, batch_size=2, return_tensors=True)
+    whole = [answer[0]["generated_token_ids"] for answer in answers]
+    found = fed(read(run))
+    for text, sequence, answer in zip(texts, found, whole, strict=True):
+        answer = [token for token in answer if token != PAD]
+        assert answer[: len(sequence)] == sequence
+        assert len(sequence) == len(text.split()) + 5 or sequence[-1] == EOS
+
+
+def test_chat_of_several_turns_continues_its_sequence(model, run):
+    ids, mask = batch([4])
+    cache = DynamicCache(config=model.config)
+    with observed(model, run):
+        text = model.generate(
+            ids, attention_mask=mask, max_new_tokens=5, do_sample=False, past_key_values=cache
+        )
+        for turn in ([EOS, 11, 12], []):  # an end of sequence within a prompt, and nothing new
+            text = torch.cat([text, torch.tensor([turn], dtype=torch.long)], dim=1)
+            text = model.generate(text, max_new_tokens=4, do_sample=False, past_key_values=cache)
+    logged = read(run)
+    assert fed(logged) == [text[0, :-1].tolist()]
+    assert [logged.phase[0][p] for p in (3, 4, 7, 8, 10, 11, 12, 15, 16)] == [
+        "prefill", "decode", "decode", "prefill", "prefill", "prefill", "decode", "prefill",
+        "decode",
+    ]  # fmt: skip
+    check_logits(model, logged)
+
+
+def test_second_turn_after_rows_that_finished_early(model, run):
+    ids, mask, eos = finishing(model)
+    cache = DynamicCache(config=model.config)
+    with observed(model, run):
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=8,
+            do_sample=False,
+            past_key_values=cache,
+            eos_token_id=eos,
+        )
+        more = torch.full((4, 3), 17)
+        model(more, past_key_values=cache)
+        model(more[:, :1], past_key_values=cache)
+    expected = generated(output, mask, {eos})
+    assert fed(read(run)) == [row + [17] * 4 for row in expected]
+
+
+def test_a_generation_that_fails_leaves_no_trace_in_the_next_forward(model, run):
+    ids, mask, eos = finishing(model)
+
+    def fail(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if input_ids.shape[1] == ids.shape[1] + 4:
+            raise RuntimeError("stop here")
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    whole, _ = batch([ids.shape[1] + 4] * 4, seed=9)
+    with observed(model, run):
+        for use_cache in (True, False):
+            with pytest.raises(RuntimeError, match="stop here"):
+                model.generate(
+                    ids,
+                    attention_mask=mask,
+                    max_new_tokens=12,
+                    do_sample=False,
+                    eos_token_id=eos,
+                    stopping_criteria=[fail],
+                    use_cache=use_cache,
+                )
+            model(whole)
+    sequences = fed(read(run))
+    assert sequences[4:8] == whole.tolist()
+    assert sequences[-4:] == whole.tolist()
