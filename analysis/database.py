@@ -5,6 +5,7 @@ reads them with pyarrow (folders and object stores alike) and cannot write. Ever
 external access, extensions, other settings.
 """
 
+import atexit
 import re
 import tempfile
 import weakref
@@ -29,6 +30,16 @@ from capture.kde import KdeModel
 _READS = ("SELECT", "CREATE", "DROP", "SET", "PRAGMA", "CALL", "MULTI")
 _EXPLAIN = re.compile(r"\s*EXPLAIN\s+(ANALYZE\s+)?(\([^()]*\)\s*)?", re.IGNORECASE)
 _COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
+
+
+# DuckDB complains about connections that are open when Python ends.
+_open: "weakref.WeakSet[Database]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for database in list(_open):
+        database.close()
 
 
 class Database:
@@ -97,6 +108,14 @@ class Database:
 
         return reader.schema, read()
 
+    def rows(self, run: str) -> int:
+        """Routing rows of a run, counted in the footers of its shards."""
+        with self.errors():
+            found = self.connection.execute(
+                "SELECT count(*) FROM routing WHERE run = $run", {"run": run}
+            ).fetchone()
+        return int(found[0]) if found else 0
+
     def columns(self) -> dict[str, dict[str, str]]:
         """Type of each column of each view."""
         described = self.connection.execute(
@@ -105,7 +124,8 @@ class Database:
         ).fetchall()
         views: dict[str, dict[str, str]] = {name: {} for name in VIEWS}
         for view, column, data_type in described:
-            views.setdefault(view, {})[column] = data_type
+            if not view.startswith("_"):
+                views.setdefault(view, {})[column] = data_type
         return views
 
     def errors(self) -> "_Errors":
@@ -209,7 +229,8 @@ def connect(
     database = Database(runs, connection, unsafe=unsafe)
     connection.register_filesystem(files)
     spill = _spill_folder(temp_dir)
-    weakref.finalize(database, spill.cleanup)
+    weakref.finalize(files, spill.cleanup)  # DuckDB keeps files as long as anything reads
+    _open.add(database)
     with database.errors():
         connection.execute("SET temp_directory = $folder", {"folder": spill.name})
         connection.execute("SET parquet_metadata_cache = true")

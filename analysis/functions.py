@@ -12,7 +12,8 @@
 | n_shared(experts, others) | how many experts two selections share |
 
 min_k and max_k are 1 and the number of experts unless given. run tells which run's null model
-counts, and is needed only where runs with different ones are open. NULL in, NULL out.
+counts, and is needed only where runs with different ones are open. NULL in, NULL out; a row without
+a finite logit, on which the rule cannot decide, is NULL too.
 """
 
 import hashlib
@@ -36,6 +37,7 @@ from capture.bh import (
     decide,
     decide_by_expert,
     finite_keys,
+    no_finite_logit,
     softmax_weights,
 )
 from capture.errors import InvalidOption, KdeMismatch
@@ -204,7 +206,7 @@ def _bh_count(
     for key, rows, x in _groups(logits, run, layer, alpha, min_k, max_k):
         if None in key[1:4]:
             continue
-        decided[rows] = True
+        decided[rows] = ~no_finite_logit(x)
         n_selected[rows] = _n_selected(nulls, _Rule(*key), x)
     return pa.array(n_selected, mask=~decided)
 
@@ -219,8 +221,7 @@ def _n_selected(nulls: Nulls, rule: _Rule, logits: NDArray[np.float32]) -> NDArr
     keys = finite_keys(logits)
     falling = np.sort(keys, axis=1)[:, ::-1]
     n_rejected = count_rejected(falling, thresholds)
-    decidable = np.isfinite(falling[:, 0])
-    return np.where(decidable, np.clip(n_rejected, low, high), 0).astype(np.uint16)
+    return np.clip(n_rejected, low, high)
 
 
 def _bh_experts(
@@ -237,7 +238,7 @@ def _bh_experts(
         if None in key[1:4]:
             continue
         decisions = _decisions(nulls, _Rule(*key), x)
-        lists.put(rows, decisions.order, decisions.n_selected)
+        lists.put(rows, decisions.order, decisions.n_selected, ~no_finite_logit(x))
     return lists.to_arrow()
 
 
@@ -353,8 +354,14 @@ class _Lists:
         self._put = np.zeros(len(logits), dtype=np.bool_)
         self._values = np.zeros((len(logits), 0), dtype=dtype)
 
-    def put(self, rows: Any, values: NDArray[Any], sizes: int | NDArray[Any]) -> None:
-        """Set rows to the first `sizes` of (T, K) values."""
+    def put(
+        self,
+        rows: Any,
+        values: NDArray[Any],
+        sizes: int | NDArray[Any],
+        known: bool | NDArray[np.bool_] = True,
+    ) -> None:
+        """Set rows to the first `sizes` of (T, K) values, or to NULL where they are not known."""
         width = values.shape[1]
         if width > self._values.shape[1]:
             wider = np.zeros((len(self._sizes), width), dtype=self._values.dtype)
@@ -362,13 +369,15 @@ class _Lists:
             self._values = wider
         self._values[rows, :width] = values
         self._sizes[rows] = sizes
-        self._put[rows] = True
+        self._put[rows] = known
 
     def to_arrow(self) -> pa.ListArray:
-        inside = np.arange(self._values.shape[1]) < self._sizes[:, None]
+        width = self._values.shape[1]
+        inside = np.arange(width) < self._sizes[:, None]
+        values = self._values.ravel() if inside.all() else self._values[inside]
         offsets = np.concatenate([[0], np.cumsum(self._sizes)]).astype(np.int32)
         return pa.ListArray.from_arrays(
-            pa.array(offsets), pa.array(self._values[inside]), mask=pa.array(~self._put)
+            pa.array(offsets), pa.array(values), mask=pa.array(~self._put)
         )
 
 

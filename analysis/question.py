@@ -1,14 +1,17 @@
 """The questions in sql/: what each answers, reads, takes and returns, as its header says."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capture.errors import InvalidOption
+
+if TYPE_CHECKING:
+    from analysis.database import Database
 
 TYPES: dict[str, type[int] | type[float] | type[str]] = {
     "integer": int,
@@ -16,10 +19,52 @@ TYPES: dict[str, type[int] | type[float] | type[str]] = {
     "text": str,
 }
 
+
+def _no_token_ids(database: "Database", run: str) -> str | None:
+    if database.runs[run].manifest.token_ids:
+        return None
+    return f"run '{run}' was captured without token ids, which this question needs"
+
+
+def _no_sources(database: "Database", run: str) -> str | None:
+    if _any_token(database, run, "SELECT any_value(source) FROM tokens WHERE run = $run"):
+        return None
+    return f"run '{run}' does not say which source a token is from, which this question needs"
+
+
+def _no_losses(database: "Database", run: str) -> str | None:
+    if _any_token(database, run, "SELECT any_value(nll) FROM tokens WHERE run = $run"):
+        return None
+    return f"run '{run}' holds no losses (nll), which this question needs"
+
+
+def _any_token(database: "Database", run: str, query: str) -> bool:
+    if not database.rows(run):
+        return True  # an empty run has its own message
+    return database.sql(query, {"run": run}).fetchall() != [(None,)]
+
+
+def _not_two_alike(database: "Database", run: str) -> str | None:
+    first, *others = database.runs.values()
+    if not others:
+        return "compares two runs: bhlog sql RUN OTHER --query ..."
+    if any(log.n_experts != first.n_experts for log in others):
+        return "the runs have different numbers of experts, which cannot be compared one by one"
+    return None
+
+
+# What a header may ask for on a line "Needs": gives what a run lacks, or None.
+NEEDS: dict[str, Callable[["Database", str], str | None]] = {
+    "token ids": _no_token_ids,
+    "sources": _no_sources,
+    "losses": _no_losses,
+    "two runs": _not_two_alike,
+}
+
 _PARAMETER = re.compile(
     r"\$(?P<name>\w+) +(?P<type>\w+)(?: += +(?P<default>\S+))?(?:  +(?P<about>.*))?"
 )
-_SECTION = re.compile(r"(Reads|Param|Returns) +(.*)")
+_SECTION = re.compile(r"(Reads|Needs|Param|Returns) +(.*)")
 
 
 @dataclass(frozen=True)
@@ -63,6 +108,7 @@ class Question:
         title: the question.
         notes: definitions and formulas, "" if there are none.
         reads, returns: views it reads; its rows and columns.
+        needs: what runs must have, of NEEDS.
         parameters: what $names it takes.
         text: the whole file.
     """
@@ -71,9 +117,22 @@ class Question:
     title: str
     notes: str
     reads: str
+    needs: tuple[str, ...]
     returns: str
     parameters: tuple[Parameter, ...]
     text: str
+
+    def check(self, database: "Database") -> None:
+        """Check that the opened runs have what the question needs.
+
+        Raises:
+            InvalidOption: a run lacks it, in a line that says which.
+        """
+        for need in self.needs:
+            for run in database.runs:
+                reason = NEEDS[need](database, run)
+                if reason:
+                    raise InvalidOption(f"{self.name}: {reason}")
 
     def values(self, given: Mapping[str, str]) -> dict[str, Any]:
         """A value for each parameter: the given texts, defaults for the others.
@@ -105,7 +164,7 @@ def parse_question(name: str, text: str) -> Question:
     """Read a file of sql/: comment lines at its start, then one statement.
 
     Raises:
-        InvalidOption: the header has no title or a parameter that cannot be read.
+        InvalidOption: the header has a parameter or a need that cannot be read.
     """
     lines = []
     for line in text.splitlines():
@@ -126,12 +185,16 @@ def parse_question(name: str, text: str) -> Question:
             paragraphs.append("")
         else:
             paragraphs[-1] += ("\n" if paragraphs[-1] else "") + line
+    unknown = [body for kind, body in sections if kind == "Needs" and body not in NEEDS]
+    if unknown:
+        raise InvalidOption(f"{name}: needs '{unknown[0]}'; expected one of {', '.join(NEEDS)}")
     title, *notes = [paragraph for paragraph in paragraphs if paragraph] or [""]
     return Question(
         name=name,
         title=" ".join(title.split()),
         notes="\n\n".join(notes),
         reads=" ".join(body for kind, body in sections if kind == "Reads"),
+        needs=tuple(body for kind, body in sections if kind == "Needs"),
         returns=" ".join(body for kind, body in sections if kind == "Returns"),
         parameters=tuple(_parameter(name, body) for kind, body in sections if kind == "Param"),
         text=text,
@@ -165,6 +228,21 @@ def find_question(name: str) -> Question:
     near = get_close_matches(path.stem, known, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"questions: {', '.join(known)}"
     raise InvalidOption(f"no question '{name}'; {hint}")
+
+
+def pairs(params: Iterable[str]) -> dict[str, str]:
+    """NAME=VALUE texts as a mapping.
+
+    Raises:
+        InvalidOption: one has no "=".
+    """
+    values = {}
+    for param in params:
+        key, equals, value = param.partition("=")
+        if not equals:
+            raise InvalidOption(f"a parameter is NAME=VALUE, got {param!r}")
+        values[key.removeprefix("$")] = value
+    return values
 
 
 def _parameter(question: str, body: str) -> Parameter:

@@ -39,12 +39,12 @@ class RunFiles(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships no typ
                     self._files[f"{name}/{path}"] = (log, path, size)
 
     def listing(self, run: str, folder: str) -> dict[str, int]:
-        """Bytes of each file of a run below a folder, by its path for DuckDB, sorted."""
-        start = f"{run}/{folder}/"
+        """Bytes of a file of a run or of those below a folder, by path for DuckDB, sorted."""
+        start = f"{run}/{folder}"
         return {
             f"{SCHEME}://{path}": size
             for path, (_, _, size) in sorted(self._files.items())
-            if path.startswith(start)
+            if path == start or path.startswith(f"{start}/")
         }
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> "_Reader":

@@ -8,12 +8,13 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from analysis.decisions import SCHEMA as DECISIONS
 from analysis.log import Log
 from analysis.run_files import RunFiles
 from capture.kde import _SCHEMA as _KDE
 from capture.kde import KdeModel
 from capture.manifest import Totals
-from capture.schema import list_type, routing_schema, tokens_schema
+from capture.schema import routing_schema, tokens_schema
 
 VIEWS = {
     "routing": "a row per token and layer",
@@ -26,7 +27,7 @@ VIEWS = {
 }
 
 # experts, weights and logits are indexed rather than unnested, so that unused ones are not read.
-_SELECTIONS = """
+SELECTIONS = """
 CREATE VIEW selections AS
 SELECT
     run,
@@ -57,19 +58,7 @@ LEFT JOIN (
 ORDER BY run, folder, shard;
 """
 
-_REPLAYS = pa.schema(
-    [
-        pa.field("run", pa.string()),
-        pa.field("replay", pa.string()),
-        pa.field("rank", pa.uint16()),
-        *(pa.field(name, routing_schema(1).field(name).type) for name in ("layer", "sequence")),
-        pa.field("position", pa.uint32()),
-        pa.field("experts", list_type(pa.uint16())),
-        pa.field("weights", list_type(pa.float32())),
-        pa.field("n_selected", pa.uint16()),
-        pa.field("n_rejected", pa.uint16()),
-    ]
-)
+_REPLAYS = pa.schema([pa.field("run", pa.string()), pa.field("replay", pa.string()), *DECISIONS])
 
 
 def create_views(
@@ -88,7 +77,7 @@ def create_views(
     """
     _create_rows(connection, runs, files, "routing", routing_schema(0))
     _create_rows(connection, runs, files, "tokens", tokens_schema())
-    connection.execute(_SELECTIONS)
+    connection.execute(SELECTIONS)
     _create_table(connection, "runs", runs_table(runs))
     _create_kde(connection, runs, kde)
     _create_replays(connection, files, runs)
@@ -97,10 +86,10 @@ def create_views(
 
 def runs_table(runs: Mapping[str, Log]) -> pa.Table:
     """A row per run: its manifest, flattened."""
-    return pa.Table.from_pylist([_run_row(name, log) for name, log in runs.items()], _RUNS)
+    return pa.Table.from_pylist([_run_row(name, log) for name, log in runs.items()], RUNS)
 
 
-_RUNS = pa.schema(
+RUNS = pa.schema(
     [
         ("run", pa.string()),
         ("path", pa.string()),
@@ -151,7 +140,7 @@ def _run_row(name: str, log: Log) -> dict[str, Any]:
         "kde_sha256": manifest.routing.kde_sha256,
         "versions": list(manifest.versions.items()),
     }
-    return {column: row.get(column) for column in _RUNS.names}
+    return {column: row.get(column) for column in RUNS.names}
 
 
 def _create_rows(
@@ -198,14 +187,10 @@ def _create_replays(
         for path in files.listing(name, "replay"):
             of_replay.setdefault(path.split("/")[-2], []).append(path)
         for replay, paths in of_replay.items():
-            relations.append(_read(connection, paths, run=name, replay=replay, rank=_RANK))
+            relations.append(_read(connection, paths, run=name, replay=replay))
     if not relations:
         relations = [_empty(connection, _REPLAYS)]
     _union(relations).select(*_REPLAYS.names).create_view("replays")
-
-
-# The rank is not among a replay's columns; its files are named as the routing shards are.
-_RANK = duckdb.SQLExpression(r"regexp_extract(filename, 'rank(\d{5})-\d+\.parquet$', 1)::USMALLINT")
 
 
 def _create_shards(

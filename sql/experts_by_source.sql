@@ -5,6 +5,7 @@
 -- is share_first - share_second; lift is share_first / share_second.
 --
 -- Reads   routing (one row per run, token and layer), tokens (one row per run and token), runs
+-- Needs   sources
 -- Param   $first text = NULL  compare this source, by default each one
 -- Param   $second text = NULL  with this one, by default each other one
 -- Param   $layer integer = NULL  only this layer

@@ -1,10 +1,15 @@
 """bhlog sql: ask runs in SQL, by a query, by a question of sql/, or at a prompt."""
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from capture.errors import InvalidOption
+
+if TYPE_CHECKING:
+    from analysis.database import Database
 
 _RESULT_FORMATS = ("table", "json", "csv", "markdown", "parquet")
 
@@ -81,27 +86,25 @@ def sql(
     and nothing else.
     """
     if list_questions:
-        _print_questions(result_format)
+        _print_questions(result_format or "table")
         return
     if describe is not None:
         _print_question(describe)
         return
-    runs, query = _runs_and_query(arguments, name)
+    runs, query = _runs_and_query(arguments)
+    if name is not None and query is not None:
+        raise InvalidOption("give a query or --query, not both")
+    if name is None and params:
+        raise InvalidOption("--param belongs to --query")
     from analysis.database import connect
     from analysis.log import open_log
-    from analysis.question import find_question
-    from analysis.result import SUFFIXES, print_result, write_result
+    from analysis.question import find_question, pairs
     from capture.kde import KdeModel
 
-    logs = [open_log(run) for run in runs]
-    parameters: dict[str, object] = {}
-    if name is not None:
-        question = find_question(name)
-        query, parameters = question.text, question.values(_pairs(params))
-    elif params:
-        raise InvalidOption("--param belongs to --query")
+    question = None if name is None else find_question(name)
+    parameters = {} if question is None else question.values(pairs(params))
     database = connect(
-        logs,
+        [open_log(run) for run in runs],
         kde=None if kde is None else KdeModel.load(kde),
         memory_limit=memory_limit,
         threads=threads,
@@ -109,54 +112,83 @@ def sql(
         unsafe=unsafe,
     )
     with database:
-        schema, batches = database.batches(query, parameters)
-        if out is not None:
-            chosen = result_format or SUFFIXES.get(out.suffix, "table")
-            rows = write_result(schema, batches, chosen, out)
-            click.echo(f"{out}: {rows:,} rows", err=True)
+        if shell_command:
+            from analysis.shell import shell_command as command_line
+
+            click.echo(command_line(database.runs))
             return
-        left_out = print_result(schema, batches, result_format or "table", max_rows=max_rows)
-        if left_out:
-            click.echo(
-                f"{left_out:,} more rows: raise --max-rows, or write all to --out FILE", err=True
+        if question is not None:
+            question.check(database)
+            query = question.text
+        if query is None and not sys.stdin.isatty():
+            query = sys.stdin.read()
+        if query is None:
+            from analysis.prompt import history_path, run_prompt
+
+            run_prompt(
+                database,
+                result_format=result_format or "table",
+                max_rows=max_rows,
+                history=history_path(),
             )
+            return
+        for run, log in database.runs.items():
+            if not log.shards:
+                click.echo(f"bhlog: run '{run}' holds no rows yet ({log.path})", err=True)
+        _answer(database, query, parameters, result_format, out, max_rows)
 
 
-def _runs_and_query(arguments: tuple[str, ...], name: str | None) -> tuple[list[str], str]:
+def _answer(
+    database: "Database",
+    query: str,
+    parameters: dict[str, Any],
+    result_format: str | None,
+    out: Path | None,
+    max_rows: int,
+) -> None:
+    from analysis.result import SUFFIXES, print_result, write_result
+
+    schema, batches = database.batches(query, parameters)
+    if out is not None:
+        rows = write_result(
+            schema, batches, result_format or SUFFIXES.get(out.suffix, "table"), out
+        )
+        click.echo(f"{out}: {rows:,} rows", err=True)
+        return
+    left_out = print_result(schema, batches, result_format or "table", max_rows=max_rows)
+    if left_out:
+        click.echo(
+            f"{left_out:,} more rows: raise --max-rows, or write all to --out FILE", err=True
+        )
+
+
+def _runs_and_query(arguments: tuple[str, ...]) -> tuple[list[str], str | None]:
     """Runs are folders and URIs; what has blanks and is no folder is the query, and comes last."""
-    runs = list(arguments)
-    query = ""
-    if runs and " " in runs[-1].strip() and not Path(runs[-1]).exists():
-        query = runs.pop()
-        if name is not None:
-            raise InvalidOption("give a query or --query, not both")
-    if not runs:
+    *runs, last = arguments or ("",)
+    if len(last.split()) < 2 or Path(last).exists():
+        runs, query = [*runs, last], None
+    else:
+        query = last
+    if not runs or not runs[0]:
         raise InvalidOption('name a run: bhlog sql RUN "SELECT ..."')
     return runs, query
 
 
-def _pairs(params: tuple[str, ...]) -> dict[str, str]:
-    pairs = {}
-    for param in params:
-        key, equals, value = param.partition("=")
-        if not equals:
-            raise InvalidOption(f"--param takes NAME=VALUE, got {param!r}")
-        pairs[key.removeprefix("$")] = value
-    return pairs
-
-
-def _print_questions(result_format: str | None) -> None:
+def _print_questions(result_format: str) -> None:
     import polars as pl
 
     from analysis.question import questions
     from analysis.result import print_result
 
-    rows = [
-        {"name": q.name, "question": q.title, "parameters": " ".join(p.name for p in q.parameters)}
-        for q in questions()
-    ]
-    frame = pl.DataFrame(rows).to_arrow()
-    print_result(frame.schema, iter(frame.to_batches()), result_format or "table", max_rows=1000)
+    rows = pl.DataFrame(
+        {
+            "name": question.name,
+            "question": question.title,
+            "parameters": " ".join(parameter.name for parameter in question.parameters),
+        }
+        for question in questions()
+    ).to_arrow()
+    print_result(rows.schema, iter(rows.to_batches()), result_format, max_rows=rows.num_rows)
 
 
 def _print_question(name: str) -> None:
