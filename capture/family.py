@@ -1,37 +1,28 @@
-"""Which models bhlog knows: one row per router family."""
+"""The routers found in a model, and how each turns logits into weights."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import reduce
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from capture.errors import UnsupportedModel
 from capture.manifest import ModelInfo
+from capture.registry import BLOCKS, FAMILIES, UNREADABLE, Family
+
+# What people ask for most, for a message that fits on a line.
+_WELL_KNOWN = (
+    "OLMoE, FlexOlmo, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3-Next, DeepSeek-V2 and V3, GLM-4 MoE, "
+    "Granite MoE, Ernie 4.5, gpt-oss"
+)
 
 
-@dataclass(frozen=True)
-class Family:
-    """How the routers of a family turn logits into weights.
+class Removable(Protocol):
+    """Something that `remove` undoes."""
 
-    Attributes:
-        router: class name of the router; its forward returns (logits, weights, indices).
-        scoring: how a logit becomes a score over all experts; None when BH routing is not
-            supported and the family can only be observed.
-        normalize: whether the chosen weights are made to sum to 1: always, never, or as the
-            router's norm_topk_prob says.
-        scale: name of the router's attribute that scales the weights, if any.
-        sentinel: whether the index n_experts skips an unused slot in every experts implementation.
-    """
-
-    router: str
-    scoring: Literal["softmax", "sigmoid"] | None = "softmax"
-    normalize: Literal["always", "never", "config"] = "config"
-    scale: str | None = None
-    sentinel: bool = True
-
-
-FAMILIES: dict[str, Family] = {family.router: family for family in (Family("OlmoeTopKRouter"),)}
+    def remove(self) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,45 +34,110 @@ class Router:
         module: the router itself.
         family: its row in the registry.
         experts: module that computes the experts beside it, if there is one.
+        block: under transformers 4, the block that chooses by the logits of `module`, its gate.
     """
 
     layer: int
     module: nn.Module
     family: Family
     experts: nn.Module | None
+    block: nn.Module | None = None
 
     @property
     def n_experts(self) -> int:
         """Experts it chooses from."""
-        return int(self.module.num_experts)  # type: ignore[arg-type]
+        return int(self._attribute(self.family.n_experts))
 
     @property
     def top_k(self) -> int:
         """Experts per token under its own routing."""
-        return int(self.module.top_k)  # type: ignore[arg-type]
+        return int(self._attribute(self.family.top_k))
+
+    @property
+    def scoring(self) -> str | None:
+        """How a logit becomes a score; None where BH cannot route."""
+        if self.family.scoring == "config":
+            return str(self._attribute("expert_selection_fn"))
+        return self.family.scoring
 
     @property
     def norm_topk_prob(self) -> bool:
         """Whether it makes the chosen weights sum to 1."""
+        if self.scoring == "softmax" and self.family.over == "chosen":
+            return True
         if self.family.normalize == "config":
-            return bool(self.module.norm_topk_prob)
+            return bool(getattr(self._owner, "norm_topk_prob", False))
         return self.family.normalize == "always"
 
     @property
     def scale(self) -> float:
         """Factor on its weights."""
-        return 1.0 if self.family.scale is None else float(getattr(self.module, self.family.scale))
+        return 1.0 if self.family.scale is None else float(self._attribute(self.family.scale))
 
-    def scores(self, keys: Tensor, temperature: float) -> Tensor:
-        """(T, E) float32 score of every expert; 0 for non-finite logits.
+    @property
+    def floor(self) -> float:
+        """Smallest sum that weights are divided by."""
+        return 0.0 if self.family.floor is None else float(self._attribute(self.family.floor))
+
+    def over_chosen(self, renormalize: bool) -> bool:
+        """Whether its weights are a softmax over the chosen experts' logits alone."""
+        return renormalize and self.scoring == "softmax" and self.family.over == "chosen"
+
+    def scores(
+        self, keys: Tensor, temperature: float, dtype: torch.dtype, *, renormalize: bool
+    ) -> Tensor:
+        """(T, E) what `choose` weighs experts by: their scores, or logits if over_chosen.
 
         Args:
             keys: (T, E) float32, non-finite logits as -inf.
+            temperature: divides them first.
+            dtype: of the logits, in which some families compute their scores.
+            renormalize: whether weights are made to sum to 1.
         """
         scaled = keys if temperature == 1.0 else keys / temperature
-        if self.family.scoring == "sigmoid":
+        if not self.family.wide:
+            scaled = scaled.to(dtype)
+        if self.over_chosen(renormalize):
+            return scaled
+        if self.scoring == "softmax":
+            return scaled.softmax(dim=-1).nan_to_num(nan=0.0)
+        if self.scoring == "sigmoid":
             return scaled.sigmoid()
-        return scaled.softmax(dim=-1).nan_to_num(nan=0.0)
+        function: Any = self.module.score_fn
+        return torch.where(keys.isfinite(), function(scaled), 0.0)
+
+    def attach(self, hook: Callable[..., Any], *, steer: bool) -> list[Removable]:
+        """Call hook(module, args, (logits, weights, indices, ...)) whenever the router has run.
+
+        Args:
+            hook: a forward hook.
+            steer: whether what it returns takes the place of the router's output.
+        """
+        if self.block is not None:
+            from capture.blocks4 import attach
+
+            return attach(self, hook, steer=steer)
+        if self.family.logits is None:
+            return [self.module.register_forward_hook(hook)]
+        raw: list[Tensor] = []
+
+        def keep_raw(module: nn.Module, args: Any, output: Tensor) -> None:
+            raw[:] = [output]
+
+        def with_raw(module: nn.Module, args: Any, output: Any) -> None:
+            hook(module, args, (raw.pop(), *output[1:]))
+
+        return [
+            self.module.get_submodule(self.family.logits).register_forward_hook(keep_raw),
+            self.module.register_forward_hook(with_raw),
+        ]
+
+    @property
+    def _owner(self) -> nn.Module:
+        return self.module if self.block is None else self.block
+
+    def _attribute(self, path: str) -> Any:
+        return reduce(getattr, path.split("."), self._owner)
 
 
 def find_routers(model: nn.Module) -> tuple[Router, ...]:
@@ -92,16 +148,20 @@ def find_routers(model: nn.Module) -> tuple[Router, ...]:
     """
     routers: list[Router] = []
     for name, parent in model.named_modules():
+        layer = _layer_index(name, len(routers))
+        gate = getattr(parent, "gate", None)
+        if type(parent).__name__ in BLOCKS and type(gate) is nn.Linear:
+            family = BLOCKS[type(parent).__name__]
+            routers.append(Router(layer, gate, family, None, block=parent))
+            continue
         for child in parent.children():
-            family = FAMILIES.get(type(child).__name__)
-            if family is not None:
-                experts = getattr(parent, "experts", None)
-                layer = _layer_index(name, len(routers))
-                routers.append(Router(layer, child, family, experts))
+            known = FAMILIES.get(type(child).__name__)
+            if known is not None:
+                routers.append(Router(layer, child, known, getattr(parent, "experts", None)))
     if not routers:
         raise UnsupportedModel(
-            f"{type(model).__name__} has no router that bhlog knows; supported routers: "
-            f"{', '.join(sorted(FAMILIES))}"
+            f"{type(model).__name__} has no router that bhlog knows{_suspect(model)}. Supported "
+            f"are {len(FAMILIES)} router families: {_WELL_KNOWN} and others, listed in the README"
         )
     if len({(r.n_experts, r.top_k) for r in routers}) > 1:
         raise UnsupportedModel(
@@ -124,10 +184,21 @@ def model_info(model: nn.Module, routers: Iterable[Router]) -> ModelInfo:
         n_experts=first.n_experts,
         top_k=first.top_k,
         norm_topk_prob=first.norm_topk_prob,
-        scoring=first.family.scoring or "unknown",
+        scoring=first.scoring or "unknown",
         scale=first.scale,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
     )
+
+
+def _suspect(model: nn.Module) -> str:
+    """Where the model's router may be, for the message that it is not known."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in UNREADABLE:
+            return f" (its {name} is a {kind}; {UNREADABLE[kind]})"
+        if kind.endswith(("Router", "Gating", "TopKGate", "MoEGate")):
+            return f" (its {name} is a {kind})"
+    return ""
 
 
 def _layer_index(name: str, default: int) -> int:

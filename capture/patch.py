@@ -95,8 +95,8 @@ class RouterPatcher:
         for router in self.routers:
             if router.family.scoring is None:
                 raise UnsupportedModel(
-                    f"{type(router.module).__name__} can be observed, but its weights are not "
-                    "a function of the logits alone, so BH cannot route it"
+                    f"{router.family.name} can be observed but not routed by BH: "
+                    f"{router.family.why_not}"
                 )
         if routing.options.p_values == "empirical":
             if kde is not None:
@@ -140,14 +140,16 @@ class RouterPatcher:
         for router in self.routers:
             if options is None:
                 if self.recorder is not None:
-                    self._hook_router(router, self._observer(router, self.recorder))
+                    self._handles += router.attach(
+                        self._observer(router, self.recorder), steer=False
+                    )
                 continue
             E, device = router.n_experts, next(router.module.parameters()).device
             null = None if kde is None else TorchNull(kde[router.layer], options.alpha, E)
             if collect_stats:
                 self.stats[router.layer] = LayerStats.empty(E, device)
             self._use_sentinel(router)
-            self._hook_router(router, self._steerer(router, options, null))
+            self._handles += router.attach(self._steerer(router, options, null), steer=True)
 
     def name_sources(self, sources: Sequence[str]) -> None:
         """Say where the rows of the next forward's new sequences come from."""
@@ -239,9 +241,6 @@ class RouterPatcher:
         self._handles.append(base.register_forward_pre_hook(begin, with_kwargs=True))
         self._handles.append(base.register_forward_hook(end, with_kwargs=True, always_call=True))
 
-    def _hook_router(self, router: Router, hook: Any) -> None:
-        self._handles.append(router.module.register_forward_hook(hook))
-
     def _observer(self, router: Router, recorder: Recorder) -> Any:
         @_eager
         def observe(module: nn.Module, args: Any, output: Any) -> None:
@@ -255,6 +254,7 @@ class RouterPatcher:
     def _steerer(self, router: Router, options: BhOptions, null: TorchNull | None) -> Any:
         min_k, max_k = options.bounds(router.n_experts)
         renormalize = options.renormalizes(router.norm_topk_prob)
+        floor, scale = router.floor, router.scale
         stats = self.stats.get(router.layer)
 
         @_eager
@@ -271,13 +271,16 @@ class RouterPatcher:
                 keys,
                 order,
                 n_rejected,
-                router.scores(keys, options.temperature),
+                router.scores(keys, options.temperature, logits.dtype, renormalize=renormalize),
                 own_experts,
                 own_weights,
                 min_k=min_k,
                 max_k=max_k,
                 renormalize=renormalize,
-                scale=router.scale,
+                over_chosen=router.over_chosen(renormalize),
+                eps=router.family.eps,
+                floor=floor,
+                scale=scale,
             )
             weights = choice.weights.to(own_weights.dtype)
             if stats is not None:

@@ -136,6 +136,9 @@ def choose(
     min_k: int,
     max_k: int,
     renormalize: bool,
+    over_chosen: bool = False,
+    eps: float = 0.0,
+    floor: float = 0.0,
     scale: float = 1.0,
 ) -> Choice:
     """Bound the counts and weigh the chosen experts; rows with no finite logit keep their own.
@@ -143,10 +146,12 @@ def choose(
     Args:
         keys: (T, E) float32, non-finite logits as -inf.
         order, n_rejected: from TorchNull.order or empirical_order.
-        scores: (T, E) float32, the model's score of every expert: softmax or sigmoid.
+        scores: (T, E), the model's score of every expert, or the logit itself if over_chosen.
         own_experts, own_weights: (T, top_k), what the router chose by itself.
         min_k, max_k: bounds on experts per row.
-        renormalize: whether the chosen weights are made to sum to 1.
+        renormalize: whether the chosen weights are divided by their sum.
+        over_chosen: whether weights are the softmax over the chosen experts' scores.
+        eps, floor: that sum is at least floor, and eps is added to it.
         scale: factor on the weights, after renormalizing.
     """
     K = max(max_k, own_experts.shape[1])
@@ -156,9 +161,12 @@ def choose(
     n_selected = n_rejected.clamp(min_k, max_k)
     experts = order[:, :K]
     weights = scores.gather(1, experts)
-    weights = torch.where(torch.arange(K, device=keys.device) < n_selected[:, None], weights, 0.0)
-    if renormalize:
-        total = weights.sum(dim=-1, keepdim=True)
+    chosen = torch.arange(K, device=keys.device) < n_selected[:, None]
+    if over_chosen:
+        weights = torch.where(chosen, weights, -torch.inf).softmax(dim=-1).nan_to_num(nan=0.0)
+    weights = torch.where(chosen, weights, 0.0)
+    if renormalize and not over_chosen:
+        total = weights.sum(dim=-1, keepdim=True).clamp(min=floor) + eps
         weights = weights / torch.where(total > 0, total, 1.0)
     if scale != 1.0:
         weights = weights * scale
@@ -170,7 +178,7 @@ def choose(
     own_order = torch.cat([own_experts, rest], dim=1)
     return Choice(
         experts=torch.where(decidable[:, None], experts, own_order),
-        weights=torch.where(decidable[:, None], weights, fallback),
+        weights=torch.where(decidable[:, None], weights.float(), fallback),
         n_selected=torch.where(decidable, n_selected, own),
         n_rejected=torch.where(decidable, n_rejected, 0),
     )
