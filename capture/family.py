@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
+from importlib.metadata import version
 from typing import Any, Protocol
 
 import torch
@@ -11,12 +12,6 @@ from torch import Tensor, nn
 from capture.errors import UnsupportedModel
 from capture.manifest import ModelInfo
 from capture.registry import BLOCKS, FAMILIES, UNREADABLE, Family
-
-# What people ask for most, for a message that fits on a line.
-_WELL_KNOWN = (
-    "OLMoE, FlexOlmo, Mixtral, Qwen2-MoE, Qwen3-MoE, Qwen3-Next, DeepSeek-V2 and V3, GLM-4 MoE, "
-    "Granite MoE, Ernie 4.5, gpt-oss"
-)
 
 
 class Removable(Protocol):
@@ -132,6 +127,24 @@ class Router:
             self.module.register_forward_hook(with_raw),
         ]
 
+    def triple(self, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, E) logits, (T, top_k) weights and (T, top_k) indices in what the router returned.
+
+        Raises:
+            UnsupportedModel: it returned something else, as in another version of transformers.
+        """
+        found = output[:3] if isinstance(output, tuple) else (output,)
+        if len(found) == 3 and all(isinstance(t, Tensor) and t.dim() == 2 for t in found):
+            logits, weights, experts = found
+            if logits.shape[1] == self.n_experts and weights.shape == experts.shape:
+                return logits, weights, experts
+        shapes = ", ".join(str(tuple(getattr(t, "shape", ()))) for t in found)
+        raise UnsupportedModel(
+            f"layer {self.layer}: {type(self.module).__name__} returned {shapes}, expected logits "
+            f"(T, {self.n_experts}), weights and indices (T, {self.top_k}); is transformers "
+            f"{version('transformers')} one that bhlog supports?"
+        )
+
     @property
     def _owner(self) -> nn.Module:
         return self.module if self.block is None else self.block
@@ -147,21 +160,22 @@ def find_routers(model: nn.Module) -> tuple[Router, ...]:
         UnsupportedModel: it has none, or they differ in their number of experts.
     """
     routers: list[Router] = []
+    known = _known()
     for name, parent in model.named_modules():
         layer = _layer_index(name, len(routers))
         gate = getattr(parent, "gate", None)
-        if type(parent).__name__ in BLOCKS and type(gate) is nn.Linear:
-            family = BLOCKS[type(parent).__name__]
-            routers.append(Router(layer, gate, family, None, block=parent))
+        block = BLOCKS.get(type(parent).__name__)
+        if block is not None and type(gate) is nn.Linear:
+            routers.append(Router(layer, gate, block, None, block=parent))
             continue
         for child in parent.children():
-            known = FAMILIES.get(type(child).__name__)
-            if known is not None:
-                routers.append(Router(layer, child, known, getattr(parent, "experts", None)))
+            family = known.get(type(child).__name__)
+            if family is not None:
+                routers.append(Router(layer, child, family, getattr(parent, "experts", None)))
     if not routers:
         raise UnsupportedModel(
-            f"{type(model).__name__} has no router that bhlog knows{_suspect(model)}. Supported "
-            f"are {len(FAMILIES)} router families: {_WELL_KNOWN} and others, listed in the README"
+            f"{type(model).__name__} has no router that bhlog knows{_suspect(model)}. "
+            f"Supported are {', '.join(supported())}"
         )
     if len({(r.n_experts, r.top_k) for r in routers}) > 1:
         raise UnsupportedModel(
@@ -169,6 +183,11 @@ def find_routers(model: nn.Module) -> tuple[Router, ...]:
             f"({', '.join(f'layer {r.layer}: {r.n_experts} top {r.top_k}' for r in routers)})"
         )
     return tuple(sorted(routers, key=lambda r: r.layer))
+
+
+def supported() -> list[str]:
+    """Names of the families that can be observed under the installed transformers."""
+    return sorted({family.name for family in _known().values()}, key=str.casefold)
 
 
 def model_info(model: nn.Module, routers: Iterable[Router]) -> ModelInfo:
@@ -188,6 +207,14 @@ def model_info(model: nn.Module, routers: Iterable[Router]) -> ModelInfo:
         scale=first.scale,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
     )
+
+
+def _known() -> dict[str, Family]:
+    """Families by class name of their router, or under transformers 4 of their block.
+
+    Some routers of transformers 4 have names of transformers 5 but return other things.
+    """
+    return FAMILIES if int(version("transformers").split(".")[0]) >= 5 else BLOCKS
 
 
 def _suspect(model: nn.Module) -> str:

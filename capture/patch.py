@@ -1,5 +1,6 @@
 """Patching a model: observe its routers, or route them by BH, and undo it without a trace."""
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
@@ -33,8 +34,14 @@ Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 def _eager(hook: Hook) -> Hook:
-    """Keep a hook out of compiled graphs."""
-    return cast(Hook, torch.compiler.disable(hook))  # type: ignore[no-untyped-call]
+    """Keep a hook out of compiled graphs; where nothing is compiled it is called as it is."""
+    disabled = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+
+    @functools.wraps(hook)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else hook(*args, **kwargs)
+
+    return cast(Hook, call)
 
 
 class RouterPatcher:
@@ -148,8 +155,8 @@ class RouterPatcher:
             null = None if kde is None else TorchNull(kde[router.layer], options.alpha, E)
             if collect_stats:
                 self.stats[router.layer] = LayerStats.empty(E, device)
-            self._use_sentinel(router)
-            self._handles += router.attach(self._steerer(router, options, null), steer=True)
+            skips = self._skips_unused(router)
+            self._handles += router.attach(self._steerer(router, options, null, skips), steer=True)
 
     def name_sources(self, sources: Sequence[str]) -> None:
         """Say where the rows of the next forward's new sequences come from."""
@@ -244,14 +251,16 @@ class RouterPatcher:
     def _observer(self, router: Router, recorder: Recorder) -> Any:
         @_eager
         def observe(module: nn.Module, args: Any, output: Any) -> None:
-            logits, weights, experts = output[:3]
+            logits, weights, experts = router.triple(output)
             recorder.record(
                 router.layer, {"logits": logits, "experts": experts, "weights": weights}
             )
 
         return observe
 
-    def _steerer(self, router: Router, options: BhOptions, null: TorchNull | None) -> Any:
+    def _steerer(
+        self, router: Router, options: BhOptions, null: TorchNull | None, skips: bool
+    ) -> Any:
         min_k, max_k = options.bounds(router.n_experts)
         renormalize = options.renormalizes(router.norm_topk_prob)
         floor, scale = router.floor, router.scale
@@ -259,7 +268,7 @@ class RouterPatcher:
 
         @_eager
         def steer(module: nn.Module, args: Any, output: Any) -> Any:
-            logits, own_weights, own_experts = output[:3]
+            logits, own_weights, own_experts = router.triple(output)
             keys = finite_keys(logits)
             forward = getattr(self._thread, "forward", None)
             keep = None if forward is None else forward.keep.reshape(-1).to(keys.device)
@@ -296,17 +305,24 @@ class RouterPatcher:
                         "n_rejected": choice.n_rejected,
                     },
                 )
-            experts = pad(choice, router.n_experts) if router.family.sentinel else choice.experts
+            experts = pad(choice, router.n_experts) if skips else choice.experts
             return (logits, weights, experts.to(own_experts.dtype), *output[3:])
 
         return steer
 
-    def _use_sentinel(self, router: Router) -> None:
-        """Let the index n_experts skip an unused slot's compute (see Family.sentinel)."""
+    def _skips_unused(self, router: Router) -> bool:
+        """Whether the index n_experts skips an unused slot's compute (see Family.sentinel).
+
+        The library's experts do once they think that others of them sit on other devices.
+        """
+        if router.block is not None:
+            return True
         experts: Any = router.experts
-        if router.family.sentinel and experts is not None:
-            self._parallel.append((experts, getattr(experts, "_is_expert_parallel", False)))
-            experts._is_expert_parallel = True
+        if not router.family.sentinel or not hasattr(experts, "_is_expert_parallel"):
+            return False
+        self._parallel.append((experts, experts._is_expert_parallel))
+        experts._is_expert_parallel = True
+        return True
 
 
 def _head_logits(output: Any) -> Tensor | None:

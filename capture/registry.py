@@ -32,8 +32,8 @@ class Family:
         n_experts, top_k: the router's attributes of those names, dots allowed.
         logits: the router's submodule whose output is the raw logits, where the router itself
             returns something else in their place.
-        sentinel: whether the index n_experts skips an unused slot in every experts
-            implementation; otherwise unused slots hold experts of weight 0.
+        sentinel: whether the index n_experts may stand for an unused slot in every experts
+            implementation; otherwise unused slots hold experts of weight 0, which are computed.
         why_not: why BH cannot route it.
     """
 
@@ -58,9 +58,16 @@ def _chosen(router: str, name: str, *, wide: bool = True, sentinel: bool = True)
     return Family(router, name, over="chosen", wide=wide, normalize="always", sentinel=sentinel)
 
 
-def _deepseek(router: str, name: str) -> Family:
+def _deepseek(router: str, name: str, *, sentinel: bool = True) -> Family:
     """Sigmoid in float32, divided by the sum if so configured, then scaled."""
-    return Family(router, name, scoring="sigmoid", eps=1e-20, scale="routed_scaling_factor")
+    return Family(
+        router,
+        name,
+        scoring="sigmoid",
+        eps=1e-20,
+        scale="routed_scaling_factor",
+        sentinel=sentinel,
+    )
 
 
 def _greedy(router: str, name: str) -> Family:
@@ -88,7 +95,6 @@ _ROWS = (
     Family("MiniMaxTopKRouter", "MiniMax", normalize="always"),
     Family("HunYuanMoEV1Gate", "HunYuan", normalize="always"),
     Family("Qwen3_5MoeTopKRouter", "Qwen3.5-MoE", normalize="always"),
-    Family("Qwen3OmniMoeTextTopKRouter", "Qwen3-Omni", normalize="always"),
     Family("Qwen3VLMoeTextTopKRouter", "Qwen3-VL-MoE", normalize="always"),
     Family("JambaTopKRouter", "Jamba", normalize="never"),
     Family("Ernie4_5_MoeTopKRouter", "Ernie 4.5", normalize="always", floor="norm_min"),
@@ -101,6 +107,7 @@ _ROWS = (
         normalize="never",
         scale="routed_scaling_factor",
         n_experts="n_routed_experts",  # experts that do nothing are counted here alone
+        sentinel=False,
     ),
     Family("Mistral4TopkRouter", "Mistral 4", wide=False, eps=1e-20, scale="routed_scaling_factor"),
     Family(
@@ -112,7 +119,7 @@ _ROWS = (
     ),
     # softmax over the chosen experts
     _chosen("AriaTextTopKRouter", "Aria", wide=False),
-    _chosen("GptOssTopKRouter", "gpt-oss", wide=False),
+    _chosen("GptOssTopKRouter", "gpt-oss", wide=False, sentinel=False),
     _chosen("GraniteMoeTopKRouter", "Granite MoE"),
     _chosen("GraniteMoeHybridTopKRouter", "Granite MoE hybrid"),
     _chosen("GraniteMoeSharedTopKRouter", "Granite MoE shared"),
@@ -135,7 +142,7 @@ _ROWS = (
     _deepseek("HYV4TopkRouter", "Hunyuan V4"),
     _deepseek("KimiLinearTopkRouter", "Kimi Linear"),
     _deepseek("MiMoV2FlashTopkRouter", "MiMo-V2-Flash"),
-    _deepseek("NemotronHTopkRouter", "Nemotron-H"),
+    _deepseek("NemotronHTopkRouter", "Nemotron-H", sentinel=False),
     _deepseek("SolarOpenTopkRouter", "Solar Open"),
     Family(
         "AfmoeTokenChoiceRouter",

@@ -219,7 +219,7 @@ def test_a_folder_in_use_leaves_no_hooks(model, tmp_path):
 
 def test_a_model_without_routers_is_refused(tmp_path):
     with (
-        pytest.raises(UnsupportedModel, match="OLMoE, FlexOlmo, Mixtral"),
+        pytest.raises(UnsupportedModel, match=r"Mixtral, .* OLMoE, .* Qwen3-MoE"),
         observe(nn.Linear(2, 2), tmp_path / "run"),
     ):
         pass
