@@ -1,0 +1,7 @@
+"""Policies: rules that choose experts from router logits. A file a family; see families()."""
+
+from analysis.policy.policy import Choice, Policy
+from analysis.policy.registry import families, parse_policy
+from analysis.policy.rows import Ranking, Rows
+
+__all__ = ["Choice", "Policy", "Ranking", "Rows", "families", "parse_policy"]

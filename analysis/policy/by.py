@@ -1,0 +1,38 @@
+"""Benjamini-Yekutieli: BH that holds under any dependence between experts."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.policy.bh import step_up
+from analysis.policy.policy import Policy, unit_value
+from analysis.policy.rows import Rows
+
+
+@dataclass(frozen=True)
+class By(Policy):
+    """BH at alpha / c(E), c(E) = 1 + 1/2 + ... + 1/E:
+
+    n = max {k : p_(k) <= k * alpha / (E * c(E))}, 0 if there is none. At E = 64, c is 4.74.
+
+    Attributes:
+        alpha: level, 0 < alpha < 1.
+
+    Reference:
+        Benjamini and Yekutieli (2001), Ann. Statist. 29(4), theorem 1.3.
+    """
+
+    alpha: float
+    name: ClassVar[str] = "by"
+    parameter: ClassVar[str] = "alpha"
+    tests: ClassVar[bool] = True
+
+    def count(self, rows: Rows) -> NDArray[np.integer]:
+        c = float((1 / np.arange(1, rows.n_experts + 1)).sum())
+        return step_up(rows, self.alpha / c)
+
+    @staticmethod
+    def value_at(position: float, n_experts: int) -> float:
+        return unit_value(position)

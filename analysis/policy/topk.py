@@ -1,0 +1,38 @@
+"""Native top-k routing."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.policy.policy import Policy
+from analysis.policy.rows import Rows
+from capture.errors import InvalidOption
+
+
+@dataclass(frozen=True)
+class TopK(Policy):
+    """The k experts with the largest logits, for every row alike.
+
+    Attributes:
+        k: experts per row, from 1; rows of routers with fewer experts use them all.
+
+    Reference:
+        Shazeer et al. (2017), Outrageously large neural networks, section 2.1.
+    """
+
+    k: int
+    name: ClassVar[str] = "topk"
+    parameter: ClassVar[str] = "k"
+
+    def check(self) -> None:
+        if self.k < 1:
+            raise InvalidOption(f"k must be at least 1, got {self.k}")
+
+    def count(self, rows: Rows) -> NDArray[np.integer]:
+        return np.full(len(rows.logits), min(self.k, rows.n_experts))
+
+    @staticmethod
+    def value_at(position: float, n_experts: int) -> float:
+        return 1 + round(position * (n_experts - 1))
