@@ -25,12 +25,15 @@ from analysis.run_files import SCHEME, RunFiles
 from analysis.views import VIEWS, create_views
 from capture.errors import CorruptShard, InvalidOption, KdeMismatch, RouterLogError
 from capture.kde import KdeModel
+from capture.schema import routing_schema
 
 # What a statement may be. Others change settings or files, which a log has no use for.
 _READS = ("SELECT", "CREATE", "DROP", "SET", "PRAGMA", "CALL", "MULTI")
 _EXPLAIN = re.compile(r"\s*EXPLAIN\s+(ANALYZE\s+)?(\([^()]*\)\s*)?", re.IGNORECASE)
 _COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 
+# How DuckDB words pages of a file that it cannot decode.
+_UNDECODED = re.compile(r"TProtocol|thrift|zstd|decompress|decode|corrupt|parquet", re.IGNORECASE)
 
 # DuckDB complains about connections that are open when Python ends.
 _open: "weakref.WeakSet[Database]" = weakref.WeakSet()
@@ -111,10 +114,10 @@ class Database:
     def rows(self, run: str) -> int:
         """Routing rows of a run, counted in the footers of its shards."""
         with self.errors():
-            found = self.connection.execute(
+            ((rows,),) = self.connection.execute(
                 "SELECT count(*) FROM routing WHERE run = $run", {"run": run}
-            ).fetchone()
-        return int(found[0]) if found else 0
+            ).fetchall()
+        return int(rows)
 
     def columns(self) -> dict[str, dict[str, str]]:
         """Type of each column of each view."""
@@ -146,11 +149,26 @@ class Database:
                 f"{log.path}/{where[2]}/{where[3]}: cannot be read ({self._plain(text)}); "
                 "restore the file, or move it away to read the rest"
             )
+        if _UNDECODED.search(text):
+            broken = self._broken_shard()
+            if broken is not None:
+                return broken
         in_function = re.search(r"executing the UDF: (\w+): (.*)", text, re.DOTALL)
         if in_function:
             kind = KdeMismatch if in_function[1] == "KdeMismatch" else InvalidOption
             return kind(" ".join(in_function[2].split()))
         return InvalidOption(f"SQL: {self._plain(text)}")
+
+    def _broken_shard(self) -> CorruptShard | None:
+        """The first shard that cannot be read whole: DuckDB does not always name it."""
+        for log in self.runs.values():
+            try:
+                for group in log.row_groups():
+                    log.read(group, routing_schema(0).names)
+                log.tokens()
+            except CorruptShard as error:
+                return error
+        return None
 
     def _plain(self, text: str) -> str:
         """DuckDB's message in one line, with the nearest right name for a wrong one."""

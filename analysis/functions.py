@@ -56,17 +56,22 @@ FUNCTIONS = (
 
 # Optional arguments are DuckDB's: functions in Python have a fixed number of them.
 _MACROS = """
-CREATE MACRO bh_count(logits, layer, alpha, min_k := 1, max_k := NULL, run := NULL) AS
-    _bh_count(logits, run, layer, alpha, min_k, max_k);
+CREATE MACRO bh_count(logits, layer, alpha, min_k := 1, max_k := NULL, run := NULL) AS _bh_count(
+    logits::FLOAT[], run, layer::INTEGER, alpha::DOUBLE, min_k::INTEGER, max_k::INTEGER
+);
 CREATE MACRO bh_experts(logits, layer, alpha, min_k := 1, max_k := NULL, run := NULL) AS
-    _bh_experts(logits, run, layer, alpha, min_k, max_k);
-CREATE MACRO p_values(logits, layer, run := NULL) AS _p_values(logits, run, layer);
+_bh_experts(
+    logits::FLOAT[], run, layer::INTEGER, alpha::DOUBLE, min_k::INTEGER, max_k::INTEGER
+);
+CREATE MACRO p_values(logits, layer, run := NULL) AS
+_p_values(logits::FLOAT[], run, layer::INTEGER);
 CREATE MACRO p_value(logit, layer, expert := NULL, run := NULL) AS
-    _p_value(logit, run, layer, expert);
-CREATE MACRO softmax(logits, temperature := 1.0) AS _softmax(logits, temperature);
-CREATE MACRO router_entropy(logits) AS _router_entropy(logits);
-CREATE MACRO top_probability(logits) AS _top_probability(logits);
-CREATE MACRO n_shared(experts, others) AS _n_shared(experts, others);
+_p_value(logit::FLOAT, run, layer::INTEGER, expert::INTEGER);
+CREATE MACRO softmax(logits, temperature := 1.0) AS
+_softmax(logits::FLOAT[], temperature::DOUBLE);
+CREATE MACRO router_entropy(logits) AS _router_entropy(logits::FLOAT[]);
+CREATE MACRO top_probability(logits) AS _top_probability(logits::FLOAT[]);
+CREATE MACRO n_shared(experts, others) AS _n_shared(experts::USMALLINT[], others::USMALLINT[]);
 """
 
 

@@ -30,7 +30,7 @@ expert_with_load AS (
         layer,
         expert,
         coalesce(n, 0) AS selections,
-        coalesce(n, 0) / avg(coalesce(n, 0)) OVER (PARTITION BY run, layer) AS load
+        coalesce(n, 0) / nullif(avg(coalesce(n, 0)) OVER (PARTITION BY run, layer), 0) AS load
     FROM expert
     LEFT JOIN count_of_expert USING (run, layer, expert)
 )

@@ -38,7 +38,7 @@ SELECT
     expert,
     coalesce(n, 0) AS selections,
     coalesce(n, 0) / tokens AS share_of_tokens,
-    coalesce(n, 0) / avg(coalesce(n, 0)) OVER (PARTITION BY run, layer) AS load
+    coalesce(n, 0) / nullif(avg(coalesce(n, 0)) OVER (PARTITION BY run, layer), 0) AS load
 FROM expert
 JOIN count_of_layer USING (run, layer)
 LEFT JOIN count_of_expert USING (run, layer, expert)
