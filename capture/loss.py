@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from capture.cross_entropy import cross_entropy
 from capture.identity import Forward
 
-_ROWS = 1024  # rows whose loss is computed at once, to bound their float32 copy
 _KEPT_ROWS = 64  # logits kept for the next forward's first token, in case drafts are rejected
 
 
@@ -34,22 +34,17 @@ def token_loss(forward: Forward, head: Tensor) -> Tensor | None:
     if ids is None:
         return None
     ids = ids.to(head.device)
-    nll = torch.full((B, S), torch.nan, device=head.device)
+    first = torch.full((B, 1), torch.nan, device=head.device)
     if forward.head_start is not None and forward.follows is not None:
-        first = _cross_entropy(forward.head_start.to(head.device), ids[:, 0])
-        nll[:, 0] = torch.where(forward.follows.to(head.device), first, torch.nan)
+        loss = cross_entropy(forward.head_start.to(head.device), ids[:, 0])
+        first = torch.where(forward.follows.to(head.device), loss, torch.nan)[:, None]
+    if S == 1:
+        return first.view(-1)
+    nll = torch.full((B, S), torch.nan, device=head.device)
+    nll[:, :1] = first
     if H > 1:
         for row in range(B):  # a row is contiguous; the batch without its last column is not
-            nll[row, S - H + 1 :] = _cross_entropy(head[row, :-1], ids[row, S - H + 1 :])
+            nll[row, S - H + 1 :] = cross_entropy(head[row, :-1], ids[row, S - H + 1 :])
         # the token after padding has no token before it
         nll[:, 1:].masked_fill_(~keep[:, :-1], torch.nan)
     return nll.view(-1)
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """(T,) float32, -log softmax(logits)[target], a few rows at a time."""
-    parts = []
-    for i in range(0, len(targets), _ROWS):
-        log_p = torch.log_softmax(logits[i : i + _ROWS], dim=-1, dtype=torch.float32)
-        parts.append(-log_p.gather(1, targets[i : i + _ROWS, None])[:, 0])
-    return torch.cat(parts)

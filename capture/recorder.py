@@ -51,6 +51,7 @@ class Recorder:
         self._open = threading.local()  # a forward per thread: DataParallel runs several
         self._last: dict[int, _Record] = {}  # by thread: its drafts may still be rejected
         self._bulk: list[_Record] = []
+        self._bulk_rows = 0
         self._lock = threading.Lock()
 
     def begin(self, forward: Forward) -> None:
@@ -101,7 +102,7 @@ class Recorder:
                 f"{record.forward.number}; a token must be logged at every layer"
             )
         # copies: what the routers returned may be overwritten by the next forward
-        record.columns, record.layers = _stack(record, self._layers), {}
+        record.columns, record.layers = _stack(record.layers, self._layers), {}
         with self._lock:
             self._last[threading.get_ident()] = record
 
@@ -128,11 +129,12 @@ class Recorder:
         if self._bulk and not _alike(self._bulk[0], record):
             self._send_bulk()
         self._bulk.append(record)
-        if sum(r.forward.rows for r in self._bulk) >= _BULK_ROWS:
+        self._bulk_rows += record.forward.rows
+        if self._bulk_rows >= _BULK_ROWS:
             self._send_bulk()
 
     def _send_bulk(self) -> None:
-        records, self._bulk = self._bulk, []
+        records, self._bulk, self._bulk_rows = self._bulk, [], 0
         if not records:
             return
         columns = [{**record.columns, **_identity(record)} for record in records]
@@ -142,6 +144,11 @@ class Recorder:
             else columns[0][name]
             for name in columns[0]
         }
+        if "n_selected" not in tensors:
+            _sort_by_logit(tensors)
+        for name in ("experts", "n_selected", "n_rejected"):
+            if name in tensors:
+                tensors[name] = tensors[name].to(torch.int16)  # a quarter of the bytes to move
         if not self.writer.admit(sum(t.numel() * t.element_size() for t in tensors.values())):
             self.writer.drop(
                 self._stage.copy({name: tensors[name] for name in ("position", "keep")})
@@ -172,19 +179,15 @@ class Recorder:
 _BY_LAYER = ("logits", "experts", "weights", "n_selected", "n_rejected")
 
 
-def _stack(record: _Record, layers: tuple[int, ...]) -> dict[str, Tensor]:
-    """The forward's router outputs by layer, (L, T, ...), on one device."""
-    home = record.layers[layers[-1]]["logits"].device
-    result = {}
-    for name in record.layers[layers[0]]:
-        parts = [record.layers[layer][name].detach().to(home) for layer in layers]
-        result[name] = torch.stack(parts)
-    if "n_selected" not in result:
-        _sort_by_logit(result)
-    for name in result:
-        if name in ("experts", "n_selected", "n_rejected"):
-            result[name] = result[name].to(torch.int16)  # a quarter of the bytes to move
-    return result
+def _stack(by_layer: dict[int, dict[str, Tensor]], layers: tuple[int, ...]) -> dict[str, Tensor]:
+    """A forward's router outputs by layer, (L, T, ...), on one device."""
+    outputs = [by_layer[layer] for layer in layers]
+    home = outputs[-1]["logits"].device
+    with torch.no_grad():
+        return {
+            name: torch.stack([tensors[name].to(home) for tensors in outputs])
+            for name in outputs[0]
+        }
 
 
 def _identity(record: _Record) -> dict[str, Tensor]:

@@ -63,11 +63,13 @@ class PinnedPool:
                 self._free.setdefault(buffer.numel(), []).append(buffer)
 
 
+_pool = PinnedPool()  # of the process: a run finds the buffers of the one before
+
+
 class Stage:
     """Copies tensors to the host: on CUDA asynchronously, on a stream of its own."""
 
     def __init__(self) -> None:
-        self._pool = PinnedPool()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def copy(self, tensors: dict[str, Tensor]) -> Staged:
@@ -89,7 +91,7 @@ class Stage:
         with torch.cuda.stream(stream):
             for name, tensor in tensors.items():
                 tensor = tensor.contiguous()
-                buffer = self._pool.take(max(1, tensor.numel() * tensor.element_size()))
+                buffer = _pool.take(max(1, tensor.numel() * tensor.element_size()))
                 host = buffer[: tensor.numel() * tensor.element_size()].view(tensor.dtype)
                 host = host.view(tensor.shape)
                 host.copy_(tensor, non_blocking=True)
@@ -98,4 +100,4 @@ class Stage:
                 buffers.append(buffer)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
-        return Staged(hosts, n_bytes, event, buffers, self._pool)
+        return Staged(hosts, n_bytes, event, buffers, _pool)

@@ -10,7 +10,6 @@ from torch import Tensor
 from analysis.log import open_log
 from capture.errors import UnknownIdentity
 from capture.family import find_routers
-from capture.loss import _cross_entropy
 from capture.writer import WriterOptions
 from tests.capture.tiny import (
     EXPERTS,
@@ -156,14 +155,6 @@ def test_sources_follow_their_sequences(model, run):
     assert prompts == [{"a"}] * 3 + [{"b"}] * 3
     assert list(sources.values())[-4:] == [{None}, {None}, {"c"}, {"d"}]
     assert all(names in ({"a"}, {"b"}) for n, names in list(sources.items())[6:-4])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cross_entropy_in_pieces_is_torchs(dtype):
-    logits = torch.randn(2100, 50).to(dtype)
-    targets = torch.randint(0, 50, (2100,))
-    truth = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    torch.testing.assert_close(_cross_entropy(logits, targets), truth, rtol=1e-6, atol=1e-6)
 
 
 def test_native_rows_name_their_experts_by_falling_logit_ties_to_the_lower(run):

@@ -123,7 +123,9 @@ def plain_logits(model: Any, tokens: list[int]) -> dict[int, Tensor]:
     found: dict[int, Tensor] = {}
     handles = [
         layer.mlp.gate.register_forward_hook(
-            lambda module, args, output, number=number: found.update({number: output[0].float()})
+            lambda module, args, output, number=number: found.update(
+                {number: (output[0] if isinstance(output, tuple) else output).float()}
+            )
         )
         for number, layer in enumerate(model.model.layers)
     ]
