@@ -18,6 +18,7 @@ COMMANDS = {
     "fidelity": "analysis.commands.replay:fidelity",
     "replay": "analysis.commands.replay:replay",
     "sweep": "analysis.commands.replay:sweep",
+    "compare": "analysis.commands.compare:compare",
     "kde": "analysis.commands.kde:kde",
     "sql": "analysis.commands.sql:sql",
     "plot": "analysis.commands.plot:plot",

@@ -1,0 +1,221 @@
+"""`bhlog compare`: policies over one log, side by side."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from analysis.table import format_option, print_frame, progress_bar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import polars as pl
+
+    from analysis.log import Log
+    from analysis.policy import Policy
+    from capture.kde import KdeModel
+
+SHORT = (
+    "policy",
+    "layer",
+    "mean_experts",
+    "sd_experts",
+    "at_min_k",
+    "at_max_k",
+    "probability_kept",
+    "native_jaccard",
+    "native_recall",
+    "load_entropy",
+    "load_gini",
+    "busiest_share",
+    "dead_experts",
+    "flops",
+)
+
+
+@click.command(
+    epilog="\b\nexamples:\n"
+    "  bhlog compare runs/demo/bh-0.3 --policy bh:0.3 --policy topk:8 --policy topp:0.5\n"
+    "  bhlog compare runs/demo/native --kde runs/demo/null.parquet --experts 8 --figure cost.png\n"
+    "  bhlog compare --list"
+)
+@click.argument("run", required=False)
+@click.option(
+    "--policy",
+    "texts",
+    multiple=True,
+    metavar="NAME:VALUE[,KEY=VALUE]",
+    help="A policy, such as bh:0.3 or topk:4,max_k=16; repeatable. With --experts the value may be "
+    "left out. Default: every policy, at the model's own experts per token.",
+)
+@click.option(
+    "--experts",
+    type=float,
+    metavar="K",
+    help="Bring every policy to K mean experts per token first, by its value.",
+)
+@click.option("--kde", metavar="FILE", help="Null model (default: the run's own).")
+@click.option("--min-k", type=int, help="Fewest experts a token (default: as in the run, or 1).")
+@click.option("--max-k", type=int, help="Most experts a token (default: as in the run, or all).")
+@click.option("--layer", "layers", type=int, multiple=True, help="Only this layer; repeatable.")
+@click.option("--where", metavar="SQL", help="Only rows that match: \"phase = 'decode'\".")
+@click.option("--by-layer", is_flag=True, help="A line for each layer too.")
+@click.option("--all-columns", is_flag=True, help="Print every column of the summary.")
+@click.option(
+    "--figure", metavar="FILE", help="Draw probability kept against experts, a curve a policy."
+)
+@click.option("--list", "listing", is_flag=True, help="List the policies.")
+@format_option
+def compare(
+    run: str | None,
+    texts: tuple[str, ...],
+    experts: float | None,
+    kde: str | None,
+    min_k: int | None,
+    max_k: int | None,
+    layers: tuple[int, ...],
+    where: str | None,
+    by_layer: bool,
+    all_columns: bool,
+    figure: str | None,
+    listing: bool,
+    output_format: str,
+) -> None:
+    """Compare policies over a run: what each would have chosen, and at what cost.
+
+    Reads only the log: no model, no GPU.
+    """
+    import polars as pl
+
+    from analysis.budget import match_experts
+    from analysis.commands.kde_options import check_figure, load
+    from analysis.compare import compare as compare_policies
+    from analysis.log import open_log
+    from analysis.policy import parse_policy
+
+    if listing:
+        print_frame(_families(), output_format)
+        return
+    if run is None:
+        raise click.UsageError("name the run to compare policies on, or --list")
+    check_figure(figure)
+    log = open_log(run)
+    null = None if kde is None else load(kde)
+    if not texts:
+        texts = _all_policies(log, null)
+        experts = log.manifest.model.top_k if experts is None else experts
+    policies = [parse_policy(text, open_value=experts is not None) for text in texts]
+    if experts is not None:
+        with progress_bar("match", None) as advance:
+            policies = match_experts(
+                log, policies, experts, kde=null, min_k=min_k, max_k=max_k,
+                layers=layers or None, where=where, progress=advance,
+            )  # fmt: skip
+    with progress_bar("compare", log.manifest.totals.rows or None) as advance:
+        frame = compare_policies(
+            log, policies, kde=null, min_k=min_k, max_k=max_k,
+            layers=layers or None, where=where, progress=advance,
+        )  # fmt: skip
+    print_frame(
+        _shortened(frame, by_layer=by_layer, whole=all_columns or output_format != "table"),
+        output_format,
+    )
+    overall = frame.filter(pl.col("layer").is_null())
+    if experts is not None:
+        _note_misses(overall, experts)
+    if figure is not None:
+        _draw(
+            log, policies, null, overall, figure, min_k=min_k, max_k=max_k,
+            layers=layers or None, where=where,
+        )  # fmt: skip
+
+
+def _all_policies(log: "Log", null: "KdeModel | None") -> tuple[str, ...]:
+    """Every family; without p-values only those that do not test."""
+    from analysis.policy import families
+
+    options = log.manifest.routing.options
+    empirical = options is not None and options.p_values == "empirical"
+    tested = null is not None or log.kde is not None or empirical
+    known = families()
+    left_out = [name for name, kind in known.items() if kind.tests and not tested]
+    if left_out:
+        click.echo(
+            f"bhlog: left out {', '.join(left_out)}: {log.path} has no null model of its own; "
+            "give one with --kde FILE",
+            err=True,
+        )
+    return tuple(name for name in known if name not in left_out)
+
+
+def _note_misses(overall: "pl.DataFrame", experts: float) -> None:
+    """Say on stderr which policies could not be brought to the budget."""
+    missed = [
+        f"{policy} ({mean:.4g})"
+        for policy, mean in overall.select("policy", "mean_experts").iter_rows()
+        if abs(mean - experts) > 0.01
+    ]
+    if missed:
+        click.echo(
+            f"bhlog: no value gives exactly {experts:g} experts, this is the nearest: "
+            f"{', '.join(missed)}",
+            err=True,
+        )
+
+
+def _families() -> "pl.DataFrame":
+    import polars as pl
+
+    from analysis.policy import families, parse_policy
+
+    rows = []
+    for name, kind in families().items():
+        example = parse_policy(name, open_value=True)
+        summary = (kind.__doc__ or "").strip().splitlines()[0]
+        rows.append({"policy": str(example), "parameter": kind.parameter, "chooses": summary})
+    return pl.DataFrame(rows)
+
+
+def _shortened(frame: "pl.DataFrame", *, by_layer: bool, whole: bool) -> "pl.DataFrame":
+    """The rows asked for, with the columns that fit a screen."""
+    import polars as pl
+
+    if not by_layer:
+        frame = frame.filter(pl.col("layer").is_null())
+    if whole:
+        return frame
+    layer = pl.col("layer").cast(pl.String).fill_null("all")
+    short = frame.select(SHORT).with_columns(layer)
+    return short if by_layer else short.drop("layer")
+
+
+def _draw(
+    log: "Log",
+    policies: "list[Policy]",
+    null: "KdeModel | None",
+    overall: "pl.DataFrame",
+    figure: str,
+    *,
+    min_k: int | None,
+    max_k: int | None,
+    layers: "Sequence[int] | None",
+    where: str | None,
+) -> None:
+    from analysis.commands.kde_options import write_figure
+    from analysis.cost_curves import cost_curves, curve_label
+    from analysis.cost_figure import Mark, draw_comparison, shown_experts
+
+    marks = [
+        Mark(str(policy), curve_label(policy), mean, kept)
+        for policy, (mean, kept) in zip(
+            policies, overall.select("mean_experts", "probability_kept").iter_rows(), strict=True
+        )
+    ]
+    most = shown_experts([mark.mean_experts for mark in marks], log.n_experts)
+    curves = cost_curves(
+        log, policies, kde=null, most_experts=most, min_k=min_k, max_k=max_k, layers=layers,
+        where=where,
+    )  # fmt: skip
+    write_figure(
+        draw_comparison(curves, marks, title=f"Policies at equal cost: {log.name}"), figure
+    )
