@@ -2,14 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+VENV4 := .venv4
+TESTS4 := $(patsubst %,tests/capture/test_%.py,blocks4 generation identity loss patch recorder session)
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-transformers4 lint clean
 
 demo: $(READY)
 	$(VENV)/bin/bhlog demo
 
 test: $(READY)
 	$(VENV)/bin/pytest
+
+# tiny models: threads would only wait for one another
+test-transformers4: $(VENV4)/.ready
+	OMP_NUM_THREADS=1 $(VENV4)/bin/pytest $(TESTS4)
 
 lint: $(READY)
 	$(VENV)/bin/ruff format --check
@@ -23,5 +29,12 @@ $(READY): pyproject.toml
 	$(VENV)/bin/pip install --quiet --editable ".[dev]"
 	touch $@
 
+$(VENV4)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV4)
+	$(VENV4)/bin/pip install --quiet --upgrade pip
+	$(VENV4)/bin/pip install --quiet "torch==2.13.0"
+	$(VENV4)/bin/pip install --quiet --editable ".[transformers4]"
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV4)

@@ -160,12 +160,12 @@ def find_routers(model: nn.Module) -> tuple[Router, ...]:
         UnsupportedModel: it has none, or they differ in their number of experts.
     """
     routers: list[Router] = []
-    known = _known()
+    known = FAMILIES if _version() >= 5 else {}
     for name, parent in model.named_modules():
         layer = _layer_index(name, len(routers))
         gate = getattr(parent, "gate", None)
         block = BLOCKS.get(type(parent).__name__)
-        if block is not None and type(gate) is nn.Linear:
+        if block is not None and isinstance(gate, nn.Linear):
             routers.append(Router(layer, gate, block, None, block=parent))
             continue
         for child in parent.children():
@@ -187,7 +187,8 @@ def find_routers(model: nn.Module) -> tuple[Router, ...]:
 
 def supported() -> list[str]:
     """Names of the families that can be observed under the installed transformers."""
-    return sorted({family.name for family in _known().values()}, key=str.casefold)
+    known = FAMILIES if _version() >= 5 else BLOCKS
+    return sorted({family.name for family in known.values()}, key=str.casefold)
 
 
 def model_info(model: nn.Module, routers: Iterable[Router]) -> ModelInfo:
@@ -209,12 +210,9 @@ def model_info(model: nn.Module, routers: Iterable[Router]) -> ModelInfo:
     )
 
 
-def _known() -> dict[str, Family]:
-    """Families by class name of their router, or under transformers 4 of their block.
-
-    Some routers of transformers 4 have names of transformers 5 but return other things.
-    """
-    return FAMILIES if int(version("transformers").split(".")[0]) >= 5 else BLOCKS
+def _version() -> int:
+    """Of transformers: some routers of 4 have names of 5 but return other things."""
+    return int(version("transformers").split(".")[0])
 
 
 def _suspect(model: nn.Module) -> str:

@@ -135,28 +135,11 @@ class RouterPatcher:
         Raises: see `check`.
         """
         self.check(routing, kde)
-        for module in (self.model, *(r.module for r in self.routers)):
-            vars(module)[_MARK] = True
-            self._marked.append(module)
-        torch._dynamo.reset()  # a graph compiled before would run without the hooks
-        self.stats = {}
-        options = routing.options
-        empirical = options is not None and options.p_values == "empirical"
-        if writer is not None or empirical or collect_stats:
-            self._track(writer)
-        for router in self.routers:
-            if options is None:
-                if self.recorder is not None:
-                    self._handles += router.attach(
-                        self._observer(router, self.recorder), steer=False
-                    )
-                continue
-            E, device = router.n_experts, next(router.module.parameters()).device
-            null = None if kde is None else TorchNull(kde[router.layer], options.alpha, E)
-            if collect_stats:
-                self.stats[router.layer] = LayerStats.empty(E, device)
-            skips = self._skips_unused(router)
-            self._handles += router.attach(self._steerer(router, options, null, skips), steer=True)
+        try:
+            self._attach(routing, kde, writer, collect_stats)
+        except BaseException:
+            self.unpatch()
+            raise
 
     def name_sources(self, sources: Sequence[str]) -> None:
         """Say where the rows of the next forward's new sequences come from."""
@@ -186,6 +169,37 @@ class RouterPatcher:
         recorder, self.recorder, self.tracker = self.recorder, None, None
         if recorder is not None:
             recorder.flush()
+
+    def _attach(
+        self,
+        routing: Routing,
+        kde: KdeModel | None,
+        writer: RunWriter | None,
+        collect_stats: bool,
+    ) -> None:
+        for module in (self.model, *(r.module for r in self.routers)):
+            vars(module)[_MARK] = True
+            self._marked.append(module)
+        # a graph compiled before would run without the hooks
+        torch._dynamo.reset_code_caches()  # type: ignore[no-untyped-call, unused-ignore]
+        self.stats = {}
+        options = routing.options
+        empirical = options is not None and options.p_values == "empirical"
+        if writer is not None or empirical or collect_stats:
+            self._track(writer)
+        for router in self.routers:
+            if options is None:
+                if self.recorder is not None:
+                    self._handles += router.attach(
+                        self._observer(router, self.recorder), steer=False
+                    )
+                continue
+            E, device = router.n_experts, next(router.module.parameters()).device
+            null = None if kde is None else TorchNull(kde[router.layer], options.alpha, E)
+            if collect_stats:
+                self.stats[router.layer] = LayerStats.empty(E, device)
+            skips = self._skips_unused(router)
+            self._handles += router.attach(self._steerer(router, options, null, skips), steer=True)
 
     def _track(self, writer: RunWriter | None) -> None:
         """Follow the model's forwards, to know which token each router row is."""
@@ -270,6 +284,10 @@ class RouterPatcher:
         def steer(module: nn.Module, args: Any, output: Any) -> Any:
             logits, own_weights, own_experts = router.triple(output)
             keys = finite_keys(logits)
+            # the decision has no gradient; weights carry theirs to the router
+            scored = keys
+            if logits.requires_grad:
+                scored = torch.where(keys.isfinite(), logits.float(), -torch.inf)
             forward = getattr(self._thread, "forward", None)
             keep = None if forward is None else forward.keep.reshape(-1).to(keys.device)
             if null is not None:
@@ -280,7 +298,7 @@ class RouterPatcher:
                 keys,
                 order,
                 n_rejected,
-                router.scores(keys, options.temperature, logits.dtype, renormalize=renormalize),
+                router.scores(scored, options.temperature, logits.dtype, renormalize=renormalize),
                 own_experts,
                 own_weights,
                 min_k=min_k,

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from tests.capture.tiny import (
     EOS,
     PAD,
+    TRANSFORMERS_4,
     VOCABULARY,
     Logged,
     batch,
@@ -20,6 +21,11 @@ from tests.capture.tiny import (
     read,
     tiny_model,
 )
+
+no_static_cache = pytest.mark.skipif(
+    TRANSFORMERS_4, reason="OLMoE cannot generate with a static cache there"
+)
+STATIC = pytest.param("static", marks=no_static_cache)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def fed(logged: Logged) -> list[list[int | None]]:
     return list(logged.sequences.values())
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", STATIC])
 @pytest.mark.parametrize("lengths", [[5, 5], [2, 7, 4]])
 def test_greedy_generation(model, run, cache, lengths):
     ids, mask = batch(lengths, left=True)
@@ -69,6 +75,7 @@ def test_greedy_generation(model, run, cache, lengths):
     check_logits(model, logged)
 
 
+@no_static_cache
 def test_static_cache_used_again_starts_new_sequences(model, run):
     first, second = batch([5, 3], left=True), batch([2, 5], left=True, seed=1)
     with observed(model, run):
@@ -102,7 +109,7 @@ def test_sampled_returns(model, run):
     check_logits(model, logged)
 
 
-@pytest.mark.parametrize("told", ["config", "argument", "list", "static", "pad is eos"])
+@pytest.mark.parametrize("told", ["config", "argument", "list", STATIC, "pad is eos"])
 def test_rows_that_finish_early_end_with_their_eos(model, run, told, monkeypatch):
     ids, mask, eos = finishing(model)
     options: dict[str, Any] = {}
@@ -187,7 +194,7 @@ def chains(logged: Logged, wanted: list[int]) -> bool:
     return 0 in reached
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("cache", [None, STATIC])
 def test_beam_search(model, run, cache):
     ids, mask = batch([5, 3], left=True)
     with observed(model, run):
@@ -219,7 +226,8 @@ def test_chunked_prefill(model, run, chunk):
     assert fed(logged) == generated(output, mask)
     prefill = [p for p, phase in logged.phase[0].items() if phase == "prefill"]
     assert sorted(prefill) == list(range(9))
-    check_logits(model, logged)
+    # transformers 4 counts padding in the positions of all chunks but the last
+    check_logits(model, logged, [0] if TRANSFORMERS_4 else None)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -246,7 +254,11 @@ def test_prompt_lookup_keeps_no_rejected_draft(model, run):
     ids = batch([6])[0].repeat(1, 3)
     with observed(model, run):
         output = model.generate(
-            ids, max_new_tokens=25, do_sample=False, prompt_lookup_num_tokens=4, eos_token_id=None
+            ids,
+            max_new_tokens=25,
+            do_sample=False,
+            prompt_lookup_num_tokens=4,
+            eos_token_id=VOCABULARY,  # never chosen
         )
     logged = read(run)
     assert fed(logged) in ([output[0].tolist()], [output[0, :-1].tolist()])

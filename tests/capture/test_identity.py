@@ -19,6 +19,7 @@ from capture.writer import WriterOptions
 from tests.capture.tiny import (
     EOS,
     PAD,
+    TRANSFORMERS_4,
     VOCABULARY,
     Logged,
     batch,
@@ -191,7 +192,10 @@ def test_tuple_outputs_are_followed_and_have_a_loss(model, run):
     [
         {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])},
         {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), "attention_mask": torch.ones(1, 6)},
-        {"cu_seq_lens_q": torch.tensor([0, 3, 6], dtype=torch.int32)},
+        pytest.param(
+            {"cu_seq_lens_q": torch.tensor([0, 3, 6], dtype=torch.int32)},
+            marks=pytest.mark.skipif(TRANSFORMERS_4, reason="OLMoE leaves it unread there"),
+        ),
     ],
 )
 def test_packed_batches_are_refused(model, run, packing):

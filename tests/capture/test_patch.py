@@ -14,10 +14,22 @@ from capture.bh import decide, softmax_weights
 from capture.errors import AlreadyPatched, InvalidOption, KdeMismatch, RunExists, UnsupportedModel
 from capture.family import find_routers
 from capture.run import observe, route
-from tests.capture.tiny import EXPERTS, LAYERS, batch, observed, read, real_tokens, tiny_model
+from tests.capture.tiny import (
+    EXPERTS,
+    LAYERS,
+    TRANSFORMERS_4,
+    batch,
+    observed,
+    read,
+    real_tokens,
+    tiny_model,
+)
 from tests.synthetic import normal_kde
 
 KDE = normal_kde(range(LAYERS))
+needs_router = pytest.mark.skipif(
+    TRANSFORMERS_4, reason="transformers 4 has no router module; see test_blocks4.py"
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +74,7 @@ def test_observing_leaves_outputs_bit_identical(model, tmp_path):
     assert same(answers(model), before)
 
 
+@needs_router
 def test_observing_in_bfloat16_logs_the_exact_logits_and_weights(tmp_path):
     model = tiny_model().to(torch.bfloat16)
     ids, mask = batch([6, 6])
@@ -108,6 +121,7 @@ def test_routing_logs_what_the_rule_decides(model, tmp_path):
     assert len(seen) > 2
 
 
+@needs_router
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_routed_output_is_the_weighted_sum_of_the_chosen_experts(model, implementation):
     """Against a slow block that runs the chosen experts one by one."""
@@ -219,7 +233,7 @@ def test_a_folder_in_use_leaves_no_hooks(model, tmp_path):
 
 def test_a_model_without_routers_is_refused(tmp_path):
     with (
-        pytest.raises(UnsupportedModel, match=r"Mixtral, .* OLMoE, .* Qwen3-MoE"),
+        pytest.raises(UnsupportedModel, match=r"Mixtral, .*OLMoE, .*Qwen3-MoE"),
         observe(nn.Linear(2, 2), tmp_path / "run"),
     ):
         pass
@@ -243,13 +257,36 @@ def test_base_model_alone_is_observed_without_a_loss(model, tmp_path):
 
 def test_training_with_checkpointing_logs_each_forward_once(tmp_path):
     model = tiny_model().train()
-    model.activation_checkpointing_enable()
+    if TRANSFORMERS_4:
+        model.gradient_checkpointing_enable()
+    else:
+        model.activation_checkpointing_enable()
     ids, mask = batch([6, 6])
     with observe(model, tmp_path / "run"):
         model(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
         model(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
     assert model.model.layers[0].mlp.gate.weight.grad is not None
     assert list(read(tmp_path / "run").sequences.values()) == ids.tolist() * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_under_bh_reaches_the_routers(dtype):
+    """Bounds that leave no choice: gradients are those of the model's own routing."""
+    model = tiny_model().to(dtype).train()
+    ids, mask = batch([6, 4])
+    gates = [layer.mlp.gate.weight for layer in model.model.layers]
+    model(ids, attention_mask=mask, labels=ids).loss.backward()
+    own = [gate.grad.clone() for gate in gates]
+    model.zero_grad()
+    top_k = model.config.num_experts_per_tok
+    with route(model, alpha=0.3, kde=KDE, min_k=top_k, max_k=top_k):
+        model(ids, attention_mask=mask, labels=ids).loss.backward()
+    for gate, expected in zip(gates, own, strict=True):
+        assert expected.abs().sum() > 0
+        close = (
+            {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.1}
+        )
+        torch.testing.assert_close(gate.grad, expected, **close)
 
 
 def test_a_compiled_model_is_observed_before_and_after(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
@@ -17,6 +18,7 @@ from capture.run import observe
 
 LAYERS, EXPERTS, TOP_K, VOCABULARY = 3, 8, 2, 40
 PAD, EOS = 0, 2
+TRANSFORMERS_4 = transformers.__version__.startswith("4.")  # make test-transformers4
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> Any:
