@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -38,12 +38,12 @@ class Router:
     experts: nn.Module | None
     block: nn.Module | None = None
 
-    @property
+    @cached_property
     def n_experts(self) -> int:
         """Experts it chooses from."""
         return int(self._attribute(self.family.n_experts))
 
-    @property
+    @cached_property
     def top_k(self) -> int:
         """Experts per token under its own routing."""
         return int(self._attribute(self.family.top_k))
@@ -134,9 +134,17 @@ class Router:
             UnsupportedModel: it returned something else, as in another version of transformers.
         """
         found = output[:3] if isinstance(output, tuple) else (output,)
-        if len(found) == 3 and all(isinstance(t, Tensor) and t.dim() == 2 for t in found):
+        if len(found) == 3:
             logits, weights, experts = found
-            if logits.shape[1] == self.n_experts and weights.shape == experts.shape:
+            # no loop: this runs at every layer of every decoded token
+            if (
+                isinstance(logits, Tensor)
+                and isinstance(weights, Tensor)
+                and isinstance(experts, Tensor)
+                and logits.dim() == 2
+                and logits.shape[1] == self.n_experts
+                and weights.shape == experts.shape
+            ):
                 return logits, weights, experts
         shapes = ", ".join(str(tuple(getattr(t, "shape", ()))) for t in found)
         raise UnsupportedModel(

@@ -227,7 +227,7 @@ class Tracker:
                 sources=stream.sources,
                 # the caller may write its next token into the same tensor
                 token_ids=None if token_ids is None else token_ids.clone(),
-                positions=stream.tokens[:, None] + keep.long().cumsum(dim=1) - 1,
+                positions=stream.tokens[:, None] + keep.cumsum(dim=1) - 1,
                 keep=keep,
                 phase=int(decode),
                 start=start,

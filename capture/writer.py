@@ -1,10 +1,11 @@
 """Writes a run in the background: a queue bounded in bytes, blocks in, sealed shards out."""
 
+import os
 import threading
 import uuid
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +35,7 @@ class WriterOptions:
         queue_bytes: most bytes that wait to be gathered before `on_full` applies; beside them,
             memory holds one shard that fills and `threads` that are being encoded.
         on_full: "block" makes the model wait, "drop" leaves tokens out and counts them.
-        threads: shards encoded at once.
+        threads: shards encoded at once; by default 2, and up to 4 where there are cores to spare.
     """
 
     sample_every: int = 1
@@ -42,7 +43,7 @@ class WriterOptions:
     shard_rows: int = 1 << 18
     queue_bytes: int = 1 << 28
     on_full: Literal["block", "drop"] = "block"
-    threads: int = 2
+    threads: int = field(default_factory=lambda: min(4, max(2, (os.cpu_count() or 2) // 4)))
 
     def __post_init__(self) -> None:
         for name in ("sample_every", "shard_rows", "queue_bytes", "threads"):

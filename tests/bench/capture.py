@@ -4,8 +4,10 @@
 
 An OLMoE of the real shape (16 layers, 64 experts, hidden 2048, 6.9 B parameters, bfloat16) with
 random weights, built on the device. Beside it the baseline of older tools: hooks that copy logits,
-ids and weights with a synchronous .cpu(). Modes take turns; ratios are of medians. Prints one JSON
-line.
+ids and weights with a synchronous .cpu(). Modes take turns, the order
+turned each round; a ratio is the median over rounds of the time beside that of "off" in the same
+round. `sustained` is one long run with the default queue, the time to close it included. Prints one
+JSON line.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
@@ -59,25 +62,24 @@ def synchronous(model: Any) -> Iterator[None]:
             handle.remove()
 
 
-def seconds(work: Callable[[], None], repeats: int) -> list[float]:
-    """Wall time of each of `repeats` runs, the device idle before and after."""
-    taken = []
+def seconds(work: Callable[[], None], repeats: int) -> float:
+    """Wall time a run when `repeats` of them follow one another, the device idle at both ends."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
     for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
         work()
-        torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return taken
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
 
 
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, help="folder for runs (default: a temporary one)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of prefills; decoding has 5 times")
     parser.add_argument("--forwards", type=int, default=4, help="prefills a round and mode")
-    parser.add_argument("--steps", type=int, default=64, help="decoded tokens a round and mode")
+    parser.add_argument("--sustained", type=int, default=40, help="prefills in one run to its end")
+    parser.add_argument("--steps", type=int, default=32, help="decoded tokens a round and mode")
     parser.add_argument("--layers", type=int, default=16)
     args = parser.parse_args()
     out = args.out or Path(tempfile.mkdtemp())
@@ -109,26 +111,46 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    for name, work, repeats in (("prefill", prefill, args.forwards), ("decode", decode, 1)):
-        work()
+    for name, work, repeats, rounds in (
+        ("prefill", prefill, args.forwards, args.rounds),
+        ("decode", decode, 1, 5 * args.rounds),
+    ):
         taken: dict[str, list[float]] = {mode: [] for mode in modes}
         closing: list[float] = []
-        for _ in range(args.rounds):
-            for mode, make in modes.items():
-                context = make()
+        for number_of_round in range(-1, rounds):  # the first warms up
+            for mode in list(modes) if number_of_round % 2 else list(reversed(modes)):
+                context = modes[mode]()
                 context.__enter__()
-                taken[mode] += seconds(work, repeats)
+                took = seconds(work, repeats)
                 start = time.perf_counter()
                 context.__exit__(None, None, None)
-                if mode == "observe":
-                    closing.append(time.perf_counter() - start)
-        medians = {mode: statistics.median(times) for mode, times in taken.items()}
+                if number_of_round >= 0:
+                    taken[mode].append(took)
+                    if mode == "observe":
+                        closing.append(time.perf_counter() - start)
+        pairs = {mode: np.divide(times, taken["off"]) for mode, times in taken.items()}
         result[name] = {
-            "ms": {mode: round(1000 * value, 2) for mode, value in medians.items()},
-            "ratio": {mode: round(value / medians["off"], 4) for mode, value in medians.items()},
-            "spread_off": [round(1000 * t, 2) for t in (min(taken["off"]), max(taken["off"]))],
+            "ms": {mode: round(1000 * statistics.median(t), 2) for mode, t in taken.items()},
+            "ratio": {mode: round(float(np.median(pair)), 4) for mode, pair in pairs.items()},
+            "quartiles": {
+                mode: np.quantile(pair, [0.25, 0.75]).round(4).tolist()
+                for mode, pair in pairs.items()
+            },
+            "ratio_of_minima": {
+                mode: round(min(times) / min(taken["off"]), 4) for mode, times in taken.items()
+            },
             "close_seconds": round(statistics.median(closing), 2),
         }
+    start = time.perf_counter()
+    with observe(model, out / "sustained"):
+        for _ in range(args.sustained):
+            prefill()
+    whole = (time.perf_counter() - start) / args.sustained
+    result["sustained"] = {
+        "forwards": args.sustained,
+        "ratio": round(whole / seconds(prefill, args.sustained), 4),
+        "rows_per_second": round(ids.numel() * args.layers / whole),
+    }
     shutil.rmtree(out, ignore_errors=True)
     print(json.dumps(result))
 
