@@ -11,7 +11,7 @@ from analysis.blocks import COLUMNS, Blocks
 from analysis.budget import default_bounds, match_experts
 from analysis.log import Log, Progress, layer_of
 from analysis.policy import Choice, Policy, Ranking, Rows, parse_policy
-from analysis.summary import LayerSummary, summary_frame
+from analysis.summary import LayerSummary, overlap_sums, summary_frame
 from capture.errors import InvalidOption
 from capture.kde import KdeModel
 
@@ -145,27 +145,22 @@ class _Overlap:
 
     def with_native(self, n: np.ndarray) -> np.ndarray:
         """(2,) sums of Jaccard and recall of the first n of each row with the native experts."""
-        return _sums((self.native < n[:, None]).sum(axis=1), n, self.top_k)
+        return overlap_sums((self.native < n[:, None]).sum(axis=1), n, self.top_k)
 
     def with_logged(self, n: np.ndarray) -> np.ndarray:
         """(2,) sums of Jaccard and recall with the logged experts."""
         both = np.bincount(self.row[self.logged < n[self.row]], minlength=len(n))
-        return _sums(both, n, self.n_logged)
+        return overlap_sums(both, n, self.n_logged)
 
 
 def _count(summary: LayerSummary, choice: Choice, overlap: _Overlap) -> None:
-    """Add T rows to a summary; what LayerSummary.add does, from ranks that are known already."""
-    n = choice.n_selected
-    summary.selected += np.bincount(n, minlength=len(summary.selected))
-    summary.load += choice.chosen.sum(axis=0)
-    if choice.n_rejected is not None:
-        summary.none_rejected += int((choice.n_rejected == 0).sum())
-    summary.kept += float(choice.ranking.cumulative[np.arange(len(n)), n].sum())
-    summary.native += overlap.with_native(n)
-    summary.logged += overlap.with_logged(n)
-
-
-def _sums(both: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    union = np.maximum(a + b - both, 1)
-    return np.array([(both / union).sum(), (both / np.maximum(b, 1)).sum()])
+    """Add T rows to a summary."""
+    n, n_rejected = choice.n_selected, choice.n_rejected
+    summary.add(
+        n,
+        none_rejected=0 if n_rejected is None else int((n_rejected == 0).sum()),
+        load=choice.chosen.sum(axis=0),
+        kept=float(choice.ranking.cumulative[np.arange(len(n)), n].sum()),
+        native=overlap.with_native(n),
+        logged=overlap.with_logged(n),
+    )

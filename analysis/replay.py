@@ -10,7 +10,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from analysis.log import Log, Progress, layer_of, logits_of
-from analysis.summary import LayerSummary, summary_frame
+from analysis.ranked import RankedRows, block_rows, packed, popcount
+from analysis.summary import LayerSummary, overlap_sums, summary_frame
 from capture.bh import (
     BhOptions,
     count_rejected,
@@ -24,7 +25,7 @@ from capture.bh import (
 from capture.errors import InvalidOption, KdeMismatch
 from capture.kde import KdeModel, LayerNull
 
-COLUMNS = ("layer", "logits", "experts", "n_selected", "forward", "rank")
+COLUMNS = ("layer", "logits", "experts", "forward", "rank")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,20 @@ class Replayed:
     n_rejected: NDArray[np.uint16]
 
 
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The experts of T rows under one setting.
+
+    Attributes:
+        n_rejected, n_selected: (T,) integers.
+        chosen: (T, E).
+    """
+
+    n_rejected: NDArray[np.integer]
+    n_selected: NDArray[np.integer]
+    chosen: NDArray[np.bool_]
+
+
 class Replay:
     """The rule under several settings, ready to be applied to batches of a log.
 
@@ -50,6 +65,9 @@ class Replay:
         log: the run to replay.
         settings: BH options, one for each replay; all with the same p_values.
         kde: null model; None takes the run's own.
+
+    Attributes:
+        columns: what it reads of a log.
 
     Raises:
         InvalidOption: no setting, a bound above the number of experts, or empirical p-values of a
@@ -67,7 +85,9 @@ class Replay:
         self._bounds = [options.bounds(self.n_experts) for options in self.settings]
         self.empirical = self.settings[0].p_values == "empirical"
         self._kde = kde
+        self.columns: tuple[str, ...] = ("layer", "logits", "experts")
         if self.empirical:
+            self.columns = COLUMNS
             _require_whole_batches(log)
             return
         if self._kde is None:
@@ -83,6 +103,10 @@ class Replay:
             for layer in log.layers
         }
 
+    def by_logit(self, layer: int) -> bool:
+        """Whether experts of the layer rank by logit: one null curve for all of them."""
+        return not self.empirical and self._kde is not None and self._kde[layer].pooled
+
     def decide(self, batch: pa.RecordBatch) -> Replayed:
         """Replay a batch of one layer that has the COLUMNS.
 
@@ -91,7 +115,7 @@ class Replay:
         logits, layer = logits_of(batch), layer_of(batch)
         if self.empirical:
             order, n_rejected = self._empirical(batch, logits)
-        elif self._kde is not None and self._kde[layer].pooled:
+        elif self.by_logit(layer):
             keys = finite_keys(logits)
             by_logit = np.argsort(-keys, axis=1, kind="stable")
             sorted_keys = np.take_along_axis(keys, by_logit, axis=1)
@@ -119,6 +143,29 @@ class Replay:
                 n_selected[:, row], n_rejected[:, row] = len(experts), 0
         return Replayed(logits, order, n_selected, n_rejected)
 
+    def choices(self, batch: pa.RecordBatch) -> Iterator[tuple[RankedRows, list[Selection]]]:
+        """What decide says of a batch, in blocks, without the order of the experts.
+
+        Yields:
+            Rows in log order, and their Selection under each setting.
+        """
+        logits, logged, layer = logits_of(batch), batch.column("experts"), layer_of(batch)
+        replayed = None if self.by_logit(layer) else self.decide(batch)
+        size = block_rows(self.n_experts)
+        for start in range(0, len(logits), size):
+            rows = slice(start, start + size)
+            ranked = RankedRows(logits[rows], logged.slice(start, size))
+            if replayed is None:
+                yield ranked, [*self._selections(ranked, layer)]
+            else:
+                yield ranked, [*_by_order(replayed, rows)]
+
+    def _selections(self, ranked: RankedRows, layer: int) -> Iterator[Selection]:
+        for thresholds, (low, high) in zip(self._thresholds[layer], self._bounds, strict=True):
+            n_rejected = ranked.n_rejected(thresholds)
+            n = ranked.n_selected(n_rejected, low, high)
+            yield Selection(n_rejected, n, ranked.chosen(n))
+
     def _empirical(
         self, batch: pa.RecordBatch, logits: NDArray[np.float32]
     ) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
@@ -135,6 +182,17 @@ class Replay:
                 )
                 n_rejected[i, rows] = decisions.n_rejected
         return order, n_rejected
+
+
+def _by_order(replayed: Replayed, rows: slice) -> Iterator[Selection]:
+    """Selections from the order of the experts."""
+    order = replayed.order[rows]
+    place = np.empty_like(order)
+    ranks = np.broadcast_to(np.arange(order.shape[1], dtype=order.dtype), order.shape)
+    np.put_along_axis(place, order.astype(np.int64), ranks, axis=1)
+    for n_rejected, n_selected in zip(replayed.n_rejected, replayed.n_selected, strict=True):
+        n = n_selected[rows]
+        yield Selection(n_rejected[rows], n, place < n[:, None])
 
 
 def settings_of(
@@ -191,7 +249,7 @@ def replay(
     top_k = log.manifest.model.top_k
     total = log.fold(
         lambda: _Summaries(rule, top_k),
-        COLUMNS,
+        rule.columns,
         layers=layers,
         where=where,
         threads=threads,
@@ -225,21 +283,26 @@ class _Summaries:
         self.layers: dict[int, list[LayerSummary]] = {}
 
     def update(self, batch: pa.RecordBatch) -> None:
-        E = self.rule.n_experts
-        parts = self.layers.setdefault(
-            layer_of(batch), [LayerSummary(E) for _ in self.rule.settings]
-        )
-        replayed = self.rule.decide(batch)
-        for i, options in enumerate(self.rule.settings):
-            parts[i].add(
-                replayed.logits,
-                replayed.order,
-                replayed.n_selected[i],
-                replayed.n_rejected[i],
-                logged=batch.column("experts"),
-                top_k=self.top_k,
-                temperature=options.temperature,
-            )
+        layer, E = layer_of(batch), self.rule.n_experts
+        parts = self.layers.setdefault(layer, [LayerSummary(E) for _ in self.rule.settings])
+        by_logit = self.rule.by_logit(layer)
+        for ranked, choices in self.rule.choices(batch):
+            native = None if by_logit else packed(ranked.first(self.top_k))
+            for options, part, choice in zip(self.rule.settings, parts, choices, strict=True):
+                n, chosen = choice.n_selected, choice.chosen
+                bits = packed(chosen)
+                # by falling logit the native experts come first, so counting is enough
+                with_native = (
+                    np.minimum(n, self.top_k) if native is None else popcount(bits & native)
+                )
+                part.add(
+                    n,
+                    none_rejected=int((choice.n_rejected == 0).sum()),
+                    load=chosen.sum(axis=0, dtype=np.uint32),
+                    kept=float(ranked.kept(chosen, options.temperature).sum(dtype=np.float64)),
+                    native=overlap_sums(with_native, n, self.top_k),
+                    logged=overlap_sums(popcount(bits & ranked.packed_logged), n, ranked.n_logged),
+                )
 
     def merge(self, other: Self) -> None:
         for layer, parts in other.layers.items():
@@ -265,7 +328,7 @@ def verify_replay(log: Log, progress: Progress | None = None) -> pl.DataFrame:
     """
     total = log.fold(
         lambda: _Comparison(log),
-        ("layer", "sequence", "position", *COLUMNS[1:], "n_rejected"),
+        ("layer", "sequence", "position", *COLUMNS[1:], "n_selected", "n_rejected"),
         progress=progress,
     )
     rows = [

@@ -5,10 +5,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 from numpy.typing import NDArray
-
-from capture.bh import finite_keys
 
 
 class LayerSummary:
@@ -33,46 +30,27 @@ class LayerSummary:
 
     def add(
         self,
-        logits: NDArray[np.float32],
-        order: NDArray[np.uint16],
-        n_selected: NDArray[np.uint16],
-        n_rejected: NDArray[np.uint16],
+        n_selected: NDArray[np.integer],
         *,
-        logged: pa.ListArray,
-        top_k: int,
-        temperature: float = 1.0,
+        none_rejected: int,
+        load: NDArray[np.integer],
+        kept: float,
+        native: NDArray[np.float64],
+        logged: NDArray[np.float64],
     ) -> None:
         """Count T rows.
 
         Args:
-            logits: (T, E).
-            order: (T, E), experts from the first choice on.
-            n_selected, n_rejected: (T,).
-            logged: (T,) list column, the experts that the run used.
-            top_k: experts of the model's own routing, those with the largest logits.
+            n_selected: (T,).
+            none_rejected, load, kept, native, logged: of these rows, as the attributes; see
+                overlap_sums.
         """
-        T, E = logits.shape
-        chosen = np.arange(E) < n_selected[:, None]  # by rank in the order
-        self.selected += np.bincount(n_selected, minlength=E + 1)
-        self.load += np.bincount(order[chosen], minlength=E)
-        self.none_rejected += int((n_rejected == 0).sum())
-        keys = finite_keys(logits)
-        top = keys.max(axis=1, keepdims=True)
-        scaled = (keys - np.where(np.isfinite(top), top, np.float32(0))) / np.float32(temperature)
-        weight = np.exp(scaled)
-        in_order = np.take_along_axis(weight, order.astype(np.int64), axis=1)
-        share = (in_order * chosen).sum(axis=1) / np.maximum(weight.sum(axis=1), np.float32(1e-30))
-        self.kept += float(share.sum(dtype=np.float64))
-        rank_of = np.empty((T, E), dtype=np.uint16)  # place of each expert in the order
-        np.put_along_axis(rank_of, order.astype(np.int64), np.arange(E, dtype=np.uint16)[None], 1)
-        best = np.argpartition(-keys, top_k - 1, axis=1)[:, :top_k]
-        in_native = np.take_along_axis(rank_of, best, axis=1) < n_selected[:, None]
-        self.native += _overlap(in_native.sum(axis=1), n_selected, np.full(T, top_k))
-        lengths = logged.value_lengths().to_numpy(zero_copy_only=False)
-        rows = np.repeat(np.arange(T), lengths)
-        hit = rank_of[rows, logged.flatten().to_numpy()] < n_selected[rows]
-        both = np.bincount(rows[hit], minlength=T)
-        self.logged += _overlap(both, n_selected, lengths)
+        self.selected += np.bincount(n_selected, minlength=len(self.selected))
+        self.load += load
+        self.none_rejected += none_rejected
+        self.kept += kept
+        self.native += native
+        self.logged += logged
 
     def merge(self, other: "LayerSummary") -> None:
         """Add the rows of another summary."""
@@ -147,10 +125,15 @@ def summary_frame(
     return pl.DataFrame([*rows, overall], infer_schema_length=None)
 
 
-def _overlap(
-    both: NDArray[np.integer], a: NDArray[np.integer], b: NDArray[np.integer]
+def overlap_sums(
+    both: NDArray[np.integer], a: NDArray[np.integer] | int, b: NDArray[np.integer] | int
 ) -> NDArray[np.float64]:
-    """Sums over rows of Jaccard and of recall (the share of b that is in a)."""
-    both, a, b = both.astype(np.float64), a.astype(np.float64), b.astype(np.float64)
+    """(2,) sums over rows of Jaccard and of recall (the share of b that is in a).
+
+    Args:
+        both: (T,) experts in both sets.
+        a, b: (T,) sizes of the sets, or one number for all rows.
+    """
+    both = both.astype(np.float64)
     union = np.maximum(a + b - both, 1)
     return np.array([(both / union).sum(), (both / np.maximum(b, 1)).sum()])
