@@ -1,3 +1,4 @@
+from .fitting import KdeFit as KdeFit
 from .kde import KdeModel as KdeModel
 from .logger import BHRoutingLogger as BHRoutingLogger
 from .notebook import OLMoERouterPatcher as OLMoERouterPatcher

@@ -7,8 +7,7 @@ import click
 
 EPILOG = """\b
 examples:
-  bhlog capture demo --text notes.txt --out runs/native
-  bhlog kde fit runs/native --out null.parquet
+  bhlog capture demo --text notes.txt --out runs/native --fit-kde null.parquet
   bhlog capture demo --text notes.txt --out runs/bh --route bh --alpha 0.3 --kde null.parquet
 """
 
@@ -66,6 +65,25 @@ examples:
     show_default=True,
     help="When the disk is slower than the model: wait, or drop tokens and count them.",
 )
+@click.option(
+    "--fit-kde",
+    metavar="FILE",
+    help="Fit a null model from what is logged, as bhlog kde fit would from the run.",
+)
+@click.option(
+    "--trim-high",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="For --fit-kde: leave out each row's N largest logits.",
+)
+@click.option(
+    "--trim-low",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="For --fit-kde: leave out each row's N smallest logits.",
+)
 @click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
 def capture(
     model: str,
@@ -89,6 +107,9 @@ def capture(
     device: str,
     dtype: str,
     on_full: Any,
+    fit_kde: str | None,
+    trim_high: int,
+    trim_low: int,
     resume: bool,
 ) -> None:
     """Run text through a model and log its routing.
@@ -98,6 +119,7 @@ def capture(
     from analysis.table import progress_bar
     from capture.bh import BhOptions, Renormalize
     from capture.errors import InvalidOption
+    from capture.fitting import KdeFit
     from capture.kde import KdeModel
     from capture.manifest import Routing
     from capture.session import CaptureOptions, load_model
@@ -119,9 +141,14 @@ def capture(
                 p_values="empirical" if empirical else "kde",
             ),
         )
+        if kde is None and resume and not empirical and (Path(out) / "kde.parquet").exists():
+            kde = str(Path(out) / "kde.parquet")
         null = KdeModel.load(kde) if kde is not None else None
     elif kde is not None or empirical:
         raise InvalidOption("--kde and --empirical need --route bh: native routing has no p-values")
+    fit = None if fit_kde is None else KdeFit(fit_kde, trim_low=trim_low, trim_high=trim_high)
+    if fit is None and (trim_low or trim_high):
+        raise InvalidOption("--trim-high and --trim-low are for --fit-kde: name its file")
     options = CaptureOptions(
         batch_size=batch_size,
         generate=generate,
@@ -134,6 +161,12 @@ def capture(
     texts_cut = windows(documents, loaded.tokenizer, max_length=max_length, max_tokens=max_tokens)
     total = sum(len(window.token_ids) for window in texts_cut)
     total += generate * len(texts_cut)
+    noted = {
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "generate": generate,
+        "windows": len(texts_cut),
+    }
     with progress_bar(f"capture {Path(out).name}", total, unit="tokens") as advance:
 
         def progress(tokens: int, writer: RunWriter) -> None:
@@ -146,8 +179,9 @@ def capture(
             routing=routing,
             kde=null,
             options=options,
-            extra={"batch_size": batch_size, "max_length": max_length, "generate": generate},
+            extra=noted,
             resume=resume,
+            fit=fit,
             progress=progress,
         )
     totals, size = manifest.totals, sum(shard.bytes for shard in manifest.shards)

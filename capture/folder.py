@@ -30,6 +30,7 @@ from capture.schema import SHARD_NAME
 from capture.shard import sync_folder
 
 RANK_WAIT_SECONDS = 60.0
+_MAY_CHANGE = ("batch_size",)  # of the options noted in the manifest, when a run is resumed
 PROGRESS = "bhlog.progress"  # key in the footer of a tokens shard: see Progress
 _STARTED = datetime.now(UTC)  # of this process, about
 _SKEW = timedelta(seconds=30)  # by which ranks of one launch may start after rank 0 made the run
@@ -190,6 +191,13 @@ def _check_same(path: Path, before: Manifest, now: Manifest, kde: KdeModel | Non
         old, new = getattr(before, name), getattr(now, name)
         if old != new:
             raise InvalidOption(f"{path}: {name} is {old}, cannot resume with {new}")
+    for name, new in now.options.items():
+        old = before.options.get(name, new)
+        if old != new and name not in _MAY_CHANGE:
+            raise InvalidOption(
+                f"{path}: {name} is {old}, cannot resume with {new}: give the texts and the "
+                "options of the run again"
+            )
     old, new = before.routing, now.routing
     if (old.kind, old.options) != (new.kind, new.options):
         raise InvalidOption(f"{path}: routed by {old}, cannot resume with {new}")

@@ -1,7 +1,8 @@
 """Histogram of router logits: the sufficient statistic of a null model, exact in integers."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple, Self
@@ -70,9 +71,18 @@ class Histogram:
         return cls(first=0, counts=none, spread=none, left_out=left_out)
 
     @classmethod
-    def of(cls, values: NDArray[np.float32]) -> Self:
-        """Histogram of float32 values of any shape; those that cannot be counted are left out."""
+    def of(cls, values: NDArray[np.float32], *, threads: int = 1) -> Self:
+        """Histogram of float32 values of any shape; those that cannot be counted are left out.
+
+        The result is the same integers for any number of threads.
+        """
         values = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
+        if threads > 1:
+            total = cls.empty()
+            with ThreadPoolExecutor(threads) as pool:
+                for part in pool.map(cls.of, np.array_split(values, threads)):
+                    total = total.merge(part)
+            return total
         if values.size >= _TABLE_FROM and is_bfloat16(values):
             times = np.zeros(_PATTERNS, dtype=np.int64)
             count_patterns(values, times)
@@ -263,6 +273,11 @@ class HistogramAccumulator:
                 self._patterns[key] += times
             else:
                 self._patterns[key] = times
+
+    def add(self, histograms: Mapping[HistogramKey, Histogram]) -> None:
+        """Add what was counted elsewhere at the same trimming levels."""
+        for key, part in histograms.items():
+            self._add(key, part)
 
     def empty_copy(self) -> "HistogramAccumulator":
         """An accumulator of the same kind that has counted nothing."""

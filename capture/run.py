@@ -1,18 +1,18 @@
 """Runs: observe or route a model inside a block, and log it."""
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from capture.bh import BhOptions, Renormalize
-from capture.errors import WriterFailed
+from capture.errors import InvalidOption, RouterLogError, WriterFailed
+from capture.fitting import KdeFit
 from capture.kde import KdeModel
+from capture.launch import rank
 from capture.manifest import ModelInfo, Routing
 from capture.patch import RouterPatcher
 from capture.writer import RunWriter, WriterOptions
@@ -20,7 +20,11 @@ from capture.writer import RunWriter, WriterOptions
 
 @contextmanager
 def observe(
-    model: nn.Module, run: str | Path, *, options: WriterOptions | None = None
+    model: nn.Module,
+    run: str | Path,
+    *,
+    options: WriterOptions | None = None,
+    fit_kde: KdeFit | str | Path | None = None,
 ) -> Iterator[RouterPatcher]:
     """Log a model's own routing into a new run; its outputs stay bit-identical.
 
@@ -28,14 +32,17 @@ def observe(
         model: a transformers model with routers.
         run: folder of the run to write.
         options: how it is written.
+        fit_kde: a null model to fit from what is logged, ready when the block is left; a path
+            stands for KdeFit(path).
 
     Raises:
-        UnsupportedModel, RunExists, AlreadyPatched, WriterFailed.
+        UnsupportedModel, RunExists, AlreadyPatched, InvalidOption, WriterFailed.
     """
     patcher = RouterPatcher(model)
     patcher.check(Routing(), None)
-    writer = new_writer(run, patcher.info, Routing(), options=options)
-    with recording(patcher, Routing(), None, writer):
+    fit = as_fit(fit_kde)
+    writer = new_writer(run, patcher.info, Routing(), options=options, fit=fit)
+    with recording(patcher, Routing(), None, writer, fit):
         yield patcher
 
 
@@ -52,6 +59,7 @@ def route(
     renormalize: Renormalize = "model",
     p_values: Literal["kde", "empirical"] = "kde",
     options: WriterOptions | None = None,
+    fit_kde: KdeFit | str | Path | None = None,
 ) -> Iterator[RouterPatcher]:
     """Route a model by BH, and log it into a new run if one is named.
 
@@ -61,6 +69,7 @@ def route(
         alpha, min_k, max_k, temperature, renormalize, p_values: see BhOptions.
         kde: the null model or its file.
         options: how the run is written.
+        fit_kde: see observe.
 
     Raises:
         InvalidOption, KdeMismatch, UnsupportedModel, RunExists, AlreadyPatched, WriterFailed.
@@ -70,21 +79,27 @@ def route(
     routing = Routing("bh", BhOptions(alpha, min_k, max_k, temperature, renormalize, p_values))
     patcher = RouterPatcher(model)
     patcher.check(routing, kde)
-    writer = None
+    writer, fit = None, as_fit(fit_kde)
     if run is not None:
-        writer = new_writer(run, patcher.info, routing, kde=kde, options=options)
-    with recording(patcher, routing, kde, writer):
+        writer = new_writer(run, patcher.info, routing, kde=kde, options=options, fit=fit)
+    elif fit is not None:
+        raise InvalidOption("fit_kde counts what is logged: name a run to log into")
+    with recording(patcher, routing, kde, writer, fit):
         yield patcher
 
 
 @contextmanager
 def recording(
-    patcher: RouterPatcher, routing: Routing, kde: KdeModel | None, writer: RunWriter | None
+    patcher: RouterPatcher,
+    routing: Routing,
+    kde: KdeModel | None,
+    writer: RunWriter | None,
+    fit: KdeFit | None = None,
 ) -> Iterator[None]:
     """Attach a patcher for a block; afterwards nothing is left on the model, and the run is closed.
 
     An exception inside the block is noted in the manifest and goes on to the caller; rows recorded
-    before it are kept.
+    before it are kept, and a null model is fitted from them.
     """
     patcher.attach(routing, kde, writer=writer)
     try:
@@ -96,20 +111,28 @@ def recording(
             pass  # the caller gets its own error; the manifest names the writer's
         finally:
             if writer is not None:
-                _close_quietly(writer, error)
+                _close_quietly(writer, error, fit)
         raise
     try:
         patcher.unpatch()
     finally:
         if writer is not None:
             writer.close()
+            if fit is not None:
+                fit.finish(writer)
 
 
-def _close_quietly(writer: RunWriter, error: BaseException) -> None:
-    try:
+def _close_quietly(writer: RunWriter, error: BaseException, fit: KdeFit | None) -> None:
+    with suppress(WriterFailed):
         writer.close(error)
-    except WriterFailed:
-        return
+    if fit is not None:
+        with suppress(RouterLogError):
+            fit.finish(writer)
+
+
+def as_fit(fit_kde: KdeFit | str | Path | None) -> KdeFit | None:
+    """A path stands for a fit with the options that `bhlog kde fit` has by default."""
+    return KdeFit(fit_kde) if isinstance(fit_kde, str | Path) else fit_kde
 
 
 def new_writer(
@@ -121,9 +144,12 @@ def new_writer(
     options: WriterOptions | None = None,
     extra: dict[str, Any] | None = None,
     resume: bool = False,
+    fit: KdeFit | None = None,
 ) -> RunWriter:
     """A writer for a run of this process's rank, with the versions at work."""
-    return RunWriter(
+    if fit is not None:
+        fit.check(run, info.n_experts)
+    writer = RunWriter(
         run,
         info,
         routing,
@@ -131,13 +157,13 @@ def new_writer(
         options=options,
         versions={name: version(name) for name in ("bhlog", "torch", "transformers")},
         extra=extra,
-        rank=_rank(),
+        rank=rank(),
         resume=resume,
     )
-
-
-def _rank() -> int:
-    """This process's rank: of the process group if there is one, else as torchrun names it."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return int(os.environ.get("RANK", "0"))
+    if fit is not None:
+        try:
+            fit.begin(writer)
+        except BaseException as error:
+            writer.close(error)
+            raise
+    return writer

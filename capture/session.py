@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from capture.errors import InvalidOption, RouterLogError
+from capture.fitting import KdeFit
 from capture.kde import KdeModel
+from capture.launch import rank, world_size
 from capture.manifest import Manifest, Routing
 from capture.patch import RouterPatcher
 from capture.run import new_writer, recording
@@ -61,7 +63,8 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
     """Load a model by folder, hub name, or `demo`, the bundled one.
 
     Args:
-        device: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one.
+        device: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one: the first, or
+            that of this process under torchrun.
         dtype: "float32", "bfloat16", ...; "auto" takes the checkpoint's, on CPU float32.
 
     Raises:
@@ -99,15 +102,19 @@ def capture(
     options: CaptureOptions | None = None,
     extra: dict[str, Any] | None = None,
     resume: bool = False,
+    fit: KdeFit | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Run windows of text through a model and log a run; return its manifest.
+
+    Of the processes of a launch, each runs its share of the windows: every world_size-th.
 
     Args:
         routing: native (default) or BH.
         kde: the null model for BH with KDE p-values.
         extra: options to note in the manifest.
         resume: continue the run after its last sealed shard.
+        fit: a null model to fit from what is logged.
         progress: called after each batch.
 
     Raises:
@@ -117,9 +124,17 @@ def capture(
     patcher = RouterPatcher(loaded.model)
     patcher.check(routing, kde)
     writer = new_writer(
-        run, patcher.info, routing, kde=kde, options=options.writer, extra=extra, resume=resume
+        run,
+        patcher.info,
+        routing,
+        kde=kde,
+        options=options.writer,
+        extra=extra,
+        resume=resume,
+        fit=fit,
     )
-    with recording(patcher, routing, kde, writer):
+    texts = share(texts)
+    with recording(patcher, routing, kde, writer, fit):
         done = writer.next_sequence
         for batch in batches(texts[done:], batch_size=options.batch_size, pad_id=loaded.pad_id):
             patcher.name_sources(batch.sources)
@@ -127,6 +142,11 @@ def capture(
             if progress is not None:
                 progress(tokens, writer)
     return writer.manifest
+
+
+def share(texts: Sequence[Window]) -> Sequence[Window]:
+    """The windows that this process of a launch runs."""
+    return texts[rank() :: world_size()]
 
 
 @torch.inference_mode()
@@ -155,7 +175,9 @@ def _run(model: Any, batch: Batch, generate: int, pad_id: int) -> int:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cpu")
     try:
         return torch.device(name)
     except RuntimeError as error:

@@ -14,7 +14,9 @@ import numpy as np
 
 from capture.buffer import Block, Buffer, logged_rows
 from capture.errors import InvalidOption, WriterFailed
+from capture.fitting import counted
 from capture.folder import Progress, create, next_number, remove_run, resume
+from capture.histogram import HistogramAccumulator
 from capture.kde import KdeModel
 from capture.manifest import Manifest, ModelInfo, Routing, ShardEntry, Totals
 from capture.schema import shard_name
@@ -79,6 +81,7 @@ class RunWriter:
 
     Attributes:
         next_sequence, next_forward: numbers that no row submitted so far has.
+        histograms: counts the logits of every shard that is sealed; None counts nothing.
 
     Raises:
         RunExists: the folder holds files already.
@@ -122,6 +125,7 @@ class RunWriter:
         self._sealed = self._progress.totals  # counts up to the last sealed shard
         self._shards = list(self._manifest.shards)
         self._number = next_number(self._manifest.shards)
+        self.histograms: HistogramAccumulator | None = None
         self._sources: dict[str, int] = {}
         self._buffer = Buffer(rank)
         self._queue: deque[Block | _Dropped | threading.Event | None] = deque()
@@ -369,10 +373,17 @@ class RunWriter:
     ) -> None:
         """Encode a shard, and seal it once the one before is sealed."""
         parts: list[Path] = []
+        counts = None if self.histograms is None else self.histograms.empty_copy()
+        tables = buffer.routing_tables()
         try:
             tokens = buffer.tokens_table(sources, progress.metadata())
             parts.append(write_part(self.folder / "tokens" / name, [tokens]))
-            parts.append(write_part(self.folder / "routing" / name, buffer.routing_tables()))
+            parts.append(
+                write_part(
+                    self.folder / "routing" / name,
+                    tables if counts is None else counted(tables, counts),
+                )
+            )
             n_bytes = sum(part.stat().st_size for part in parts)
             if before is not None:
                 before.result()
@@ -383,6 +394,8 @@ class RunWriter:
                 part.unlink(missing_ok=True)
                 part.with_suffix("").unlink(missing_ok=True)  # half a pair is no shard
             raise
+        if self.histograms is not None and counts is not None:  # one shard at a time comes here
+            self.histograms.merge(counts)
         with self._wake:
             self._shards.append(ShardEntry(name, buffer.rows, buffer.tokens, n_bytes))
             self._sealed = progress.totals
