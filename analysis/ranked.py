@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from capture.bh import finite_keys
 
-BLOCK_LOGITS = 1 << 17  # of a block: with what is derived from it, it stays in the cache
+BLOCK_LOGITS = 1 << 18  # of a block: with what is derived from it, it stays in the cache
 
 
 def block_rows(n_experts: int) -> int:
