@@ -54,8 +54,8 @@ def medians(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, floa
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def fit(values: NDArray[np.float32]) -> NullCurve:
-    histogram = Histogram.of(values)
+def fit(values: NDArray[np.float32], threads: int = 1) -> NullCurve:
+    histogram = Histogram.of(values, threads=threads)
     bandwidth = choose_bandwidth(histogram, "scott")
     x0, dx, tail = kernel_tail(histogram, "gaussian", bandwidth)
     return NullCurve(expert=None, n=len(values), x0=x0, dx=dx, tail=tail, bandwidth=bandwidth)
@@ -107,7 +107,9 @@ def errors(values: NDArray[np.float32]) -> dict[str, float]:
     return found
 
 
-def in_memory(values: NDArray[np.float32], plain: NDArray[np.float32]) -> dict[str, Any]:
+def in_memory(
+    values: NDArray[np.float32], plain: NDArray[np.float32], threads: int
+) -> dict[str, Any]:
     from KDEpy import FFTKDE
     from sklearn.neighbors import KernelDensity
 
@@ -115,11 +117,12 @@ def in_memory(values: NDArray[np.float32], plain: NDArray[np.float32]) -> dict[s
     h, grid = float(curve.bandwidth or 0), len(curve.tail)
     x = np.linspace(float(values.min()) - 8 * h, float(values.max()) + 8 * h, grid)
     works = {
-        "bhlog": lambda: fit(values),
-        "bhlog_float32": lambda: fit(plain),
+        "bhlog": lambda: fit(values, threads),
+        "bhlog_one_thread": lambda: fit(values),
+        "bhlog_float32": lambda: fit(plain, threads),
         "KDEpy.FFTKDE": lambda: FFTKDE(bw=h).fit(values).evaluate(x),
     }
-    times = medians(works, 3)
+    times = medians(works, 5)
     n_slow, points = 20_000, np.linspace(x[0], x[-1], 200)
     few = values[:: len(values) // n_slow][:n_slow].astype(np.float64)
     scale = len(values) / n_slow * grid / len(points)
@@ -211,7 +214,10 @@ def main() -> None:
         one = {"x0": float(cdfs["x0"][7]), "dx": float(cdfs["dx"][7]), "cdf": cdfs["cdf"][7]}
         values = real_logits(rng, options.rows, E, **one).ravel()
     plain = rng.normal(-1, 1, len(values)).astype(np.float32)
-    result = {"memory": in_memory(values, plain), "max_relative_error": errors(plain[:320_000])}
+    result = {
+        "memory": in_memory(values, plain, options.threads),
+        "max_relative_error": errors(plain[:320_000]),
+    }
     with tempfile.TemporaryDirectory() as folder:
         tokens = max(1, options.rows // LAYERS)
         run = write_run(

@@ -150,3 +150,10 @@ def test_a_level_that_leaves_nothing_is_refused():
         counting.update(0, np.zeros((1, 4), np.float32))
     with pytest.raises(InvalidOption, match="different trimming levels"):
         counting.merge(HistogramAccumulator())
+
+
+def test_threads_count_the_same_integers():
+    rng = np.random.default_rng(3)
+    for values in (normal_logits(rng, 3000, 64), rng.normal(size=(999, 64)).astype(np.float32)):
+        values[5, 7] = np.nan
+        assert Histogram.of(values, threads=3).same_as(Histogram.of(values))
