@@ -192,7 +192,10 @@ class Database:
         if not statements:
             raise InvalidOption("SQL: the query is empty")
         for statement in statements:
-            kind = statement.type.name
+            try:
+                kind = statement.type.name
+            except ValueError:  # DuckDB's binding does not know all of DuckDB's kinds
+                kind = statement.query.split(maxsplit=1)[0].upper()
             if kind == "EXPLAIN":
                 inner = _EXPLAIN.sub("", _COMMENT.sub(" ", statement.query), count=1)
                 self._check_reads(inner)
@@ -237,12 +240,19 @@ def connect(
         unsafe: leave external access, writing and settings to the user.
 
     Raises:
-        InvalidOption: a run is given twice, or an option is refused.
+        InvalidOption: a run is given twice, a file of it is a link that leads out of its folder, or
+            an option is refused.
         CorruptShard: a run's first shard is unreadable.
     """
     logs = [logs] if isinstance(logs, Log) else list(logs)
     runs = dict(zip(_names(logs), logs, strict=True))
     files = RunFiles(runs)
+    outside = None if unsafe else files.outside()
+    if outside:
+        raise InvalidOption(
+            f"{outside[0]}: a link that leads out of the run, to {outside[1]}; copy the file in "
+            "its place, or read it all the same with --unsafe"
+        )
     connection = duckdb.connect()
     database = Database(runs, connection, unsafe=unsafe)
     connection.register_filesystem(files)

@@ -4,10 +4,12 @@ import re
 import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from fsspec import AbstractFileSystem
+from pyarrow.fs import LocalFileSystem
 
 from analysis.log import Log
 from capture.schema import SHARD_NAME
@@ -46,6 +48,16 @@ class RunFiles(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships no typ
             for path, (_, _, size) in sorted(self._files.items())
             if path == start or path.startswith(f"{start}/")
         }
+
+    def outside(self) -> tuple[str, str] | None:
+        """The first file that is a link out of its run's folder, and where it leads; else None."""
+        for log, path, _ in self._files.values():
+            if not isinstance(log._fs, LocalFileSystem):
+                continue
+            found = Path(log._root, path).resolve()
+            if not found.is_relative_to(Path(log._root).resolve()):
+                return f"{log.path}/{path}", str(found)
+        return None
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> "_Reader":
         """Open a listed file for reading; PermissionError for any other mode."""

@@ -1,17 +1,20 @@
 -- experts_by_source.sql
 -- Which experts prefer one source of text over another, such as code over docs?
 --
--- share(e, s) = P(expert e is among a token's experts | the token is from source s). The preference
--- is share_first - share_second; lift is share_first / share_second.
+-- share(e, s) = P(expert e is among a token's experts | the token is from source s). preference is
+-- share_first - share_second: above 0 the expert prefers the first source, below 0 the second. lift
+-- is share_first / share_second. Both sides are shown: of each pair of sources and of each side the
+-- strongest.
 --
 -- Reads   routing (one row per run, token and layer), tokens (one row per run and token), runs
 -- Needs   sources
 -- Param   $first text = NULL  compare this source, by default each one
 -- Param   $second text = NULL  with this one, by default each other one
 -- Param   $layer integer = NULL  only this layer
--- Param   $top integer = 20  at most this many rows per run, strongest first
--- Returns one row per run, pair of sources, layer and expert, the strongest preference first:
---         share_first and share_second of tokens, preference, lift (NULL where share_second is 0)
+-- Param   $top integer = 10  at most this many experts per run, pair and preferred source
+-- Returns one row per run, pair of sources, layer and expert that has a preference, those of the
+--         first source first and the strongest first: prefers (a source), share_first and
+--         share_second of tokens, preference, lift (NULL where share_second is 0)
 WITH source AS (
     SELECT run, source, count(*) AS n_tokens
     FROM tokens
@@ -51,6 +54,7 @@ SELECT
     b.source AS second,
     layer,
     expert,
+    CASE WHEN a.share > b.share THEN a.source ELSE b.source END AS prefers,
     a.share AS share_first,
     b.share AS share_second,
     a.share - b.share AS preference,
@@ -59,10 +63,12 @@ FROM share AS a
 JOIN share AS b USING (run, layer, expert)
 WHERE
     a.source <> b.source
+    AND a.share <> b.share
     AND ($first IS NOT NULL OR $second IS NOT NULL OR a.source < b.source)
     AND a.source = coalesce($first, a.source)
     AND b.source = coalesce($second, b.source)
 QUALIFY row_number() OVER (
-    PARTITION BY a.run ORDER BY abs(a.share - b.share) DESC, layer, expert
+    PARTITION BY a.run, a.source, b.source, a.share > b.share
+    ORDER BY abs(a.share - b.share) DESC, layer, expert
 ) <= $top
-ORDER BY run, abs(preference) DESC, layer, expert;
+ORDER BY run, first, second, preference < 0, abs(preference) DESC, layer, expert;

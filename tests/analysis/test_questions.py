@@ -528,6 +528,7 @@ def test_experts_by_source(database, rows):
                     "second": second,
                     "layer": layer,
                     "expert": expert,
+                    "prefers": first if share > other else second,
                     "share_first": share,
                     "share_second": other,
                     "preference": share - other,
@@ -535,7 +536,14 @@ def test_experts_by_source(database, rows):
                 }
             )
     expected.sort(key=lambda r: (-abs(r["preference"]), r["layer"], r["expert"]))
-    expected = [row for run in "ab" for row in [r for r in expected if r["run"] == run][:4]]
+    expected = [
+        row
+        for run in "ab"
+        for source in ("code", "docs")
+        for row in [
+            r for r in expected if (r["run"], r["prefers"]) == (run, source) and r["preference"]
+        ][:4]
+    ]
     found = ask(database, "experts_by_source", first="code", second="docs", top=4)
     assert close(found, expected)
     pairs = {(r["first"], r["second"]) for r in ask(database, "experts_by_source", top=1000)}
