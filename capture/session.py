@@ -1,7 +1,8 @@
 """A capture session: load a model, run text through it, log a run."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -82,7 +83,8 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
     if os.sep in source and not Path(source).is_dir():
         raise RouterLogError(f"{source}: no such folder; expected a model's folder or a hub name")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
+        with _quiet(name == "demo"):
+            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
         model = model.to(place).eval()
     except (OSError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -90,6 +92,21 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
     if name == "demo":
         model.config._name_or_path = "demo"
     return LoadedModel(model, _tokenizer(source, model), _pad_id(model))
+
+
+@contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Without a progress bar for loading weights: the bundled model is there in no time."""
+    from transformers.utils import logging
+
+    quiet = quiet and logging.is_progress_bar_enabled()
+    if quiet:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
+    try:
+        yield
+    finally:
+        if quiet:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def capture(

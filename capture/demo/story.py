@@ -90,7 +90,8 @@ def tell(out: Path) -> None:
 
     say(
         "\n[bold]4. What would BH have done?[/] Replayed from the native log, and rerun for real, "
-        f"with at most {MAX_K} experts"
+        f"with at most {MAX_K} experts.\nMean experts a token, replayed by layer and over all; "
+        "beside it what a rerun gave, and its loss in nats."
     )
     print_frame(_what_if(native, reruns, kde))
     say(
