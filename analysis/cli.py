@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 import click
 
-from capture.errors import MissingExtra, RouterLogError
+from capture.contract.errors import MissingExtra, RouterLogError
 
 # Where each command is defined; a module is imported only when its command is used or listed.
 COMMANDS = {

@@ -16,16 +16,16 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from capture.errors import CorruptManifest, CorruptShard, InvalidOption, MissingRun
-from capture.kde import KdeModel
-from capture.manifest import MANIFEST_NAME, Manifest, merge_manifests
-from capture.schema import SHARD_NAME, routing_schema, schema_difference, tokens_schema
+from capture.contract.errors import CorruptManifest, CorruptShard, InvalidOption, MissingRun
+from capture.contract.kde import KdeModel
+from capture.contract.manifest import MANIFEST_NAME, Manifest, merge_manifests
+from capture.contract.schema import SHARD_NAME, routing_schema, schema_difference, tokens_schema
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyRelation
 
-    from analysis.database import Database
-    from analysis.profile import Profile
+    from analysis.database.database import Database
+    from analysis.replay.profile import Profile
 
 Progress = Callable[[int], None]  # called with the number of rows just read
 
@@ -280,7 +280,7 @@ class Log:
 
     @cached_property
     def _database(self) -> "Database":
-        from analysis.database import connect
+        from analysis.database.database import connect
 
         database = connect(self)
         # relations may outlive the log; an open connection complains when the interpreter ends
@@ -288,7 +288,7 @@ class Log:
         return database
 
     def sql(self, query: str, **parameters: Any) -> "DuckDBPyRelation":
-        """Ask the run in SQL; see analysis.database for the views. $name takes parameters.
+        """Ask the run in SQL; see analysis.database.database for the views. $name takes parameters.
 
         Returns:
             A DuckDB relation: .pl(), .df(), .to_arrow_table(), .fetchnumpy(), ...
@@ -308,17 +308,17 @@ class Log:
     ) -> pl.DataFrame:
         """Summary of the decisions at other settings, for each alpha and layer and overall.
 
-        Args: what is None is as in the run; see analysis.replay.settings_of and replay.
+        Args: what is None is as in the run; see analysis.replay.replay.settings_of and replay.
         """
-        from analysis.replay import replay, settings_of
+        from analysis.replay.replay import replay, settings_of
 
         alphas = [alpha] if isinstance(alpha, int | float) else alpha
         settings = settings_of(self, alphas, min_k=min_k, max_k=max_k, temperature=temperature)
         return replay(self, settings, kde=kde, layers=layers, where=where)
 
     def profile(self, kde: KdeModel | None = None, **options: Any) -> "Profile":
-        """Experts at every alpha of a grid, from one pass; see analysis.profile.profile_log."""
-        from analysis.profile import profile_log
+        """Experts at every alpha of a grid, from one pass; see replay.profile.profile_log."""
+        from analysis.replay.profile import profile_log
 
         return profile_log(self, kde, **options)
 

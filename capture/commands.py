@@ -117,15 +117,15 @@ def capture(
     MODEL is a folder, a hub name, or `demo`, the bundled model.
     """
     from analysis.table import progress_bar
-    from capture.bh import BhOptions, Renormalize
-    from capture.errors import InvalidOption
-    from capture.fitting import KdeFit
-    from capture.kde import KdeModel
-    from capture.manifest import Routing
+    from capture.contract.bh import BhOptions, Renormalize
+    from capture.contract.errors import InvalidOption
+    from capture.contract.kde import KdeModel
+    from capture.contract.manifest import Routing
     from capture.session import CaptureOptions, load_model
     from capture.session import capture as run_capture
     from capture.text import read_documents, windows
-    from capture.writer import RunWriter, WriterOptions
+    from capture.writing.fitting import KdeFit
+    from capture.writing.writer import RunWriter, WriterOptions
 
     routing, null = Routing(), None
     if route == "bh":

@@ -10,23 +10,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from capture.bh import BhOptions
-from capture.errors import AlreadyPatched, InvalidOption, KdeMismatch, UnsupportedModel
-from capture.family import Router, find_routers, model_info
-from capture.generation import watch_generation
-from capture.identity import Tracker
-from capture.kde import KdeModel
-from capture.manifest import ModelInfo, Routing
+from capture.contract.bh import BhOptions
+from capture.contract.errors import AlreadyPatched, InvalidOption, KdeMismatch, UnsupportedModel
+from capture.contract.kde import KdeModel
+from capture.contract.manifest import ModelInfo, Routing
 from capture.recorder import Recorder
-from capture.routing import (
+from capture.routers.family import Router, find_routers, model_info
+from capture.routers.routing import (
     TorchNull,
     choose,
     empirical_order,
     finite_keys,
     pad,
 )
-from capture.stats import LayerStats
-from capture.writer import RunWriter
+from capture.routers.stats import LayerStats
+from capture.tokens.generation import watch_generation
+from capture.tokens.identity import Tracker
+from capture.writing.writer import RunWriter
 
 _MARK = "_bhlog_patched"
 

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from capture.errors import UnknownIdentity
-from capture.identity import Forward, Stream
-from capture.loss import token_loss
-from capture.routing import finite_keys
-from capture.stage import Stage
-from capture.writer import Block, RunWriter
+from capture.contract.errors import UnknownIdentity
+from capture.routers.routing import finite_keys
+from capture.tokens.identity import Forward, Stream
+from capture.tokens.loss import token_loss
+from capture.writing.stage import Stage
+from capture.writing.writer import Block, RunWriter
 
 _BULK_ROWS = 2048  # small forwards (decoding) leave the device together, this many rows at once
 

@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from torch import nn
 
-from capture.bh import BhOptions, Renormalize
-from capture.errors import InvalidOption, RouterLogError, WriterFailed
-from capture.fitting import KdeFit
-from capture.kde import KdeModel
-from capture.launch import rank
-from capture.manifest import ModelInfo, Routing
+from capture.contract.bh import BhOptions, Renormalize
+from capture.contract.errors import InvalidOption, RouterLogError, WriterFailed
+from capture.contract.kde import KdeModel
+from capture.contract.manifest import ModelInfo, Routing
 from capture.patch import RouterPatcher
-from capture.writer import RunWriter, WriterOptions
+from capture.writing.fitting import KdeFit
+from capture.writing.launch import rank
+from capture.writing.writer import RunWriter, WriterOptions
 
 
 @contextmanager

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from capture.errors import InvalidOption, RouterLogError
-from capture.fitting import KdeFit
-from capture.kde import KdeModel
-from capture.launch import rank, world_size
-from capture.manifest import Manifest, Routing
+from capture.contract.errors import InvalidOption, RouterLogError
+from capture.contract.kde import KdeModel
+from capture.contract.manifest import Manifest, Routing
 from capture.patch import RouterPatcher
 from capture.run import new_writer, recording
 from capture.text import Batch, ByteTokenizer, Tokenizer, Window, batches
-from capture.writer import RunWriter, WriterOptions
+from capture.writing.fitting import KdeFit
+from capture.writing.launch import rank, world_size
+from capture.writing.writer import RunWriter, WriterOptions
 
 Progress = Callable[[int, RunWriter], None]  # tokens just done, and the writer
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from capture.errors import EmptyText, InvalidOption, RouterLogError
+from capture.contract.errors import EmptyText, InvalidOption, RouterLogError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 

@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from capture.bh import BhOptions, Decisions, decide, finite_keys, softmax_weights
-from capture.histogram import Histogram
-from capture.kde import KdeModel, LayerNull, NullCurve
-from capture.manifest import Manifest, ModelInfo, Routing, ShardEntry, Totals
-from capture.schema import PHASES, routing_schema, shard_name, tokens_schema
-from capture.shard import write_shard
+from capture.contract.bh import BhOptions, Decisions, decide, finite_keys, softmax_weights
+from capture.contract.histogram import Histogram
+from capture.contract.kde import KdeModel, LayerNull, NullCurve
+from capture.contract.manifest import Manifest, ModelInfo, Routing, ShardEntry, Totals
+from capture.contract.schema import PHASES, routing_schema, shard_name, tokens_schema
+from capture.contract.shard import write_shard
 
 TOP_K = 8
 

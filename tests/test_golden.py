@@ -10,11 +10,11 @@ import pyarrow as pa
 import pytest
 
 from analysis.log import Log, open_log
-from analysis.replay import replay, settings_of
-from analysis.verification import verify, verify_decisions
-from capture.bh import BhOptions
-from capture.histogram import Histogram
-from capture.kde import KdeModel, LayerNull, NullCurve
+from analysis.replay.replay import replay, settings_of
+from analysis.verify.verification import verify, verify_decisions
+from capture.contract.bh import BhOptions
+from capture.contract.histogram import Histogram
+from capture.contract.kde import KdeModel, LayerNull, NullCurve
 from tests.synthetic import normal_logits, write_run
 
 GOLDEN = Path(__file__).parent / "data" / "golden_v1"

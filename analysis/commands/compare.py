@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from analysis.log import Log
     from analysis.policy import Policy
-    from capture.kde import KdeModel
+    from capture.contract.kde import KdeModel
 
 SHORT = (
     "policy",
@@ -87,9 +87,9 @@ def compare(
     """
     import polars as pl
 
-    from analysis.budget import match_experts
     from analysis.commands.kde_options import check_figure, load
-    from analysis.compare import compare as compare_policies
+    from analysis.compare.budget import match_experts
+    from analysis.compare.compare import compare as compare_policies
     from analysis.log import open_log
     from analysis.policy import parse_policy
 
@@ -202,8 +202,8 @@ def _draw(
     where: str | None,
 ) -> None:
     from analysis.commands.kde_options import write_figure
-    from analysis.cost_curves import cost_curves, curve_label
-    from analysis.cost_figure import Mark, draw_comparison, shown_experts
+    from analysis.compare.cost_curves import cost_curves, curve_label
+    from analysis.compare.cost_figure import Mark, draw_comparison, shown_experts
 
     marks = [
         Mark(str(policy), curve_label(policy), mean, kept)

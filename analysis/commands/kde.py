@@ -17,7 +17,7 @@ from analysis.commands.kde_options import (
     write_figure,
 )
 from analysis.table import format_option, print_frame, progress_bar
-from capture.errors import InvalidOption
+from capture.contract.errors import InvalidOption
 
 
 @click.group(
@@ -97,8 +97,8 @@ def fit(
     output_format: str,
 ) -> None:
     """Fit a null model from the logits of one run or several, in one pass."""
-    from analysis.fit import FitOptions, fit_kde
-    from analysis.kde_tables import curves_frame
+    from analysis.kde.fit import FitOptions, fit_kde
+    from analysis.kde.tables import curves_frame
     from analysis.log import open_log
 
     check_writable(out)
@@ -140,7 +140,7 @@ def fit(
 @format_option
 def refit(file: str, out: str, output_format: str, **changes: Any) -> None:
     """Fit again from the histograms in a null model file, without reading a log."""
-    from analysis.kde_tables import curves_frame
+    from analysis.kde.tables import curves_frame
 
     check_writable(out)
     model = load(file).refit(**changes)
@@ -154,8 +154,8 @@ def refit(file: str, out: str, output_format: str, **changes: Any) -> None:
 @format_option
 def merge(files: tuple[str, ...], out: str, output_format: str) -> None:
     """Fit one null model from the histograms of several: of shards, ranks or runs."""
-    from analysis.fit import merge as merge_models
-    from analysis.kde_tables import curves_frame
+    from analysis.kde.fit import merge as merge_models
+    from analysis.kde.tables import curves_frame
 
     check_writable(out)
     model = merge_models([load(file) for file in files])
@@ -179,13 +179,13 @@ def show(
     file: str, alpha: float | None, experts: int | None, figure: str | None, output_format: str
 ) -> None:
     """Show what a null model was fitted from, layer by layer."""
-    from analysis.kde_tables import curves_frame
+    from analysis.kde.tables import curves_frame
 
     check_figure(figure)
     model = load(file)
     print_frame(curves_frame(model, alpha, experts), output_format, title=file)
     if figure:
-        from analysis.kde_figures import layer_page, plot_tail
+        from analysis.kde.figures import layer_page, plot_tail
 
         page = layer_page(
             sorted(model),
@@ -211,8 +211,8 @@ def import_(folder: str, out: str, variant: str | None, output_format: str) -> N
 
     The reader admits numpy arrays and nothing else: a pickle that names anything else is refused.
     """
-    from analysis.kde_tables import curves_frame
-    from capture.pickles import load_kde_models
+    from analysis.kde.tables import curves_frame
+    from capture.contract.pickles import load_kde_models
 
     check_writable(out)
     if not Path(folder).is_dir():

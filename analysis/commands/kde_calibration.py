@@ -7,7 +7,7 @@ import click
 from analysis.commands.kde_options import check_figure, load, with_rows_options, write_figure
 from analysis.table import format_option, print_frame, progress_bar
 
-# What `check` can draw: function of analysis.kde_figures, axes, title.
+# What `check` can draw: function of analysis.kde.figures, axes, title.
 CHECK_FIGURES = {
     "qq": ("plot_qq", "expected -log10 p", "observed -log10 p", "p-values against uniform"),
     "histogram": ("plot_histogram", "p", "density", "p-values against uniform"),
@@ -64,7 +64,7 @@ def compare(
     wasserstein  area between the tails, in logits
     experts_a/b  mean experts per row that BH selects at alpha; needs --run or --experts
     """
-    from analysis.comparison import compare as compare_models
+    from analysis.kde.comparison import compare as compare_models
     from analysis.log import open_log
 
     check_figure(figure)
@@ -86,7 +86,7 @@ def compare(
         )
     print_frame(frame, output_format, title=f"a: {a}   b: {b}   alpha {alpha}")
     if figure:
-        from analysis.kde_figures import OTHER, layer_page, plot_tail
+        from analysis.kde.figures import OTHER, layer_page, plot_tail
 
         def both(layer: int, axes: Any) -> Any:
             plot_tail(first[layer], axes, label=a)
@@ -135,8 +135,8 @@ def check(
     ks_expert      the same distance for each expert alone: the median, and the worst
     ks_rank_k      k-th smallest p-value of a row against the k-th uniform order statistic
     """
-    from analysis.calibration import check as check_model
-    from analysis.calibration import check_frame, expert_frame
+    from analysis.kde.calibration import check as check_model
+    from analysis.kde.calibration import check_frame, expert_frame
     from analysis.log import open_log
 
     check_figure(figure)
@@ -155,7 +155,7 @@ def check(
     frame = expert_frame(checks) if by_expert else check_frame(checks)
     print_frame(frame, output_format, title=f"{file} on {run}")
     if figure:
-        from analysis import kde_figures
+        from analysis.kde import figures as kde_figures
 
         name, x, y, title = CHECK_FIGURES[draw]
         plot = getattr(kde_figures, name)

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from capture.errors import InvalidOption
+from capture.contract.errors import InvalidOption
 
 if TYPE_CHECKING:
-    from capture.kde import KdeModel
+    from capture.contract.kde import KdeModel
 
 KERNELS = ("gaussian", "epanechnikov", "tophat", "triangular", "none")
 
@@ -72,7 +72,7 @@ def with_rows_options(command: Any) -> Any:
 
 def load(file: str) -> "KdeModel":
     """A null model from our file or from a folder of old pickles."""
-    from capture.pickles import load_kde_models
+    from capture.contract.pickles import load_kde_models
 
     return load_kde_models(file)
 
@@ -89,7 +89,7 @@ def check_writable(out: str) -> None:
 def check_figure(figure: str | None) -> None:
     """Raise InvalidOption if no figure can be written there."""
     if figure is not None:
-        from analysis.kde_figures import check_figure_name
+        from analysis.kde.figures import check_figure_name
 
         check_figure_name(figure)
         check_writable(figure)

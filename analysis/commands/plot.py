@@ -41,9 +41,9 @@ def plot(
     """
     import polars as pl
 
-    from analysis.drawing import FIGURES, draw_figures
+    from analysis.figures.drawing import FIGURES, draw_figures
     from analysis.log import open_log
-    from capture.kde import KdeModel
+    from capture.contract.kde import KdeModel
 
     if listing:
         rows = [

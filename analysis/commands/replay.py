@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 import click
 
 from analysis.table import format_option, print_frame, progress_bar
-from capture.errors import InvalidOption
+from capture.contract.errors import InvalidOption
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from capture.kde import KdeModel
+    from capture.contract.kde import KdeModel
 
 DEFAULT_ALPHAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SHORT = (
@@ -68,10 +68,10 @@ def replay(
 
     Reads only the log: no model, no GPU.
     """
-    from analysis.decisions import write_decisions
     from analysis.log import open_log
-    from analysis.replay import replay as replay_log
-    from analysis.replay import settings_of
+    from analysis.replay.decisions import write_decisions
+    from analysis.replay.replay import replay as replay_log
+    from analysis.replay.replay import settings_of
 
     log = open_log(run)
     null = _null_model(kde)
@@ -127,7 +127,7 @@ def sweep(
     import polars as pl
 
     from analysis.log import open_log
-    from analysis.profile import GRID, profile_log
+    from analysis.replay.profile import GRID, profile_log
 
     log = open_log(run)
     grid = sorted({*GRID, *alphas})
@@ -158,14 +158,14 @@ def fidelity(native: str, bh: str, output_format: str) -> None:
 
     Both runs must hold the same text.
     """
-    from analysis.fidelity import fidelity as compare
     from analysis.log import open_log
+    from analysis.replay.fidelity import fidelity as compare
 
     print_frame(compare(open_log(native), open_log(bh)), output_format)
 
 
 def _null_model(path: str | None) -> "KdeModel | None":
-    from capture.kde import KdeModel
+    from capture.contract.kde import KdeModel
 
     return None if path is None else KdeModel.load(path)
 

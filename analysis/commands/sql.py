@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from capture.errors import InvalidOption
+from capture.contract.errors import InvalidOption
 
 if TYPE_CHECKING:
-    from analysis.database import Database
+    from analysis.database.database import Database
 
 _RESULT_FORMATS = ("table", "json", "csv", "markdown", "parquet")
 
@@ -96,10 +96,10 @@ def sql(
         raise InvalidOption("give a query or --query, not both")
     if name is None and params:
         raise InvalidOption("--param belongs to --query")
-    from analysis.database import connect
+    from analysis.database.database import connect
+    from analysis.database.question import find_question, pairs
     from analysis.log import open_log
-    from analysis.question import find_question, pairs
-    from capture.kde import KdeModel
+    from capture.contract.kde import KdeModel
 
     question = None if name is None else find_question(name)
     parameters = {} if question is None else question.values(pairs(params))
@@ -113,7 +113,7 @@ def sql(
     )
     with database:
         if shell_command:
-            from analysis.shell import shell_command as command_line
+            from analysis.database.shell import shell_command as command_line
 
             click.echo(command_line(database.runs))
             return
@@ -123,7 +123,7 @@ def sql(
         if query is None and not sys.stdin.isatty():
             query = sys.stdin.read()
         if query is None:
-            from analysis.prompt import history_path, run_prompt
+            from analysis.database.prompt import history_path, run_prompt
 
             run_prompt(
                 database,
@@ -146,7 +146,7 @@ def _answer(
     out: Path | None,
     max_rows: int,
 ) -> None:
-    from analysis.result import SUFFIXES, print_result, write_result
+    from analysis.database.result import SUFFIXES, print_result, write_result
 
     schema, batches = database.batches(query, parameters)
     if out is not None:
@@ -177,8 +177,8 @@ def _runs_and_query(arguments: tuple[str, ...]) -> tuple[list[str], str | None]:
 def _print_questions(result_format: str) -> None:
     import polars as pl
 
-    from analysis.question import questions
-    from analysis.result import print_result
+    from analysis.database.question import questions
+    from analysis.database.result import print_result
 
     rows = pl.DataFrame(
         {
@@ -192,6 +192,6 @@ def _print_questions(result_format: str) -> None:
 
 
 def _print_question(name: str) -> None:
-    from analysis.question import find_question
+    from analysis.database.question import find_question
 
     click.echo(find_question(name).text, nl=False)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from analysis.policy.policy import Policy, unit_value
 from analysis.policy.rows import Rows, last_passing
-from capture.bh import count_rejected, critical_values, decide_by_expert
+from capture.contract.bh import count_rejected, critical_values, decide_by_expert
 
 
 @dataclass(frozen=True)

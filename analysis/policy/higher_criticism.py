@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from analysis.policy.policy import Policy
 from analysis.policy.rows import Rows
-from capture.errors import InvalidOption
+from capture.contract.errors import InvalidOption
 
 # p-values are moved this far inside (0, 1), where the score is finite
 SMALLEST, LARGEST = 2.0**-1000, 1 - 2.0**-53

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.policy.rows import Ranking, Rows
-from capture.bh import BhOptions
-from capture.errors import InvalidOption
+from capture.contract.bh import BhOptions
+from capture.contract.errors import InvalidOption
 
 
 @dataclass(frozen=True, eq=False)

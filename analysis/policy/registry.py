@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.policy.policy import Policy
-from capture.errors import InvalidOption
+from capture.contract.errors import InvalidOption
 
 
 def families() -> dict[str, type[Policy]]:

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from capture.bh import finite_keys, no_finite_logit, p_value_order
-from capture.errors import KdeMismatch
-from capture.null import LayerNull
+from capture.contract.bh import finite_keys, no_finite_logit, p_value_order
+from capture.contract.errors import KdeMismatch
+from capture.contract.null import LayerNull
 
 
 class Ranking:

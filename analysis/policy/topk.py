@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from analysis.policy.policy import Policy
 from analysis.policy.rows import Rows
-from capture.errors import InvalidOption
+from capture.contract.errors import InvalidOption
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capture.bh import BhOptions
+from capture.contract.bh import BhOptions
+from capture.contract.errors import RunExists
+from capture.contract.kde import KdeModel
+from capture.contract.manifest import MANIFEST_NAME, Routing
 from capture.demo.corpus import Document, held_out_documents, training_documents
-from capture.errors import RunExists
-from capture.kde import KdeModel
-from capture.manifest import MANIFEST_NAME, Routing
 from capture.session import LoadedModel, capture, load_model
 from capture.text import Document as Text
 from capture.text import Window, windows
-from capture.writer import RunWriter
+from capture.writing.writer import RunWriter
 
 if TYPE_CHECKING:
     import polars as pl
@@ -38,12 +38,12 @@ def tell(out: Path) -> None:
     """
     from rich.console import Console
 
-    from analysis.drawing import draw_figures
-    from analysis.fidelity import fidelity
-    from analysis.fit import FitOptions, fit_kde
+    from analysis.figures.drawing import draw_figures
+    from analysis.kde.fit import FitOptions, fit_kde
     from analysis.log import open_log
-    from analysis.replay import verify_replay
+    from analysis.replay.fidelity import fidelity
     from analysis.table import print_frame
+    from analysis.verify.replayed import verify_replay
 
     started = time.monotonic()
     _make_room(out)
@@ -120,7 +120,7 @@ def _what_if(native: "Log", reruns: "dict[float, Log]", kde: KdeModel) -> "pl.Da
     """A row per alpha: what replay says of the native log, and what rerunning gave."""
     import polars as pl
 
-    from analysis.replay import replay, settings_of
+    from analysis.replay.replay import replay, settings_of
 
     settings = settings_of(native, ALPHAS, max_k=MAX_K)
     summary = replay(native, settings, kde=kde)
@@ -163,7 +163,7 @@ def _ask(log: "Log", name: str) -> "pl.DataFrame":
     """The answer to a question of sql/, without the run's name; the first rows."""
     import polars as pl
 
-    from analysis.question import find_question
+    from analysis.database.question import find_question
 
     question = find_question(name)
     answer: pl.DataFrame = log.sql(question.text, **question.values({})).pl()

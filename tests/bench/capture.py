@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from capture.family import find_routers
+from capture.routers.family import find_routers
 from capture.run import observe, route
-from capture.writer import WriterOptions
+from capture.writing.writer import WriterOptions
 from tests.synthetic import normal_kde
 
 

@@ -23,7 +23,7 @@ def capture(folder: Path, tokens: int) -> None:
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     from capture.run import observe
-    from capture.writer import WriterOptions
+    from capture.writing.writer import WriterOptions
 
     torch.manual_seed(0)
     torch.set_num_threads(1)

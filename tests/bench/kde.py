@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 from scipy.stats import gaussian_kde
 
-from analysis.bandwidth import choose_bandwidth
-from analysis.fit import FitOptions, count_logits, fit_histograms, refit
-from analysis.kernel import kernel_tail
+from analysis.kde.bandwidth import choose_bandwidth
+from analysis.kde.fit import FitOptions, count_logits, fit_histograms, refit
+from analysis.kde.kernel import kernel_tail
 from analysis.log import Log, open_log
-from capture.histogram import Histogram, HistogramAccumulator
-from capture.kde import NullCurve
+from capture.contract.histogram import Histogram, HistogramAccumulator
+from capture.contract.kde import NullCurve
 from tests.synthetic import normal_logits, real_logits, write_run
 
 E = 64

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.database import Database, connect
+from analysis.database.database import Database, connect
+from analysis.database.question import Question, questions
 from analysis.log import Log, open_log
-from analysis.question import Question, questions
 from tests.synthetic import write_run
 
 LAYERS = 16

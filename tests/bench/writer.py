@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 
 from analysis.log import open_log
-from capture.manifest import ModelInfo, Routing
-from capture.stage import Staged
-from capture.writer import Block, RunWriter, WriterOptions
+from capture.contract.manifest import ModelInfo, Routing
+from capture.writing.stage import Staged
+from capture.writing.writer import Block, RunWriter, WriterOptions
 from tests.synthetic import normal_logits, real_logits
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 16, 64, 8, 2048  # of OLMoE-1B-7B; tokens per forward

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from analysis.log import logits_of, open_log
-from capture.manifest import ModelInfo, Routing
-from capture.stage import Staged
-from capture.writer import Block, RunWriter, WriterOptions
+from capture.contract.manifest import ModelInfo, Routing
+from capture.writing.stage import Staged
+from capture.writing.writer import Block, RunWriter, WriterOptions
 
 LAYERS, EXPERTS, TOP_K = (1, 4), 6, 2
 INFO = ModelInfo("hand", "HandMade", None, LAYERS, EXPERTS, TOP_K, False)

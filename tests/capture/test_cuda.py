@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from capture.bh import decide, decide_by_expert, decide_by_p_value, empirical_p_values
-from capture.cross_entropy import _kernel, cross_entropy
-from capture.kde import KdeModel, LayerNull
+from capture.contract.bh import decide, decide_by_expert, decide_by_p_value, empirical_p_values
+from capture.contract.kde import KdeModel, LayerNull
 from capture.run import observe, route
+from capture.tokens.cross_entropy import _kernel, cross_entropy
 from tests.synthetic import normal_null
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -10,9 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from analysis.log import logits_of, open_log
-from capture.bh import decide, softmax_weights
-from capture.errors import AlreadyPatched, InvalidOption, KdeMismatch, RunExists, UnsupportedModel
-from capture.family import find_routers
+from capture.contract.bh import decide, softmax_weights
+from capture.contract.errors import (
+    AlreadyPatched,
+    InvalidOption,
+    KdeMismatch,
+    RunExists,
+    UnsupportedModel,
+)
+from capture.routers.family import find_routers
 from capture.run import observe, route
 from tests.capture.tiny import (
     EXPERTS,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from analysis.log import open_log
-from capture.errors import UnknownIdentity
-from capture.family import find_routers
-from capture.writer import WriterOptions
+from capture.contract.errors import UnknownIdentity
+from capture.routers.family import find_routers
+from capture.writing.writer import WriterOptions
 from tests.capture.tiny import (
     EXPERTS,
     LAYERS,
@@ -59,7 +59,7 @@ def test_what_a_router_returned_may_be_overwritten_afterwards(model, run):
 
 def test_small_forwards_leave_together(model, run, monkeypatch):
     blocks: list[int] = []
-    from capture.writer import RunWriter
+    from capture.writing.writer import RunWriter
 
     submit = RunWriter.submit
 

@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from analysis.log import open_log
-from capture.bh import BhOptions
-from capture.errors import (
+from capture.contract.bh import BhOptions
+from capture.contract.errors import (
     InvalidOption,
     KdeMismatch,
     RouterLogError,
     RunExists,
 )
-from capture.manifest import Routing
+from capture.contract.manifest import Routing
 from capture.session import CaptureOptions, capture, load_model
 from capture.text import Document, windows
-from capture.writer import WriterOptions
+from capture.writing.writer import WriterOptions
 from tests.synthetic import normal_kde
 
 TEXTS = [Document("prose", "The quick brown fox jumps over the dog. " * 3), Document("code", "x=1")]

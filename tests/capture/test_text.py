@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from capture.errors import EmptyText, InvalidOption, RouterLogError
+from capture.contract.errors import EmptyText, InvalidOption, RouterLogError
 from capture.text import ByteTokenizer, Document, batches, read_documents, windows
 
 

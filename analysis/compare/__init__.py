@@ -1,0 +1,1 @@
+"""Policies compared over one log, at equal cost."""

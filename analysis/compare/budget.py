@@ -1,0 +1,198 @@
+"""Budget: the value of each policy's parameter that gives a number of experts per token."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+
+from analysis.compare.blocks import COLUMNS, Blocks, Sample, draw
+from analysis.log import Log, Progress
+from analysis.policy import Policy
+from capture.contract.errors import InvalidOption
+from capture.contract.kde import KdeModel
+
+TOLERANCE = 0.002  # experts per token
+HALVINGS = 40
+SPREAD = 4.0  # about the standard deviation of n_selected, for a first bracket
+CANDIDATES = 12  # values of a policy counted in one pass
+MOST_PASSES = 4
+
+
+def match_experts(
+    log: Log,
+    policies: Sequence[Policy],
+    experts: float,
+    *,
+    kde: KdeModel | None = None,
+    min_k: int | None = None,
+    max_k: int | None = None,
+    layers: Sequence[int] | None = None,
+    where: str | None = None,
+    progress: Progress | None = None,
+) -> list[Policy]:
+    """Each policy at the value whose mean experts per token over the rows comes nearest `experts`.
+
+    A bounded sample says about where the value lies; passes over the log that only count experts,
+    at several values of every policy at once, settle it to TOLERANCE. A log that fits the sample
+    needs none. A family with steps (top-k, Higher Criticism) or whose count jumps, and one that
+    cannot reach the budget, is left at its nearest value: look at the mean.
+
+    Args:
+        min_k, max_k, layers, where: see analysis.compare.compare.compare.
+
+    Raises:
+        InvalidOption: experts is below 0 or above the number of experts, or there are no rows.
+        KdeMismatch: see Blocks.
+    """
+    if not 0 <= experts <= log.n_experts:
+        raise InvalidOption(
+            f"a budget must be from 0 to the model's {log.n_experts} experts, got {experts:g}"
+        )
+    min_k, max_k = default_bounds(log, min_k, max_k)
+    blocks = Blocks(log, policies, kde)
+    sample = draw(log, blocks, layers=layers, where=where)
+    if not len(sample):
+        raise InvalidOption(f"{log.path}: no rows to count experts of")
+    searches = [
+        _Search(bounded(policy, log.n_experts, min_k, max_k), experts, sample)
+        for policy in policies
+    ]
+    for _ in range(0 if sample.whole else MOST_PASSES):
+        wanted = [search.candidates() for search in searches]
+        if not any(wanted):
+            break
+        counted = log.fold(
+            partial(_Totals, blocks, [c for part in wanted for c in part]),
+            COLUMNS,
+            layers=layers,
+            where=where,
+            progress=progress,
+        )
+        means = iter(counted.totals / counted.rows)
+        for search, part in zip(searches, wanted, strict=True):
+            search.known |= {candidate: float(next(means)) for candidate in part}
+    return [policy.at(search.best.value) for policy, search in zip(policies, searches, strict=True)]
+
+
+def default_bounds(log: Log, min_k: int | None, max_k: int | None) -> tuple[int, int | None]:
+    """Bounds as given; where None, those of the run, or 1 and None (all experts)."""
+    options = log.manifest.routing.options
+    if min_k is None:
+        min_k = 1 if options is None else options.min_k
+    if max_k is None and options is not None:
+        max_k = options.max_k
+    return min_k, max_k
+
+
+def bounded(policy: Policy, n_experts: int, min_k: int | None, max_k: int | None) -> Policy:
+    """The policy with the bounds in force as its own; see Policy.bounds."""
+    low, high = policy.bounds(n_experts, min_k, max_k)
+    return replace(policy, min_k=low, max_k=high)
+
+
+def mean_experts(policy: Policy, sample: Sample) -> float:
+    """Mean n_selected of a policy over a sample."""
+    total = sum(int(policy.decide(rows).n_selected.sum()) for rows in sample.parts)
+    return total / len(sample)
+
+
+class _Search:
+    """One policy's way to the budget.
+
+    Works on positions (see Policy.value_at), along which the mean never falls.
+
+    Attributes:
+        known: mean experts over all rows, by policy.
+    """
+
+    def __init__(self, policy: Policy, experts: float, sample: Sample) -> None:
+        self.policy, self.experts = policy, experts
+        self.n_experts = sample.parts[0].n_experts
+        self.known: dict[Policy, float] = {}
+        self._positions: dict[Policy, float] = {}
+        sampled: dict[Policy, float] = {}
+
+        def mean(position: float) -> float:
+            at = self._at(position)
+            if at not in sampled:
+                sampled[at] = mean_experts(at, sample)
+            return sampled[at]
+
+        if sample.whole:
+            for position in _around(mean, experts):
+                mean(position)
+            self.known = sampled
+            return
+        slack = 5 * SPREAD / np.sqrt(len(sample))
+        self._left = _around(mean, experts - slack)[0]
+        self._right = _around(mean, experts + slack)[1]
+
+    @property
+    def best(self) -> Policy:
+        """The one nearest to the budget of those whose mean is known."""
+        return min(self.known, key=self._gap)
+
+    def candidates(self) -> list[Policy]:
+        """Policies to be counted next; none when nothing can be gained."""
+        if self.known:
+            if self._gap(self.best) <= TOLERANCE:
+                return []
+            self._narrow()
+        positions = np.linspace(self._left, self._right, CANDIDATES).tolist()
+        for position in positions:
+            self._positions.setdefault(self._at(position), position)
+        wanted = {self._at(position): None for position in positions}
+        return [candidate for candidate in wanted if candidate not in self.known]
+
+    def _narrow(self) -> None:
+        """Move the ends to the nearest known means on either side of the budget."""
+        width = self._right - self._left
+        below = [self._positions[p] for p, mean in self.known.items() if mean < self.experts]
+        above = [self._positions[p] for p, mean in self.known.items() if mean >= self.experts]
+        # the sample misled where one side is empty: look further out
+        self._left = max(below) if below else max(0.0, min(above) - 8 * width)
+        self._right = min(above) if above else min(1.0, max(below) + 8 * width)
+
+    def _gap(self, policy: Policy) -> float:
+        return abs(self.known[policy] - self.experts)
+
+    def _at(self, position: float) -> Policy:
+        return self.policy.at(self.policy.value_at(position, self.n_experts))
+
+
+class _Totals:
+    """Experts that each of several policies selects, summed over rows."""
+
+    def __init__(self, blocks: Blocks, policies: Sequence[Policy]) -> None:
+        self.blocks, self.policies = blocks, policies
+        self.totals = np.zeros(len(policies), dtype=np.int64)
+        self.rows = 0
+
+    def update(self, batch: pa.RecordBatch) -> None:
+        for rows in self.blocks.of(batch):
+            for i, policy in enumerate(self.policies):
+                self.totals[i] += int(policy.decide(rows).n_selected.sum())
+        self.rows += batch.num_rows
+
+    def merge(self, other: Self) -> None:
+        self.totals += other.totals
+        self.rows += other.rows
+
+
+def _around(mean: Callable[[float], float], goal: float) -> tuple[float, float]:
+    """Positions on either side of where a mean that never falls reaches the goal."""
+    left, right = 0.0, 1.0
+    if mean(left) >= goal:
+        return left, left
+    if mean(right) < goal:
+        return right, right
+    for _ in range(HALVINGS):
+        middle = (left + right) / 2
+        if mean(middle) >= goal:
+            right = middle
+        else:
+            left = middle
+    return left, right

@@ -1,0 +1,166 @@
+"""Compare: what several policies would have chosen, from one pass over a log."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from analysis.compare.blocks import COLUMNS, Blocks
+from analysis.compare.budget import default_bounds, match_experts
+from analysis.log import Log, Progress, layer_of
+from analysis.policy import Choice, Policy, Ranking, Rows, parse_policy
+from analysis.replay.summary import LayerSummary, overlap_sums, summary_frame
+from capture.contract.errors import InvalidOption
+from capture.contract.kde import KdeModel
+
+
+def compare(
+    log: Log,
+    policies: Sequence[Policy | str],
+    *,
+    kde: KdeModel | None = None,
+    experts: float | None = None,
+    min_k: int | None = None,
+    max_k: int | None = None,
+    layers: Sequence[int] | None = None,
+    where: str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> pl.DataFrame:
+    """Summaries of a log under several policies, in one pass.
+
+    Args:
+        policies: or their texts, such as "bh:0.3".
+        kde: null model; None takes the run's own. Only policies that test p-values need one.
+        experts: mean experts per token to bring every policy to first; see
+            analysis.compare.budget.match_experts. Texts may then leave the value out: "bh".
+        min_k, max_k: bounds of policies that have none of their own; None takes the run's, or 1
+            and all experts.
+        layers, where: which rows; see Log.fold.
+
+    Returns:
+        One row per policy and layer, and one per policy over all layers (layer null): policy (its
+        text), min_k, max_k, and the columns of analysis.replay.summary; none_rejected is null for
+        policies that test nothing.
+
+    Raises:
+        InvalidOption: no policy, a text or bound that is wrong, or no rows.
+        KdeMismatch: a policy needs p-values and the run has no null model that serves.
+    """
+    wanted = [
+        parse_policy(p, open_value=experts is not None) if isinstance(p, str) else p
+        for p in policies
+    ]
+    if not wanted:
+        raise InvalidOption("name at least one policy, such as bh:0.3")
+    min_k, max_k = default_bounds(log, min_k, max_k)
+    if experts is not None:
+        wanted = match_experts(
+            log, wanted, experts, kde=kde, min_k=min_k, max_k=max_k, layers=layers, where=where,
+            progress=progress,
+        )  # fmt: skip
+    bounds = [policy.bounds(log.n_experts, min_k, max_k) for policy in wanted]
+    blocks = Blocks(log, wanted, kde)
+    top_k = log.manifest.model.top_k
+    total = log.fold(
+        lambda: _Summaries(blocks, wanted, bounds, top_k),
+        COLUMNS,
+        layers=layers,
+        where=where,
+        threads=threads,
+        progress=progress,
+    )
+    if not total.layers:
+        raise InvalidOption(f"{log.path}: no rows to compare policies on")
+    frames = []
+    for i, (policy, (low, high)) in enumerate(zip(wanted, bounds, strict=True)):
+        parts = {layer: summaries[i] for layer, summaries in total.layers.items()}
+        frame = summary_frame(parts, min_k=low, max_k=high, top_k=top_k)
+        names = [
+            pl.lit(str(policy)).alias("policy"),
+            pl.lit(low).alias("min_k"),
+            pl.lit(high).alias("max_k"),
+        ]
+        if not policy.tests:
+            frame = frame.with_columns(none_rejected=pl.lit(None, pl.Float64))
+        frames.append(frame.select(*names, pl.all()))
+    return pl.concat(frames)
+
+
+class _Summaries:
+    """A LayerSummary per layer and policy."""
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        policies: Sequence[Policy],
+        bounds: Sequence[tuple[int, int]],
+        top_k: int,
+    ) -> None:
+        self.blocks, self.policies, self.bounds, self.top_k = blocks, policies, bounds, top_k
+        self.layers: dict[int, list[LayerSummary]] = {}
+
+    def update(self, batch: pa.RecordBatch) -> None:
+        E = batch.column("logits").type.list_size
+        summaries = self.layers.setdefault(
+            layer_of(batch), [LayerSummary(E) for _ in self.policies]
+        )
+        for rows in self.blocks.of(batch):
+            overlaps: dict[int, _Overlap] = {}  # by ranking: most policies share one
+            for policy, (low, high), summary in zip(
+                self.policies, self.bounds, summaries, strict=True
+            ):
+                choice = policy.decide(rows, min_k=low, max_k=high)
+                key = id(choice.ranking)
+                if key not in overlaps:
+                    overlaps[key] = _Overlap(rows, choice.ranking, self.top_k)
+                _count(summary, choice, overlaps[key])
+
+    def merge(self, other: Self) -> None:
+        for layer, summaries in other.layers.items():
+            if layer not in self.layers:
+                self.layers[layer] = summaries
+            else:
+                for mine, theirs in zip(self.layers[layer], summaries, strict=True):
+                    mine.merge(theirs)
+
+
+class _Overlap:
+    """Where the native and the logged experts of T rows stand in a ranking.
+
+    The native top-k are the first by falling logit, ties to the lower index.
+    """
+
+    def __init__(self, rows: Rows, ranking: Ranking, top_k: int) -> None:
+        T = len(rows.logits)
+        self.top_k = np.full(T, top_k)
+        row = np.arange(T)[:, None]
+        self.native = ranking.place[row, rows.by_logit.order[:, :top_k]]  # (T, top_k)
+        assert rows.logged is not None
+        self.n_logged = rows.logged.value_lengths().to_numpy(zero_copy_only=False)
+        self.row = np.repeat(np.arange(T), self.n_logged)
+        self.logged = ranking.place[self.row, rows.logged.flatten().to_numpy()]
+
+    def with_native(self, n: np.ndarray) -> np.ndarray:
+        """(2,) sums of Jaccard and recall of the first n of each row with the native experts."""
+        return overlap_sums((self.native < n[:, None]).sum(axis=1), n, self.top_k)
+
+    def with_logged(self, n: np.ndarray) -> np.ndarray:
+        """(2,) sums of Jaccard and recall with the logged experts."""
+        both = np.bincount(self.row[self.logged < n[self.row]], minlength=len(n))
+        return overlap_sums(both, n, self.n_logged)
+
+
+def _count(summary: LayerSummary, choice: Choice, overlap: _Overlap) -> None:
+    """Add T rows to a summary."""
+    n, n_rejected = choice.n_selected, choice.n_rejected
+    summary.add(
+        n,
+        none_rejected=0 if n_rejected is None else int((n_rejected == 0).sum()),
+        load=choice.chosen.sum(axis=0),
+        kept=float(choice.ranking.cumulative[np.arange(len(n)), n].sum()),
+        native=overlap.with_native(n),
+        logged=overlap.with_logged(n),
+    )

@@ -1,0 +1,1 @@
+"""Runs in DuckDB: views, functions, the questions of sql/, and the prompt."""

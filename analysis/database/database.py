@@ -1,0 +1,320 @@
+"""A run in DuckDB: views over its files, on a connection that can read them and nothing else.
+
+DuckDB reaches the files through `RunFiles`, a file system that knows the files of the opened runs,
+reads them with pyarrow (folders and object stores alike) and cannot write. Everything else is off:
+external access, extensions, other settings.
+"""
+
+import atexit
+import re
+import tempfile
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+import duckdb
+import pyarrow as pa
+
+from analysis.database.functions import FUNCTIONS, Nulls, register_functions
+from analysis.database.run_files import SCHEME, RunFiles
+from analysis.database.views import VIEWS, create_views
+from analysis.log import Log
+from capture.contract.errors import CorruptShard, InvalidOption, KdeMismatch, RouterLogError
+from capture.contract.kde import KdeModel
+from capture.contract.schema import routing_schema
+
+# What a statement may be. Others change settings or files, which a log has no use for.
+_READS = ("SELECT", "CREATE", "DROP", "SET", "PRAGMA", "CALL", "MULTI")
+_EXPLAIN = re.compile(r"\s*EXPLAIN\s+(ANALYZE\s+)?(\([^()]*\)\s*)?", re.IGNORECASE)
+_COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
+
+# How DuckDB words pages of a file that it cannot decode.
+_UNDECODED = re.compile(r"TProtocol|thrift|zstd|decompress|decode|corrupt|parquet", re.IGNORECASE)
+
+# DuckDB complains about connections that are open when Python ends.
+_open: "weakref.WeakSet[Database]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for database in list(_open):
+        database.close()
+
+
+class Database:
+    """Runs opened in DuckDB.
+
+    Attributes:
+        runs: the logs by the name that the column `run` gives them.
+        connection: the DuckDB connection; `sql` keeps it to reading.
+    """
+
+    def __init__(
+        self, runs: Mapping[str, Log], connection: duckdb.DuckDBPyConnection, *, unsafe: bool
+    ) -> None:
+        self.runs = dict(runs)
+        self.connection = connection
+        self._unsafe = unsafe
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; relations of it can no longer be read."""
+        self.connection.close()
+
+    def sql(
+        self, query: str, parameters: Mapping[str, Any] | None = None
+    ) -> duckdb.DuckDBPyRelation:
+        """The result of a query, read as it is asked for: .pl(), .df(), .to_arrow_table(), ...
+
+        Args:
+            query: SQL of DuckDB.
+            parameters: values of $name in the query.
+
+        Raises:
+            InvalidOption: the query cannot be read, names something that is not there, or does
+                something other than reading.
+            CorruptShard: a file that it needs is cut short or unreadable.
+        """
+        if not self._unsafe:
+            self._check_reads(query)
+        with self.errors():
+            relation = self.connection.sql(query, params=dict(parameters or {}) or None)
+        if relation is None:  # a statement without rows, such as CREATE VIEW
+            relation = self.connection.sql("SELECT 'done' AS result WHERE false")
+        return relation
+
+    def batches(
+        self, query: str, parameters: Mapping[str, Any] | None = None
+    ) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        """(schema, record batches) of a query's result, in flat memory; errors as sql has them."""
+        relation = self.sql(query, parameters)
+        with self.errors():
+            reader = relation.to_arrow_reader(1 << 14)
+
+        def read() -> Iterator[pa.RecordBatch]:
+            while True:
+                with self.errors():
+                    try:
+                        batch = reader.read_next_batch()
+                    except StopIteration:
+                        return
+                yield batch
+
+        return reader.schema, read()
+
+    def rows(self, run: str) -> int:
+        """Routing rows of a run, counted in the footers of its shards."""
+        with self.errors():
+            ((rows,),) = self.connection.execute(
+                "SELECT count(*) FROM routing WHERE run = $run", {"run": run}
+            ).fetchall()
+        return int(rows)
+
+    def columns(self) -> dict[str, dict[str, str]]:
+        """Type of each column of each view."""
+        described = self.connection.execute(
+            "SELECT table_name, column_name, data_type FROM duckdb_columns() "
+            "WHERE NOT internal ORDER BY table_oid, column_index"
+        ).fetchall()
+        views: dict[str, dict[str, str]] = {name: {} for name in VIEWS}
+        for view, column, data_type in described:
+            if not view.startswith("_"):
+                views.setdefault(view, {})[column] = data_type
+        return views
+
+    def errors(self) -> "_Errors":
+        """A context that turns DuckDB's errors into one-line errors of bhlog."""
+        return _Errors(self)
+
+    def translated(self, error: Exception) -> RouterLogError:
+        """The one-line error that says what DuckDB's error means here."""
+        text = str(error)
+        where = re.search(re.escape(SCHEME) + r"://(.+?)/(routing|tokens)/([\w-]+\.parquet)", text)
+        if where and where[1] in self.runs:
+            log = self.runs[where[1]]
+            try:
+                log.open_shard(where[2], where[3])
+            except CorruptShard as corrupt:
+                return corrupt
+            return CorruptShard(
+                f"{log.path}/{where[2]}/{where[3]}: cannot be read ({self._plain(text)}); "
+                "restore the file, or move it away to read the rest"
+            )
+        if _UNDECODED.search(text):
+            broken = self._broken_shard()
+            if broken is not None:
+                return broken
+        in_function = re.search(r"executing the UDF: (\w+): (.*)", text, re.DOTALL)
+        if in_function:
+            kind = KdeMismatch if in_function[1] == "KdeMismatch" else InvalidOption
+            return kind(" ".join(in_function[2].split()))
+        return InvalidOption(f"SQL: {self._plain(text)}")
+
+    def _broken_shard(self) -> CorruptShard | None:
+        """The first shard that cannot be read whole: DuckDB does not always name it."""
+        for log in self.runs.values():
+            try:
+                for group in log.row_groups():
+                    log.read(group, routing_schema(0).names)
+                log.tokens()
+            except CorruptShard as error:
+                return error
+        return None
+
+    def _plain(self, text: str) -> str:
+        """DuckDB's message in one line, with the nearest right name for a wrong one."""
+        lines = [line.strip() for line in text.split("LINE 1:")[0].splitlines() if line.strip()]
+        column = re.search(r'Referenced column "([^"]+)" (?:was )?not found', text)
+        table = re.search(r"Table with name (\S+) does not exist", text)
+        function = re.search(r"Function with name (\S+) does not exist", text)
+        if column:
+            known = {name for columns in self.columns().values() for name in columns}
+            return _no_such("column", column[1], known)
+        if table:
+            return _no_such("table", table[1], self.columns())
+        if function:
+            near = re.search(r'Did you mean "([^"]+)"', text)
+            return _no_such("function", function[1], FUNCTIONS, near[1] if near else None)
+        return re.sub(r"^[A-Z]\w* Error: ", "", " ".join(lines))
+
+    def _check_reads(self, query: str) -> None:
+        with self.errors():
+            statements = duckdb.extract_statements(query)
+        if not statements:
+            raise InvalidOption("SQL: the query is empty")
+        for statement in statements:
+            try:
+                kind = statement.type.name
+            except ValueError:  # DuckDB's binding does not know all of DuckDB's kinds
+                kind = statement.query.split(maxsplit=1)[0].upper()
+            if kind == "EXPLAIN":
+                inner = _EXPLAIN.sub("", _COMMENT.sub(" ", statement.query), count=1)
+                self._check_reads(inner)
+            elif kind not in _READS:
+                raise InvalidOption(
+                    f"SQL: {kind} is refused, the connection only reads the runs; to write a "
+                    "result use --out FILE, for anything else --unsafe"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class _Errors:
+    database: Database
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, (duckdb.Error, pa.ArrowException)):
+            raise self.database.translated(error) from error
+
+
+def connect(
+    logs: Log | Sequence[Log],
+    *,
+    kde: KdeModel | None = None,
+    memory_limit: str | None = None,
+    threads: int | None = None,
+    temp_dir: str | Path | None = None,
+    unsafe: bool = False,
+) -> Database:
+    """Open runs in DuckDB, with a view for each of VIEWS and the functions beside this module.
+
+    Sealed shards are listed now and read when a query needs them: of a shard only the columns and
+    row groups that it needs.
+
+    Args:
+        kde: null model of p-values and bh functions; None means each run's own.
+        memory_limit: such as "4GB"; beyond it DuckDB spills to temp_dir. None: 80 % of memory.
+        threads: None means one a core.
+        temp_dir: folder for spilled data; a folder inside it is made, and removed in the end.
+        unsafe: leave external access, writing and settings to the user.
+
+    Raises:
+        InvalidOption: a run is given twice, a file of it is a link that leads out of its folder, or
+            an option is refused.
+        CorruptShard: a run's first shard is unreadable.
+    """
+    logs = [logs] if isinstance(logs, Log) else list(logs)
+    runs = dict(zip(_names(logs), logs, strict=True))
+    files = RunFiles(runs)
+    outside = None if unsafe else files.outside()
+    if outside:
+        raise InvalidOption(
+            f"{outside[0]}: a link that leads out of the run, to {outside[1]}; copy the file in "
+            "its place, or read it all the same with --unsafe"
+        )
+    connection = duckdb.connect()
+    database = Database(runs, connection, unsafe=unsafe)
+    connection.register_filesystem(files)
+    spill = _spill_folder(temp_dir)
+    weakref.finalize(files, spill.cleanup)  # DuckDB keeps files as long as anything reads
+    _open.add(database)
+    with database.errors():
+        connection.execute("SET temp_directory = $folder", {"folder": spill.name})
+        connection.execute("SET parquet_metadata_cache = true")
+        connection.execute("SET enable_progress_bar = false")
+        if memory_limit is not None:
+            connection.execute("SET memory_limit = $limit", {"limit": memory_limit})
+        if threads is not None:
+            connection.execute("SET threads = $threads", {"threads": threads})
+        register_functions(connection, Nulls(runs, kde))
+        create_views(connection, runs, files, kde)
+        if not unsafe:
+            connection.execute("SET allow_community_extensions = false")
+            connection.execute("SET autoinstall_known_extensions = false")
+            connection.execute("SET autoload_known_extensions = false")
+            connection.execute("SET python_enable_replacements = false")
+            connection.execute("SET allowed_directories = [$scheme]", {"scheme": f"{SCHEME}://"})
+            connection.execute("SET enable_external_access = false")
+            connection.execute("SET lock_configuration = true")
+    return database
+
+
+def _no_such(kind: str, name: str, known: Iterable[str], near: str | None = None) -> str:
+    known = sorted(known)
+    close = get_close_matches(name.lower(), known, n=1)
+    nearest = close[0] if close else near
+    hint = f"did you mean '{nearest}'?" if nearest else f"{kind}s: {', '.join(known)}"
+    return f"no {kind} '{name}'; {hint}"
+
+
+def _names(logs: Sequence[Log]) -> list[str]:
+    """A name for each run: the last part of its path, and as many before it as tell it apart."""
+    paths = [log.path for log in logs]
+    twice = [path for path, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise InvalidOption(f"{twice[0]}: given twice; name each run once")
+    parts = [PurePosixPath(log._root).parts for log in logs]
+    names = []
+    for own in parts:
+        length = 1
+        while sum(other[-length:] == own[-length:] for other in parts) > 1 and length < len(own):
+            length += 1
+        names.append("/".join(own[-length:]).replace("//", "/"))
+    return names
+
+
+def _spill_folder(temp_dir: str | Path | None) -> tempfile.TemporaryDirectory[str]:
+    """A private folder inside temp_dir, which goes with the connection.
+
+    Raises:
+        InvalidOption: it cannot be made there.
+    """
+    try:
+        return tempfile.TemporaryDirectory(
+            prefix="bhlog-sql-", dir=temp_dir, ignore_cleanup_errors=True
+        )
+    except OSError as error:
+        raise InvalidOption(
+            f"{temp_dir}: no folder for spilled data can be made there ({error.strerror})"
+        ) from error

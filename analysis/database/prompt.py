@@ -1,0 +1,181 @@
+"""The prompt of bhlog sql: queries line by line, with history and completion."""
+
+import os
+import re
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+from analysis.database.database import Database
+from analysis.database.functions import FUNCTIONS
+from analysis.database.question import find_question, pairs, questions
+from analysis.database.result import print_result
+from analysis.database.views import VIEWS
+from capture.contract.errors import InvalidOption, RouterLogError
+
+HELP = """\
+Enter runs the query, Alt-Enter starts a new line, Tab completes, Ctrl-D leaves.
+  .tables               the views and their columns
+  .list                 the questions of bhlog
+  .query NAME [K=V...]  ask one
+  .help, .quit"""
+
+_KEYWORDS = """
+SELECT FROM WHERE GROUP ORDER BY HAVING LIMIT JOIN LEFT USING ON AS WITH AND OR NOT IN IS NULL
+BETWEEN CASE WHEN THEN ELSE END DISTINCT UNION ALL OVER PARTITION QUALIFY DESC ASC DESCRIBE
+SUMMARIZE EXPLAIN ANALYZE avg count sum min max median unnest quantile_cont stddev_pop
+"""
+COMMANDS = (".tables", ".list", ".query", ".help", ".quit")
+
+
+def run_prompt(
+    database: Database,
+    *,
+    result_format: str = "table",
+    max_rows: int = 1000,
+    history: Path | None = None,
+    **session: Any,
+) -> None:
+    """Read queries and print their results until the input ends.
+
+    Args:
+        result_format, max_rows: see print_result.
+        history: file of earlier lines; None keeps them for this session only.
+        session: options of PromptSession, such as input and output.
+    """
+    prompt: PromptSession[str] = PromptSession(
+        history=_history(history),
+        completer=SqlCompleter(database),
+        complete_while_typing=False,
+        key_bindings=_keys(),
+        multiline=True,
+        prompt_continuation="   ...> ",
+        **session,
+    )
+    print(f"{', '.join(database.runs)}: {', '.join(VIEWS)}. Enter .help for help.")
+    while True:
+        try:
+            line = prompt.prompt("bhlog> ").strip()
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return
+        if line in (".quit", ".exit", "quit", "exit"):
+            return
+        if not line:
+            continue
+        try:
+            _answer(database, line, result_format, max_rows)
+        except RouterLogError as error:
+            click.echo(f"bhlog: {error}", err=True)
+        except KeyboardInterrupt:
+            click.echo("bhlog: interrupted", err=True)
+
+
+def history_path() -> Path:
+    """Where the prompt keeps its lines: bhlog/sql_history in the user's state folder."""
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "bhlog" / "sql_history"
+
+
+class SqlCompleter(Completer):
+    """Completes keywords, functions, views and their columns, and the names of questions.
+
+    After `view.` it offers that view's columns; where the line names views, their columns come
+    before others.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._columns = database.columns()
+        self._questions = [question.name for question in questions()]
+
+    def get_completions(
+        self, document: Document, complete_event: CompleteEvent
+    ) -> Iterable[Completion]:
+        before = document.text_before_cursor
+        if before.startswith("."):
+            word = before.split(" ")[-1]
+            names = self._questions if before.startswith(".query ") else COMMANDS
+            yield from _matching(names, word, "")
+            return
+        found = re.search(r"(?:(\w+)\.)?(\w*)$", before)
+        view, word = (found[1], found[2]) if found else (None, "")
+        if view in self._columns:
+            yield from _matching(self._columns[view], word, f"column of {view}")
+            return
+        named = [name for name in self._columns if re.search(rf"\b{name}\b", document.text)]
+        columns = dict.fromkeys(c for name in named or self._columns for c in self._columns[name])
+        yield from _matching(columns, word, "column")
+        yield from _matching(self._columns, word, "view")
+        yield from _matching(FUNCTIONS, word, "function")
+        yield from _matching(_KEYWORDS.split(), word, "")
+
+
+def _matching(names: Iterable[str], word: str, kind: str) -> Iterable[Completion]:
+    for name in names:
+        if name.lower().startswith(word.lower()):
+            yield Completion(name, start_position=-len(word), display_meta=kind)
+
+
+def _answer(database: Database, line: str, result_format: str, max_rows: int) -> None:
+    if not line.startswith("."):
+        _show(database, line, {}, result_format, max_rows)
+        return
+    command, *words = shlex.split(line)
+    if command == ".help":
+        print(HELP)
+    elif command == ".tables":
+        for view, columns in database.columns().items():
+            print(f"{view}: {', '.join(columns)}")
+    elif command == ".list":
+        for question in questions():
+            print(f"{question.name}: {question.title}")
+    elif command == ".query" and words:
+        question = find_question(words[0])
+        values = question.values(pairs(words[1:]))
+        question.check(database)
+        _show(database, question.text, values, result_format, max_rows)
+    else:
+        raise InvalidOption(f"no command '{line}'; commands: {', '.join(COMMANDS)}")
+
+
+def _show(
+    database: Database, query: str, values: dict[str, Any], result_format: str, max_rows: int
+) -> None:
+    schema, batches = database.batches(query, values)
+    left_out = print_result(schema, batches, result_format, max_rows=max_rows)
+    if left_out:
+        print(f"{left_out:,} more rows")
+
+
+def _history(path: Path | None) -> History:
+    if path is None:
+        return InMemoryHistory()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError:  # a read-only home: the session still has its own history
+        return InMemoryHistory()
+    return FileHistory(str(path))
+
+
+def _keys() -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _run(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys

@@ -1,0 +1,250 @@
+"""The views of opened runs: what each holds and which files it reads."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from analysis.database.run_files import RunFiles
+from analysis.log import Log
+from analysis.replay.decisions import SCHEMA as DECISIONS
+from capture.contract.kde import _SCHEMA as _KDE
+from capture.contract.kde import KdeModel
+from capture.contract.manifest import Totals
+from capture.contract.schema import routing_schema, tokens_schema
+
+VIEWS = {
+    "routing": "a row per token and layer",
+    "selections": "a row per selected expert",
+    "tokens": "a row per token",
+    "runs": "a row per run, from its manifest",
+    "kde": "a row per curve of the null models, and per histogram kept for refits",
+    "replays": "decisions that bhlog replay --out wrote: a row per replay, token and layer",
+    "shards": "a row per file that holds a run's rows",
+}
+
+# experts, weights and logits are indexed rather than unnested, so that unused ones are not read.
+SELECTIONS = """
+CREATE VIEW selections AS
+SELECT
+    run,
+    layer,
+    sequence,
+    position,
+    token_id,
+    phase,
+    forward,
+    k::USMALLINT AS k,
+    experts[k] AS expert,
+    weights[k] AS weight,
+    logits[experts[k] + 1] AS logit,
+    p_value(logits[experts[k] + 1], layer, experts[k], run) AS p_value,
+    rank
+FROM (SELECT *, unnest(range(1, len(experts) + 1)) AS k FROM routing);
+"""
+
+_SHARDS = """
+CREATE VIEW shards AS
+SELECT run, folder, parse_filename(path) AS shard, bytes, coalesce(rows, 0) AS rows
+FROM _files
+LEFT JOIN (
+    SELECT path, count(*) AS rows
+    FROM (SELECT path FROM _routing_paths UNION ALL SELECT path FROM _tokens_paths)
+    GROUP BY path
+) AS counted USING (path)
+ORDER BY run, folder, shard;
+"""
+
+_REPLAYS = pa.schema([pa.field("run", pa.string()), pa.field("replay", pa.string()), *DECISIONS])
+
+
+def create_views(
+    connection: duckdb.DuckDBPyConnection,
+    runs: Mapping[str, Log],
+    files: RunFiles,
+    kde: KdeModel | None,
+) -> None:
+    """Create each of VIEWS over the files of these runs.
+
+    Args:
+        kde: null model that stands in for the runs' own in the view kde.
+
+    Raises:
+        CorruptShard: the first shard of a run is unreadable or has other columns.
+    """
+    _create_rows(connection, runs, files, "routing", routing_schema(0))
+    _create_rows(connection, runs, files, "tokens", tokens_schema())
+    connection.execute(SELECTIONS)
+    _create_table(connection, "runs", runs_table(runs))
+    _create_kde(connection, runs, kde)
+    _create_replays(connection, files, runs)
+    _create_shards(connection, runs, files)
+
+
+def runs_table(runs: Mapping[str, Log]) -> pa.Table:
+    """A row per run: its manifest, flattened."""
+    return pa.Table.from_pylist([_run_row(name, log) for name, log in runs.items()], RUNS)
+
+
+RUNS = pa.schema(
+    [
+        ("run", pa.string()),
+        ("path", pa.string()),
+        ("run_id", pa.string()),
+        ("created", pa.string()),
+        ("closed", pa.string()),
+        ("model", pa.string()),
+        ("class_name", pa.string()),
+        ("revision", pa.string()),
+        ("dtype", pa.string()),
+        ("layers", pa.list_(pa.uint16())),
+        ("n_experts", pa.uint16()),
+        ("top_k", pa.uint16()),
+        ("norm_topk_prob", pa.bool_()),
+        ("scoring", pa.string()),
+        ("routing", pa.string()),
+        ("alpha", pa.float64()),
+        ("min_k", pa.uint16()),
+        ("max_k", pa.uint16()),
+        ("temperature", pa.float64()),
+        ("renormalize", pa.string()),
+        ("p_values", pa.string()),
+        ("kde_sha256", pa.string()),
+        ("sample_every", pa.uint32()),
+        ("token_ids", pa.bool_()),
+        *((name, pa.int64()) for name in asdict(Totals())),
+        ("error", pa.string()),
+        ("versions", pa.map_(pa.string(), pa.string())),
+    ]
+)
+
+
+def _run_row(name: str, log: Log) -> dict[str, Any]:
+    manifest = log.manifest
+    options = manifest.routing.options
+    chosen = asdict(options) if options else {}
+    if options:
+        chosen["renormalize"] = str(options.renormalize).lower()
+    row = {
+        **asdict(manifest),
+        **asdict(manifest.model),
+        **asdict(manifest.totals),
+        **chosen,
+        "run": name,
+        "path": log.path,
+        "model": manifest.model.name,
+        "routing": manifest.routing.kind,
+        "kde_sha256": manifest.routing.kde_sha256,
+        "versions": list(manifest.versions.items()),
+    }
+    return {column: row.get(column) for column in RUNS.names}
+
+
+def _create_rows(
+    connection: duckdb.DuckDBPyConnection,
+    runs: Mapping[str, Log],
+    files: RunFiles,
+    folder: str,
+    schema: pa.Schema,
+) -> None:
+    """The view `routing` or `tokens`: the shards of every run, with the run's name before them."""
+    relations = []
+    for name, log in runs.items():
+        paths = list(files.listing(name, folder))
+        if paths:
+            log.open_shard(folder, paths[0].rpartition("/")[2])
+            relations.append(_read(connection, paths, run=name))
+    if not relations:
+        relations = [_empty(connection, pa.schema([pa.field("run", pa.string()), *schema]))]
+    _union(relations).create_view(folder)
+
+
+def _create_table(connection: duckdb.DuckDBPyConnection, name: str, table: pa.Table) -> None:
+    connection.from_arrow(table).create(name)
+
+
+def _create_kde(
+    connection: duckdb.DuckDBPyConnection, runs: Mapping[str, Log], kde: KdeModel | None
+) -> None:
+    tables = [pa.schema([pa.field("run", pa.string()), *_KDE]).empty_table()]
+    for name, log in runs.items():
+        model = kde or log.kde
+        if model is not None:
+            rows = pq.read_table(pa.BufferReader(model.to_bytes()))
+            tables.append(rows.add_column(0, "run", pa.array([name] * len(rows), pa.string())))
+    _create_table(connection, "kde", pa.concat_tables(tables))
+
+
+def _create_replays(
+    connection: duckdb.DuckDBPyConnection, files: RunFiles, runs: Mapping[str, Log]
+) -> None:
+    relations = []
+    for name in runs:
+        of_replay: dict[str, list[str]] = {}
+        for path in files.listing(name, "replay"):
+            of_replay.setdefault(path.split("/")[-2], []).append(path)
+        for replay, paths in of_replay.items():
+            relations.append(_read(connection, paths, run=name, replay=replay))
+    if not relations:
+        relations = [_empty(connection, _REPLAYS)]
+    _union(relations).select(*_REPLAYS.names).create_view("replays")
+
+
+def _create_shards(
+    connection: duckdb.DuckDBPyConnection, runs: Mapping[str, Log], files: RunFiles
+) -> None:
+    """The view `shards`: files, their bytes, and their rows, counted when asked for."""
+    listed: list[dict[str, Any]] = [
+        {"run": name, "folder": folder, "path": path, "bytes": size}
+        for name in runs
+        for folder in ("routing", "tokens")
+        for path, size in files.listing(name, folder).items()
+    ]
+    schema = pa.schema(
+        [(c, pa.string()) for c in ("run", "folder", "path")] + [("bytes", pa.int64())]
+    )
+    _create_table(connection, "_files", pa.Table.from_pylist(listed, schema))
+    for folder in ("routing", "tokens"):
+        paths = [row["path"] for row in listed if row["folder"] == folder]
+        relation = (
+            _read(connection, paths, path=duckdb.ColumnExpression("filename"))
+            if paths
+            else _empty(connection, pa.schema([("path", pa.string())]))
+        )
+        relation.select("path").create_view(f"_{folder}_paths")
+    connection.execute(_SHARDS)
+
+
+def _read(
+    connection: duckdb.DuckDBPyConnection, paths: list[str], **columns: str | duckdb.Expression
+) -> duckdb.DuckDBPyRelation:
+    """Rows of Parquet files, after columns with the same value in all rows."""
+    first = [
+        (duckdb.ConstantExpression(value) if isinstance(value, str) else value).alias(name)
+        for name, value in columns.items()
+    ]
+    relation = connection.read_parquet(paths, hive_partitioning=False)
+    return relation.select(*first, duckdb.StarExpression())
+
+
+def _empty(connection: duckdb.DuckDBPyConnection, schema: pa.Schema) -> duckdb.DuckDBPyRelation:
+    """No rows of these columns, of the types that DuckDB reads from Parquet."""
+    name = f"_no_{len(connection.execute('SHOW ALL TABLES').fetchall())}"
+    fields = [
+        pa.field(f.name, pa.list_(f.type.value_type))
+        if pa.types.is_fixed_size_list(f.type)
+        else pa.field(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type)
+        for f in schema
+    ]
+    _create_table(connection, name, pa.schema(fields).empty_table())
+    return connection.table(name)
+
+
+def _union(relations: list[duckdb.DuckDBPyRelation]) -> duckdb.DuckDBPyRelation:
+    whole, *others = relations
+    for other in others:
+        whole = whole.union(other)
+    return whole

@@ -1,0 +1,122 @@
+"""Sample: rows drawn from a log with their p-values, few enough to hold in memory and to draw."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from analysis.log import Log, RowGroup
+from analysis.replay.replay import COLUMNS, Replay, p_values_of
+from capture.contract.bh import BhOptions
+from capture.contract.kde import KdeModel
+
+MOST_VALUES = 4_000_000  # logits kept over all layers: about 50 MB with their p-values
+MOST_ROWS = 2_000  # rows kept of a layer
+MOST_GROUPS = 8  # row groups read of a layer, spread over the log
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSample:
+    """N rows of one layer, drawn at random from row groups that are spread over the log.
+
+    Attributes:
+        layer: decoder layer.
+        sequence, position: (N,) which token each row is.
+        logits: (N, E) float32.
+        p: (N, E) float64, NaN where the logit is NaN.
+        n_rejected, n_selected: (N,) what BH decides with the options asked for.
+    """
+
+    layer: int
+    sequence: NDArray[np.uint32]
+    position: NDArray[np.uint32]
+    logits: NDArray[np.float32]
+    p: NDArray[np.float64]
+    n_rejected: NDArray[np.uint16]
+    n_selected: NDArray[np.uint16]
+
+    @property
+    def sorted_p(self) -> NDArray[np.float64]:
+        """(N, E) p-values from the smallest on; those of non-finite logits are infinite."""
+        p = np.where(np.isfinite(self.logits), self.p, np.inf)
+        return np.sort(p, axis=1)
+
+
+def sample_rows(
+    log: Log, options: BhOptions, kde: KdeModel | None = None, *, seed: int = 0
+) -> list[LayerSample]:
+    """Draw rows of each layer with their p-values and decisions; layers without rows are left out.
+
+    At most MOST_ROWS rows of a layer and MOST_VALUES logits in all, from at most MOST_GROUPS row
+    groups of a layer: a long log costs little more than a short one.
+
+    Args:
+        options: alpha, bounds, and whether p-values are empirical.
+        kde: null model; None takes the run's own.
+
+    Raises:
+        InvalidOption, KdeMismatch: see analysis.replay.replay.Replay.
+    """
+    rule = Replay(log, [options], kde)
+    null = None if rule.empirical else kde or log.kde
+    rng = np.random.default_rng(seed)
+    most = max(1, min(MOST_ROWS, MOST_VALUES // (len(log.layers) * log.n_experts)))
+    by_layer: dict[int, list[RowGroup]] = {layer: [] for layer in log.layers}
+    for group in log.row_groups():
+        if group.rows:
+            by_layer[group.layer].append(group)
+    samples = []
+    for layer, groups in by_layer.items():
+        chosen = _spread(groups)
+        available = sum(group.rows for group in chosen)
+        parts = []
+        for group in chosen:
+            quota = -(-most * group.rows // available)
+            batch = log.read(group, [*COLUMNS, "sequence", "position"])
+            batch = _drawn(batch, quota, rng, whole_forwards=rule.empirical)
+            decided = rule.decide(batch)
+            p = p_values_of(batch, None if null is None else null[layer])
+            part = (
+                batch.column("sequence").to_numpy(),
+                batch.column("position").to_numpy(),
+                decided.logits,
+                p,
+                decided.n_rejected[0],
+                decided.n_selected[0],
+            )
+            take = _some(len(p), quota, rng)
+            parts.append([column[take] for column in part])
+        if parts:
+            sequence, position, logits, p, n_rejected, n_selected = (
+                np.concatenate(column) for column in zip(*parts, strict=True)
+            )
+            samples.append(
+                LayerSample(layer, sequence, position, logits, p, n_rejected, n_selected)
+            )
+    return samples
+
+
+def _spread(groups: list[RowGroup]) -> list[RowGroup]:
+    """At most MOST_GROUPS of the groups, evenly spaced."""
+    if len(groups) <= MOST_GROUPS:
+        return groups
+    return [groups[i] for i in np.linspace(0, len(groups) - 1, MOST_GROUPS).astype(int)]
+
+
+def _drawn(
+    batch: pa.RecordBatch, quota: int, rng: np.random.Generator, *, whole_forwards: bool
+) -> pa.RecordBatch:
+    """Rows drawn at random: `quota` of them, or whole forwards that hold at least as many."""
+    if not whole_forwards:
+        return batch.take(pa.array(_some(batch.num_rows, quota, rng)))
+    forward = batch.column("forward").to_numpy()
+    numbers, rows = np.unique(forward, return_counts=True)
+    order = rng.permutation(len(numbers))
+    enough = int(np.searchsorted(np.cumsum(rows[order]), quota)) + 1
+    return batch.filter(pa.array(np.isin(forward, numbers[order[:enough]])))
+
+
+def _some(n: int, quota: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Indices of at most `quota` of n rows, rising."""
+    return np.sort(rng.choice(n, min(n, quota), replace=False))

@@ -1,0 +1,1 @@
+"""Null models: fitted from logs, refitted, merged, compared, checked and drawn."""

@@ -1,0 +1,64 @@
+"""Null models as tables."""
+
+import polars as pl
+
+from capture.contract.errors import InvalidOption
+from capture.contract.histogram import BIN_WIDTH
+from capture.contract.kde import KdeModel
+
+
+def curves_frame(
+    model: KdeModel, alpha: float | None = None, n_experts: int | None = None
+) -> pl.DataFrame:
+    """One row per curve: what it was fitted from and how.
+
+    Args:
+        alpha: adds the thresholds t_1 and t_E at this BH level.
+        n_experts: experts per router; needed with alpha for a pooled model.
+
+    Raises:
+        InvalidOption: alpha outside (0, 1), or a pooled model without n_experts.
+        KdeMismatch: curves for other experts.
+    """
+    if alpha is not None and not 0 < alpha < 1:
+        raise InvalidOption(f"alpha must be between 0 and 1, got {alpha}")
+    rows = []
+    for layer, curve in model.curves:
+        histogram = curve.histogram
+        row: dict[str, object] = {"layer": layer}
+        if not model.pooled:
+            row["expert"] = curve.expert
+        row |= {
+            "n": curve.n,
+            "left_out": histogram.left_out if histogram else None,
+            "lowest": histogram.lo if histogram else None,
+            "highest": histogram.lo + BIN_WIDTH * (len(histogram.counts) - 1)
+            if histogram
+            else None,
+            "trim": f"{curve.trim_low}:{curve.trim_high}",
+            "kept": " ".join(f"{trim.low}:{trim.high}" for trim in sorted(curve.kept)) or None,
+            "kernel": curve.kernel,
+            "rule": curve.rule,
+            "bandwidth": curve.bandwidth,
+            "grid_points": len(curve.tail),
+            "dx": curve.dx,
+        }
+        if alpha is not None:
+            experts = n_experts or (None if model.pooled else len(model[layer].curves))
+            if experts is None:
+                raise InvalidOption(
+                    "thresholds of a pooled null need the number of experts: add --experts E"
+                )
+            model[layer].require(experts)
+            t = curve.thresholds(alpha, experts)
+            row |= {"t_1": float(t[0]), f"t_{experts}": float(t[-1])}
+        row["source"] = " ".join(_short(source) for source in curve.source) or None
+        rows.append(row)
+    schema = {"lowest": pl.Float64, "highest": pl.Float64, "kept": pl.String, "source": pl.String}
+    schema |= {"left_out": pl.Int64, "bandwidth": pl.Float64}
+    return pl.DataFrame(rows, schema_overrides=schema)
+
+
+def _short(source: str) -> str:
+    """The first 8 digits of a run's id; the name of an imported file as it is."""
+    return source[:8] if len(source) == 32 else source

@@ -1,0 +1,1 @@
+"""Replay: decisions at other settings, recomputed from logged logits."""

@@ -1,0 +1,1 @@
+"""Verification: is a run whole, and what does it hold?"""

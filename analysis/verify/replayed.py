@@ -1,0 +1,85 @@
+"""Whether replaying a run at its own settings gives the decisions that it logged."""
+
+from typing import Self
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from analysis.log import Log, Progress, layer_of, logits_of
+from analysis.replay.replay import COLUMNS, Replay, padded_experts
+from capture.contract.bh import finite_keys
+
+
+def verify_replay(log: Log, progress: Progress | None = None) -> pl.DataFrame:
+    """Replay a run at its own settings and compare every row with what was logged.
+
+    Under BH the experts in order, n_selected and n_rejected must be the logged ones. Under native
+    routing the logged experts must hold the top_k largest logits; which of several equal ones is
+    the model's affair.
+
+    Returns:
+        One row per layer: layer, rows, mismatches, and where the first one is.
+
+    Raises:
+        InvalidOption: the run's experts are not decided by its logits alone.
+    """
+    total = log.fold(
+        lambda: _Comparison(log),
+        ("layer", "sequence", "position", *COLUMNS[1:], "n_selected", "n_rejected"),
+        progress=progress,
+    )
+    rows = [
+        {"layer": layer, "rows": n, "mismatches": wrong, "first": first}
+        for layer, (n, wrong, first) in sorted(total.layers.items())
+    ]
+    schema = {"layer": pl.Int64, "rows": pl.Int64, "mismatches": pl.Int64, "first": pl.String}
+    return pl.DataFrame(rows, schema=schema)
+
+
+class _Comparison:
+    """Counts rows whose replayed decision differs from the logged one."""
+
+    def __init__(self, log: Log) -> None:
+        options = log.manifest.routing.options
+        self.rule = None if options is None else Replay(log, [options])
+        self.top_k = log.manifest.model.top_k
+        self.layers: dict[int, tuple[int, int, str | None]] = {}
+
+    def update(self, batch: pa.RecordBatch) -> None:
+        n = batch.column("n_selected").to_numpy()
+        logged = padded_experts(batch.column("experts"), self.width(batch))
+        if self.rule is None:
+            wrong = self._native(batch, logged)
+        else:
+            mine = self.rule.decide(batch)
+            slots = np.arange(logged.shape[1]) < n[:, None]
+            wrong = (
+                (mine.n_selected[0] != n)
+                | (mine.n_rejected[0] != batch.column("n_rejected").to_numpy())
+                | ((mine.order[:, : logged.shape[1]] != logged) & slots).any(axis=1)
+            )
+        first = None
+        if wrong.any():
+            row = batch.slice(int(np.argmax(wrong)), 1).to_pylist()[0]
+            first = f"rank {row['rank']} sequence {row['sequence']} position {row['position']}"
+        self._count(layer_of(batch), len(wrong), int(wrong.sum()), first)
+
+    def merge(self, other: Self) -> None:
+        for layer, (n, wrong, first) in other.layers.items():
+            self._count(layer, n, wrong, first)
+
+    def width(self, batch: pa.RecordBatch) -> int:
+        """Slots for the widest row of a batch."""
+        return int(batch.column("n_selected").to_numpy().max(initial=1))
+
+    def _native(self, batch: pa.RecordBatch, logged: NDArray[np.uint16]) -> NDArray[np.bool_]:
+        keys = finite_keys(logits_of(batch))
+        best = -np.sort(-keys, axis=1)[:, : logged.shape[1]]
+        mine = -np.sort(-np.take_along_axis(keys, logged.astype(np.int64), axis=1), axis=1)
+        return np.asarray((best != mine).any(axis=1))
+
+    def _count(self, layer: int, n: int, wrong: int, first: str | None) -> None:
+        before = self.layers.get(layer, (0, 0, None))
+        self.layers[layer] = (before[0] + n, before[1] + wrong, before[2] or first)

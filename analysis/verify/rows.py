@@ -1,0 +1,75 @@
+"""Rows: whether the decisions in a batch are such as the rule could have made."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from analysis.log import Log, logits_of
+from analysis.replay.replay import padded_experts
+from capture.contract.bh import finite_keys, no_finite_logit
+
+
+def expert_problems(
+    log: Log, batch: pa.RecordBatch, *, by_logit: bool
+) -> tuple[list[tuple[int, str]], int]:
+    """What is wrong with the decisions of a batch, and its rows with a NaN or infinite logit.
+
+    Args:
+        by_logit: whether experts must come in order of falling logit.
+
+    Returns:
+        (first row, problem in words) of each kind of problem, and the count.
+    """
+    logits = logits_of(batch)
+    nonfinite = int((~np.isfinite(logits).all(axis=1)).sum())
+    problems = [
+        (int(np.argmax(wrong)), f"{words} ({int(wrong.sum()):,} such rows)")
+        for wrong, words in _checks(log, batch, logits, by_logit)
+        if wrong.any()
+    ]
+    return problems, nonfinite
+
+
+def _checks(
+    log: Log, batch: pa.RecordBatch, logits: NDArray[np.float32], by_logit: bool
+) -> Iterator[tuple[NDArray[np.bool_], str]]:
+    """(T,) bool of wrong rows, and what is wrong with them."""
+    E, T = log.n_experts, batch.num_rows
+    experts = batch.column("experts")
+    n = batch.column("n_selected").to_numpy().astype(np.int64)
+    lengths, weights = (
+        batch.column(name).value_lengths().to_numpy().astype(np.int64)
+        for name in ("experts", "weights")
+    )
+    yield n != lengths, "n_selected is not the number of experts"
+    yield weights != lengths, "experts and weights differ in number"
+    width = max(1, int(lengths.max(initial=0)))
+    logged = padded_experts(experts, width).astype(np.int64)
+    used = np.arange(width) < lengths[:, None]  # (T, width)
+    beyond = ((logged >= E) & used).any(axis=1)
+    yield beyond, f"an expert is not below {E}"
+    filled = np.sort(np.where(used, logged, E + 0x10000 + np.arange(width)), axis=1)
+    yield (np.diff(filled, axis=1) == 0).any(axis=1), "an expert is there twice"
+    options, rejected = log.manifest.routing.options, batch.column("n_rejected")
+    if options is None:
+        yield _valid(rejected), "n_rejected under native routing, expected null"
+        return
+    yield ~_valid(rejected), "no n_rejected under BH routing"
+    low, high = options.bounds(E)
+    bounded = np.clip(np.asarray(rejected.fill_null(0)).astype(np.int64), low, high)
+    yield (
+        (n != bounded) & ~no_finite_logit(logits),
+        f"n_selected is not n_rejected within [{low}, {high}]",
+    )
+    if by_logit:
+        keys = finite_keys(logits)
+        safe = np.where(used & (logged < E), logged, 0)
+        chosen = keys[np.arange(T)[:, None], safe]
+        rises = (chosen[:, 1:] > chosen[:, :-1]) & used[:, 1:]
+        yield rises.any(axis=1), "experts are not in order of falling logit"
+
+
+def _valid(column: pa.Array) -> NDArray[np.bool_]:
+    return np.asarray(column.is_valid())

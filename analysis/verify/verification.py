@@ -1,0 +1,364 @@
+"""Verification: is a run whole, and does it keep what the log promises?"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from analysis.log import Log, Progress
+from analysis.verify.identity import Identity, identity_of
+from analysis.verify.replayed import verify_replay
+from analysis.verify.rows import expert_problems
+from capture.contract.errors import CorruptKde, CorruptShard, InvalidOption, KdeMismatch
+from capture.contract.manifest import MANIFEST_NAME, manifest_name
+from capture.contract.schema import SCHEMA_VERSION, SHARD_NAME, routing_schema, tokens_schema
+
+FOLDERS = ("routing", "tokens")
+_KNOWN_FOLDERS = (*FOLDERS, "figures", "replay")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        check: "manifest", "files", "null model", "shards", "rows", "totals" or "replay".
+        status: "ok", "warning" (worth knowing, nothing is wrong) or "error".
+        where: file or part of the run.
+        detail: what was found, and what was expected.
+    """
+
+    check: str
+    status: Literal["ok", "warning", "error"]
+    where: str
+    detail: str
+
+
+def verify(log: Log, progress: Progress | None = None) -> list[Finding]:
+    """Check a run's files against each other and against what the log promises.
+
+    Reads every page of every shard, with checksums; holds the tokens of one shard and one row group
+    at a time. A run that is open, or whose capture was killed, is whole as far as it goes: what is
+    missing is a warning.
+    """
+    return [*_manifest(log), *_files(log), *_null_model(log), *_shards(log, progress)]
+
+
+def verify_decisions(log: Log, progress: Progress | None = None) -> list[Finding]:
+    """Replay a run at its own settings and compare every row; see replay.verify_replay.
+
+    A run that cannot be replayed is an error.
+    """
+    try:
+        frame = verify_replay(log, progress)
+    except (InvalidOption, KdeMismatch) as error:
+        return [Finding("replay", "error", log.path, str(error))]
+    findings = []
+    for row in frame.iter_rows(named=True):
+        wrong = row["mismatches"]
+        detail = f"{row['rows']:,} rows replayed, {wrong:,} disagree"
+        if wrong:
+            detail += f", first at {row['first']}"
+        where = f"layer {row['layer']}"
+        findings.append(Finding("replay", "error" if wrong else "ok", where, detail))
+    return findings
+
+
+def _manifest(log: Log) -> Iterator[Finding]:
+    manifest = log.manifest
+    if manifest.error:
+        detail = f"the capture ended early: {manifest.error}"
+        yield Finding("manifest", "warning", MANIFEST_NAME, detail)
+    if manifest.closed is None:
+        yield Finding(
+            "manifest",
+            "warning",
+            MANIFEST_NAME,
+            "not closed: the capture still runs or was killed; rows since its last sealed shard "
+            "are missing",
+        )
+    else:
+        detail = f"closed {manifest.closed}, {_pairs(len(manifest.shards))} listed"
+        yield Finding("manifest", "ok", MANIFEST_NAME, detail)
+    if manifest.totals.dropped:
+        detail = f"{manifest.totals.dropped:,} tokens were dropped because the queue was full"
+        yield Finding("manifest", "warning", MANIFEST_NAME, detail)
+
+
+def _files(log: Log) -> Iterator[Finding]:
+    """Shards that are listed, numbered and paired, and files that belong to no run."""
+    files = log.tree()
+    listed = {shard.name: shard for shard in log.manifest.shards}
+    found = {*log.shards, *log.token_shards}
+    for name in sorted(listed.keys() | found):
+        for folder in FOLDERS:
+            path = f"{folder}/{name}"
+            if path in files and name not in listed and log.manifest.closed:
+                yield Finding("files", "error", path, "not in the manifest of the closed run")
+            elif path not in files and name in listed:
+                yield Finding("files", "error", path, "missing: the manifest lists it")
+            elif path not in files and _last_of_open_run(log, name):
+                detail = "missing: the capture stopped between the two files of its last pair"
+                yield Finding("files", "warning", path, detail)
+            elif path not in files:
+                yield Finding("files", "error", path, "missing beside its other half")
+        size = sum(files.get(f"{folder}/{name}", 0) for folder in FOLDERS)
+        if name in listed and name in found and size != listed[name].bytes:
+            detail = f"{size:,} bytes in its two files, the manifest says {listed[name].bytes:,}"
+            yield Finding("files", "error", name, detail)
+    yield from _numbers(log, found, files)
+    for path in files:
+        yield from _foreign(path)
+    total = sum(size for path, size in files.items() if path.startswith(FOLDERS))
+    yield Finding("files", "ok", log.path, f"{len(files):,} files, {total:,} bytes in shards")
+
+
+def _last_of_open_run(log: Log, name: str) -> bool:
+    """Whether a shard is the last of its rank in a run that is not closed."""
+    rank = name.partition("-")[0]
+    last = max(n for n in (*log.shards, *log.token_shards) if n.startswith(rank))
+    return log.manifest.closed is None and name == last
+
+
+def _numbers(log: Log, found: set[str], files: dict[str, int]) -> Iterator[Finding]:
+    """Shards are numbered from 0 within their rank, and each rank has a manifest."""
+    numbers: dict[int, set[int]] = {}
+    for name in found | {shard.name for shard in log.manifest.shards}:
+        rank, number = _rank_and_number(name)
+        numbers.setdefault(rank, set()).add(number)
+    for rank, mine in sorted(numbers.items()):
+        if manifest_name(rank) not in files:
+            yield Finding(
+                "files", "error", manifest_name(rank), f"missing: there are shards of rank {rank}"
+            )
+        for number in sorted(set(range(max(mine))) - mine):
+            yield Finding(
+                "files",
+                "error",
+                f"rank{rank:05d}-{number:05d}.parquet",
+                f"missing from both folders: shards of rank {rank} go on to {max(mine):05d}",
+            )
+
+
+def _foreign(path: str) -> Iterator[Finding]:
+    folder, _, name = path.rpartition("/")
+    top = path.split("/")[0]
+    if name.endswith(".part"):
+        yield Finding("files", "warning", path, "unfinished: its rows are not part of the run")
+    elif folder in FOLDERS and not SHARD_NAME.fullmatch(name):
+        yield Finding("files", "warning", path, "not the name of a shard: it is not read")
+    elif top not in (*_KNOWN_FOLDERS, "kde.parquet", MANIFEST_NAME) and not (
+        path.startswith("run.rank") and path.endswith(".json")
+    ):
+        yield Finding("files", "warning", path, "not part of a run: it is not read")
+
+
+def _null_model(log: Log) -> Iterator[Finding]:
+    expected = log.manifest.routing.kde_sha256
+    where = "kde.parquet"
+    try:
+        null = log.kde
+    except CorruptKde as error:
+        yield Finding("null model", "error", where, str(error))
+        return
+    if null is None:
+        if expected is not None:
+            yield Finding("null model", "error", where, "missing: the run was routed by it")
+        return
+    with log.open_file(where) as file:
+        found = hashlib.sha256(file.read()).hexdigest()
+    if expected is not None and found != expected:
+        detail = (
+            f"sha256 is {found[:12]}..., the manifest says {expected[:12]}...: not the null model "
+            "that the run was routed by"
+        )
+        yield Finding("null model", "error", where, detail)
+    else:
+        yield Finding("null model", "ok", where, f"{len(null)} layers, sha256 {found[:12]}...")
+
+
+def _orders_by_logit(log: Log) -> bool:
+    """Whether the rule chose experts in order of falling logit: under one null for all experts."""
+    options = log.manifest.routing.options
+    if options is None or options.p_values != "kde":
+        return False
+    try:
+        return log.kde is not None and log.kde.pooled
+    except CorruptKde:  # told by the check of the null model
+        return False
+
+
+def _shards(log: Log, progress: Progress | None) -> Iterator[Finding]:
+    """Every pair of shards, row by row, and the totals over them."""
+    listed = {shard.name: shard for shard in log.manifest.shards}
+    seen: dict[bytes, str] = {}  # digest of a pair's tokens -> its name
+    by_logit = _orders_by_logit(log)
+    rows = tokens = nonfinite = n_whole = broken = 0
+    for name in sorted({*log.shards, *log.token_shards}):
+        pair = _Pair(log, name, by_logit=by_logit)
+        try:
+            pair.check(progress)
+        except CorruptShard as error:
+            pair.problems.append(("shards", str(error)))
+        twin = seen.setdefault(pair.digest, name) if pair.digest else name
+        if twin != name:
+            pair.problems.append(("rows", f"holds the same tokens as {twin}"))
+        entry = listed.get(name)
+        if entry is not None and not pair.problems and pair.counts != (entry.rows, entry.tokens):
+            detail = (
+                f"{pair.rows:,} rows of {pair.tokens:,} tokens, the manifest says {entry.rows:,} "
+                f"of {entry.tokens:,}"
+            )
+            pair.problems.append(("totals", detail))
+        for check, problem in pair.problems:
+            yield Finding(check, "error", name, problem)
+        for problem in pair.remarks:
+            yield Finding("rows", "warning", name, problem)
+        n_whole += pair.whole
+        broken += bool(pair.problems)
+        rows, tokens, nonfinite = rows + pair.rows, tokens + pair.tokens, nonfinite + pair.nonfinite
+    if broken:
+        detail = f"{n_whole:,} whole, {broken:,} not: see the errors above"
+        yield Finding("shards", "warning", log.path, detail)
+    else:
+        detail = f"{_pairs(n_whole)}: {rows:,} rows of {tokens:,} tokens, every page read"
+        yield Finding("shards", "ok", log.path, detail)
+        yield from _totals(log, rows, tokens, nonfinite)
+
+
+def _totals(log: Log, rows: int, tokens: int, nonfinite: int) -> Iterator[Finding]:
+    totals = log.manifest.totals
+    if log.manifest.closed is None:
+        return
+    expected = {"rows": totals.rows, "tokens": totals.tokens, "nonfinite": totals.nonfinite}
+    found = {"rows": rows, "tokens": tokens, "nonfinite": nonfinite}
+    for name, count in found.items():
+        if count != expected[name]:
+            detail = f"{name}: {expected[name]:,} in the manifest, {count:,} in the shards"
+            yield Finding("totals", "error", MANIFEST_NAME, detail)
+    if found == expected:
+        detail = f"{rows:,} rows, {tokens:,} tokens, {nonfinite:,} rows with a NaN or infinity"
+        yield Finding("totals", "ok", MANIFEST_NAME, detail)
+
+
+class _Pair:
+    """A routing shard beside its tokens shard, and what is wrong with them.
+
+    Attributes:
+        rows, tokens, nonfinite: counted in the files.
+        problems: (check, detail) of each error.
+        remarks: warnings on rows.
+        digest: of the identity of its tokens; None before they are read.
+    """
+
+    def __init__(self, log: Log, name: str, *, by_logit: bool) -> None:
+        self.log, self.name, self.by_logit = log, name, by_logit
+        self.rows = self.tokens = self.nonfinite = 0
+        self.problems: list[tuple[str, str]] = []
+        self.remarks: list[str] = []
+        self.digest: bytes | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether both files are there and nothing is wrong with them."""
+        log = self.log
+        return self.name in log.shards and self.name in log.token_shards and not self.problems
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        return self.rows, self.tokens
+
+    def check(self, progress: Progress | None) -> None:
+        """Read both files through; what one of them lacks is told by the check of files.
+
+        Raises:
+            CorruptShard: a file cannot be read.
+        """
+        tokens = None
+        if self.name in self.log.token_shards:
+            tokens = self._check_tokens()
+        if self.name in self.log.shards:
+            self._check_routing(tokens, progress)
+
+    def _check_tokens(self) -> Identity:
+        self._check_schema(self.log.open_shard("tokens", self.name), tokens_schema())
+        table = self.log.read_tokens(self.name)
+        identity = identity_of(table)
+        self.tokens = table.num_rows
+        self.digest = identity.digest() if table.num_rows else None
+        self._check_identity("tokens", table, identity)
+        twice = identity.repeated()
+        if twice is not None:
+            self._row_error(f"tokens: {twice} is there twice")
+        elif identity.revisits():
+            self.remarks.append(
+                f"{identity.revisits():,} positions of a sequence were run more than once"
+            )
+        return identity
+
+    def _check_routing(self, tokens: Identity | None, progress: Progress | None) -> None:
+        shard = self.log.open_shard("routing", self.name)
+        self._check_schema(shard, routing_schema(self.log.n_experts))
+        groups = self.log.groups_of(self.name, shard)
+        layers = sorted({group.layer for group in groups})
+        if tuple(layers) != self.log.layers:
+            found, expected = (", ".join(map(str, ls)) for ls in (layers, self.log.layers))
+            self._row_error(f"layers {found}; the manifest says {expected}")
+        for layer in layers:
+            parts = []
+            for group in groups:
+                if group.layer != layer:
+                    continue
+                batch = self.log.read(group, routing_schema(1).names, shard=shard)
+                part = identity_of(batch)
+                parts.append(part)
+                self._check_identity(f"layer {layer}", batch, part)
+                problems, nonfinite = expert_problems(self.log, batch, by_logit=self.by_logit)
+                for row, problem in problems:
+                    self._row_error(f"layer {layer}: {part.words(row)}: {problem}")
+                self.rows += batch.num_rows
+                self.nonfinite += nonfinite
+                if progress is not None:
+                    progress(batch.num_rows)
+            difference = None if tokens is None else Identity.join(parts).difference(tokens)
+            if difference is not None:
+                self._row_error(f"layer {layer}: {difference}")
+
+    def _check_schema(self, shard: pq.ParquetFile, expected: pa.Schema) -> None:
+        found = shard.schema_arrow
+        extra = sorted(set(found.names) - set(expected.names))
+        if extra:
+            self.remarks.append(f"columns that the schema does not have: {', '.join(extra)}")
+        version = (found.metadata or {}).get(b"bhlog.schema_version", b"none").decode()
+        if version != str(SCHEMA_VERSION):
+            detail = f"schema version {version}, expected {SCHEMA_VERSION}"
+            self.problems.append(("shards", detail))
+
+    def _check_identity(
+        self, where: str, table: pa.Table | pa.RecordBatch, identity: Identity
+    ) -> None:
+        rank, _ = _rank_and_number(self.name)
+        ranks = np.unique(table.column("rank").to_numpy())
+        if table.num_rows and ranks.tolist() != [rank]:
+            self._row_error(f"{where}: rows of rank {ranks.tolist()}, the name says {rank}")
+        if identity.unknown_phases:
+            self._row_error(f"{where}: unknown phase {identity.unknown_phases[0]!r}")
+        if not self.log.manifest.token_ids and (identity.token_id >= 0).any():
+            self._row_error(f"{where}: has token ids, the manifest says they are withheld")
+
+    def _row_error(self, problem: str) -> None:
+        self.problems.append(("rows", problem))
+
+
+def _rank_and_number(name: str) -> tuple[int, int]:
+    match = SHARD_NAME.fullmatch(name)
+    assert match is not None
+    return int(match["rank"]), int(match["number"])
+
+
+def _pairs(n: int) -> str:
+    return f"{n:,} shard {'pair' if n == 1 else 'pairs'}"

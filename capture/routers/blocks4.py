@@ -1,0 +1,94 @@
+"""Blocks of transformers 4, whose gate is a linear layer and whose forward chooses the experts.
+
+There is no router to hook: observing repeats the block's own choice on the gate's logits, and
+routing puts another forward on the block, on the instance alone.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from capture.routers.family import Removable, Router
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+class BlockForward:
+    """A forward that takes the place of a block's own until it is removed.
+
+    accelerate keeps the block's forward under another name and calls it from its own: then that
+    one is replaced.
+    """
+
+    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
+        self._block = block
+        self._name = "_old_forward" if "_old_forward" in vars(block) else "forward"
+        self._before = vars(block).get(self._name)
+        setattr(block, self._name, forward)
+
+    def remove(self) -> None:
+        """Give the block its forward back."""
+        if self._before is None:
+            vars(self._block).pop(self._name, None)
+        else:
+            setattr(self._block, self._name, self._before)
+
+
+def attach(router: "Router", hook: Callable[..., Any], *, steer: bool) -> "list[Removable]":
+    """Router.attach for a block of transformers 4."""
+    block = router.block
+    assert block is not None
+    if steer:
+        return [BlockForward(block, lambda hidden: _forward(router, hook, hidden))]
+
+    def observe(module: nn.Module, args: Any, logits: Tensor) -> None:
+        hook(module, args, own_choice(router, logits))
+
+    return [router.module.register_forward_hook(observe)]
+
+
+def own_choice(router: "Router", logits: Tensor) -> Triple:
+    """What the block chooses by these logits, by the operations of its own forward.
+
+    Args:
+        logits: (T, E).
+
+    Returns:
+        (T, E) logits as given, (T, top_k) weights in their dtype, (T, top_k) int64 experts.
+    """
+    weights = torch.softmax(logits, dim=1, dtype=torch.float)
+    weights, experts = torch.topk(weights, router.top_k, dim=-1)
+    if router.norm_topk_prob:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return logits, weights.to(logits.dtype), experts
+
+
+def _forward(router: "Router", hook: Callable[..., Any], hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The block's forward with the experts that hook chooses.
+
+    Args:
+        hidden: (B, S, H).
+
+    Returns:
+        (B, S, H) output and (T, E) logits.
+    """
+    block: Any = router.block
+    jitter = getattr(block, "jitter_noise", 0.0)
+    if block.training and jitter > 0:
+        hidden = hidden * torch.empty_like(hidden).uniform_(1.0 - jitter, 1.0 + jitter)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    triple = own_choice(router, block.gate(rows))
+    logits, weights, experts = hook(router.module, (rows,), triple) or triple
+    output = torch.zeros_like(rows)
+    for number, expert in enumerate(block.experts):
+        row, slot = torch.where(experts == number)  # an unused slot holds no expert's number
+        if len(row):
+            answer = expert(rows[row]) * weights[row, slot, None]
+            output.index_add_(0, row, answer.to(output.dtype))
+    if hasattr(block, "shared_expert"):
+        share = torch.sigmoid(block.shared_expert_gate(rows))
+        output = output + share * block.shared_expert(rows)
+    return output.view(hidden.shape), logits

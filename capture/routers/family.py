@@ -1,0 +1,240 @@
+"""The routers found in a model, and how each turns logits into weights."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from capture.contract.errors import UnsupportedModel
+from capture.contract.manifest import ModelInfo
+from capture.routers.registry import BLOCKS, FAMILIES, UNREADABLE, Family
+
+
+class Removable(Protocol):
+    """Something that `remove` undoes."""
+
+    def remove(self) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Router:
+    """A router found in a model.
+
+    Attributes:
+        layer: decoder layer it belongs to, from 0.
+        module: the router itself.
+        family: its row in the registry.
+        experts: module that computes the experts beside it, if there is one.
+        block: under transformers 4, the block that chooses by the logits of `module`, its gate.
+    """
+
+    layer: int
+    module: nn.Module
+    family: Family
+    experts: nn.Module | None
+    block: nn.Module | None = None
+
+    @cached_property
+    def n_experts(self) -> int:
+        """Experts it chooses from."""
+        return int(self._attribute(self.family.n_experts))
+
+    @cached_property
+    def top_k(self) -> int:
+        """Experts per token under its own routing."""
+        return int(self._attribute(self.family.top_k))
+
+    @property
+    def scoring(self) -> str | None:
+        """How a logit becomes a score; None where BH cannot route."""
+        if self.family.scoring == "config":
+            return str(self._attribute("expert_selection_fn"))
+        return self.family.scoring
+
+    @property
+    def norm_topk_prob(self) -> bool:
+        """Whether it makes the chosen weights sum to 1."""
+        if self.scoring == "softmax" and self.family.over == "chosen":
+            return True
+        if self.family.normalize == "config":
+            return bool(getattr(self._owner, "norm_topk_prob", False))
+        return self.family.normalize == "always"
+
+    @property
+    def scale(self) -> float:
+        """Factor on its weights."""
+        return 1.0 if self.family.scale is None else float(self._attribute(self.family.scale))
+
+    @property
+    def floor(self) -> float:
+        """Smallest sum that weights are divided by."""
+        return 0.0 if self.family.floor is None else float(self._attribute(self.family.floor))
+
+    def over_chosen(self, renormalize: bool) -> bool:
+        """Whether its weights are a softmax over the chosen experts' logits alone."""
+        return renormalize and self.scoring == "softmax" and self.family.over == "chosen"
+
+    def scores(
+        self, keys: Tensor, temperature: float, dtype: torch.dtype, *, renormalize: bool
+    ) -> Tensor:
+        """(T, E) what `choose` weighs experts by: their scores, or logits if over_chosen.
+
+        Args:
+            keys: (T, E) float32, non-finite logits as -inf.
+            temperature: divides them first.
+            dtype: of the logits, in which some families compute their scores.
+            renormalize: whether weights are made to sum to 1.
+        """
+        scaled = keys if temperature == 1.0 else keys / temperature
+        if not self.family.wide:
+            scaled = scaled.to(dtype)
+        if self.over_chosen(renormalize):
+            return scaled
+        if self.scoring == "softmax":
+            return scaled.softmax(dim=-1).nan_to_num(nan=0.0)
+        if self.scoring == "sigmoid":
+            return scaled.sigmoid()
+        function: Any = self.module.score_fn
+        return torch.where(keys.isfinite(), function(scaled), 0.0)
+
+    def attach(self, hook: Callable[..., Any], *, steer: bool) -> list[Removable]:
+        """Call hook(module, args, (logits, weights, indices, ...)) whenever the router has run.
+
+        Args:
+            hook: a forward hook.
+            steer: whether what it returns takes the place of the router's output.
+        """
+        if self.block is not None:
+            from capture.routers.blocks4 import attach
+
+            return attach(self, hook, steer=steer)
+        if self.family.logits is None:
+            return [self.module.register_forward_hook(hook)]
+        raw: list[Tensor] = []
+
+        def keep_raw(module: nn.Module, args: Any, output: Tensor) -> None:
+            raw[:] = [output]
+
+        def with_raw(module: nn.Module, args: Any, output: Any) -> None:
+            hook(module, args, (raw.pop(), *output[1:]))
+
+        return [
+            self.module.get_submodule(self.family.logits).register_forward_hook(keep_raw),
+            self.module.register_forward_hook(with_raw),
+        ]
+
+    def triple(self, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, E) logits, (T, top_k) weights and (T, top_k) indices in what the router returned.
+
+        Raises:
+            UnsupportedModel: it returned something else, as in another version of transformers.
+        """
+        found = output[:3] if isinstance(output, tuple) else (output,)
+        if len(found) == 3:
+            logits, weights, experts = found
+            # no loop: this runs at every layer of every decoded token
+            if (
+                isinstance(logits, Tensor)
+                and isinstance(weights, Tensor)
+                and isinstance(experts, Tensor)
+                and logits.dim() == 2
+                and logits.shape[1] == self.n_experts
+                and weights.shape == experts.shape
+            ):
+                return logits, weights, experts
+        shapes = ", ".join(str(tuple(getattr(t, "shape", ()))) for t in found)
+        raise UnsupportedModel(
+            f"layer {self.layer}: {type(self.module).__name__} returned {shapes}, expected logits "
+            f"(T, {self.n_experts}), weights and indices (T, {self.top_k}); is transformers "
+            f"{version('transformers')} one that bhlog supports?"
+        )
+
+    @property
+    def _owner(self) -> nn.Module:
+        return self.module if self.block is None else self.block
+
+    def _attribute(self, path: str) -> Any:
+        return reduce(getattr, path.split("."), self._owner)
+
+
+def find_routers(model: nn.Module) -> tuple[Router, ...]:
+    """Routers of a model, by rising layer.
+
+    Raises:
+        UnsupportedModel: it has none, or they differ in their number of experts.
+    """
+    routers: list[Router] = []
+    known = FAMILIES if _version() >= 5 else {}
+    for name, parent in model.named_modules():
+        layer = _layer_index(name, len(routers))
+        gate = getattr(parent, "gate", None)
+        block = BLOCKS.get(type(parent).__name__)
+        if block is not None and isinstance(gate, nn.Linear):
+            routers.append(Router(layer, gate, block, None, block=parent))
+            continue
+        for child in parent.children():
+            family = known.get(type(child).__name__)
+            if family is not None:
+                routers.append(Router(layer, child, family, getattr(parent, "experts", None)))
+    if not routers:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no router that bhlog knows{_suspect(model)}. "
+            f"Supported are {', '.join(supported())}"
+        )
+    if len({(r.n_experts, r.top_k) for r in routers}) > 1:
+        raise UnsupportedModel(
+            f"{type(model).__name__}: its routers differ in experts or top-k "
+            f"({', '.join(f'layer {r.layer}: {r.n_experts} top {r.top_k}' for r in routers)})"
+        )
+    return tuple(sorted(routers, key=lambda r: r.layer))
+
+
+def supported() -> list[str]:
+    """Names of the families that can be observed under the installed transformers."""
+    known = FAMILIES if _version() >= 5 else BLOCKS
+    return sorted({family.name for family in known.values()}, key=str.casefold)
+
+
+def model_info(model: nn.Module, routers: Iterable[Router]) -> ModelInfo:
+    """What the manifest says of a model."""
+    routers = tuple(routers)
+    first = routers[0]
+    config: Any = model.config
+    return ModelInfo(
+        name=str(getattr(config, "_name_or_path", "") or type(model).__name__),
+        class_name=type(model).__name__,
+        revision=getattr(config, "_commit_hash", None),
+        layers=tuple(r.layer for r in routers),
+        n_experts=first.n_experts,
+        top_k=first.top_k,
+        norm_topk_prob=first.norm_topk_prob,
+        scoring=first.scoring or "unknown",
+        scale=first.scale,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+    )
+
+
+def _version() -> int:
+    """Of transformers: some routers of 4 have names of 5 but return other things."""
+    return int(version("transformers").split(".")[0])
+
+
+def _suspect(model: nn.Module) -> str:
+    """Where the model's router may be, for the message that it is not known."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in UNREADABLE:
+            return f" (its {name} is a {kind}; {UNREADABLE[kind]})"
+        if kind.endswith(("Router", "Gating", "TopKGate", "MoEGate")):
+            return f" (its {name} is a {kind})"
+    return ""
+
+
+def _layer_index(name: str, default: int) -> int:
+    """The last number in a dotted module name: model.layers.3.mlp is layer 3."""
+    numbers = [part for part in name.split(".") if part.isdigit()]
+    return int(numbers[-1]) if numbers else default

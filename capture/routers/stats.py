@@ -1,0 +1,48 @@
+"""Counts of experts selected, kept on the device while a model runs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from capture.routers.routing import Choice
+
+
+@dataclass(eq=False)
+class LayerStats:
+    """Counts of one layer, kept on the model's device until they are read.
+
+    Attributes:
+        selected: (E + 1,) int64, tokens by n_selected.
+        load: (E,) int64, tokens by expert.
+    """
+
+    selected: Tensor
+    load: Tensor
+
+    @classmethod
+    def empty(cls, n_experts: int, device: torch.device) -> "LayerStats":
+        """No token counted yet."""
+        zeros = torch.zeros(n_experts + 1, dtype=torch.int64, device=device)
+        return cls(selected=zeros, load=zeros[1:].clone())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens counted."""
+        return int(self.selected.sum())
+
+    @property
+    def mean_experts(self) -> float:
+        """Experts per token; NaN before the first token."""
+        counts = self.selected.double().cpu()
+        total = (counts * torch.arange(len(counts), dtype=torch.float64)).sum()
+        return float(total / counts.sum())
+
+    def add(self, choice: Choice, keep: Tensor | None) -> None:
+        """Count the rows of a forward that are kept (None: all)."""
+        n, E = choice.n_selected, len(self.load)
+        weight = torch.ones_like(n) if keep is None else keep.to(n.dtype)
+        self.selected.index_add_(0, n, weight)
+        slots = torch.arange(choice.experts.shape[1], device=n.device)
+        chosen = (slots < n[:, None]).to(n.dtype) * weight[:, None]
+        self.load.index_add_(0, choice.experts.clamp(max=E - 1).reshape(-1), chosen.reshape(-1))

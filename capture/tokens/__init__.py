@@ -1,0 +1,1 @@
+"""Tokens: which one each router row belongs to, and its loss."""

@@ -1,0 +1,249 @@
+"""Rows on their way from a forward to a shard: blocks come in, columns of Parquet go out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from capture.contract.manifest import Totals
+from capture.contract.schema import PHASES, routing_schema, tokens_schema
+from capture.writing.stage import Staged
+
+_BY_LAYER = ("logits", "experts", "weights", "n_selected", "n_rejected")
+_NO_TOKEN_ID = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Rows of one or several forwards, on their way to a shard.
+
+    R rows (tokens), L layers, K slots. Tensors of `staged`: logits (L, R, E) in the router's
+    dtype; experts (L, R, K) and weights (L, R, K) by falling choice; n_selected and n_rejected
+    (L, R) under BH; position (R,), keep (R,) bool; token_id (R,) and nll (R,) if known.
+
+    Attributes:
+        staged: the tensors.
+        layers: (L,) decoder layers.
+        sequence, forward: (R,) uint32.
+        phase: (R,) int8 index into PHASES.
+        source: (R,) index into sources, -1 for unknown.
+        sources: names.
+    """
+
+    staged: Staged
+    layers: tuple[int, ...]
+    sequence: NDArray[np.uint32]
+    forward: NDArray[np.uint32]
+    phase: NDArray[np.int8]
+    source: NDArray[np.int32]
+    sources: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Rows that wait for their shard.
+
+    Attributes:
+        rank: noted in every row.
+        layers: decoder layers; the same in every block.
+        tokens: rows of the tokens shard so far; the routing shard has as many at each layer.
+    """
+
+    rank: int
+    layers: tuple[int, ...] = ()
+    tokens: int = 0
+    _by_layer: list[dict[str, NDArray[Any]]] = field(default_factory=list)
+    _identity: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the routing shard so far."""
+        return self.tokens * len(self.layers)
+
+    def add(
+        self, block: Block, *, sample_every: int, token_ids: bool, sources: dict[str, int]
+    ) -> Totals:
+        """Take the rows of a block that are logged; the block's tensors may be reused afterwards.
+
+        Args:
+            block: its copies are done.
+            sample_every: take the tokens whose position is a multiple of it.
+            token_ids: whether token ids are kept.
+            sources: code of each name met so far; new names are added.
+
+        Returns:
+            What the block adds to the counts.
+        """
+        tensors = block.staged.tensors
+        logged, n_kept = logged_rows(tensors, sample_every)
+        rows = np.flatnonzero(logged)
+        counts = Totals(sampled_out=n_kept - len(rows))
+        if not len(rows):
+            return counts
+        whole = len(rows) == len(logged)
+        kept = {}
+        for name in _BY_LAYER:
+            if name in tensors:
+                array = _host(tensors[name])
+                if not whole:
+                    array = array.take(rows, axis=1)
+                elif block.staged.pinned:
+                    array = array.copy()
+                kept[name] = array
+        codes = [sources.setdefault(name, len(sources)) for name in block.sources]
+        identity: dict[str, NDArray[Any]] = {
+            "sequence": block.sequence[rows],
+            "position": tensors["position"].numpy()[rows].astype(np.uint32),
+            "phase": block.phase[rows],
+            "forward": block.forward[rows],
+            "source": np.array([*codes, -1], dtype=np.int32)[block.source[rows]],
+            "token_id": np.full(len(rows), _NO_TOKEN_ID, dtype=np.int32),
+            "nll": np.full(len(rows), np.nan, dtype=np.float32),
+        }
+        if token_ids and "token_id" in tensors:
+            identity["token_id"] = tensors["token_id"].numpy()[rows].astype(np.int32)
+        if "nll" in tensors:
+            identity["nll"] = tensors["nll"].numpy()[rows].astype(np.float32)
+        for name, array in identity.items():
+            self._identity.setdefault(name, []).append(array)
+        self.layers = block.layers
+        self._by_layer.append(kept)
+        self.tokens += len(rows)
+        return counts + Totals(
+            rows=len(rows) * len(block.layers),
+            tokens=len(rows),
+            nonfinite=sum(map(_count_nonfinite, kept["logits"])),
+        )
+
+    def tokens_table(self, sources: tuple[str, ...], metadata: dict[str, str]) -> pa.Table:
+        """Rows of the tokens shard; `metadata` goes into its footer."""
+        columns = self._columns()
+        nll, codes = columns["nll"], columns["source"]
+        schema = tokens_schema()
+        arrays = {
+            **self._identity_arrays(columns),
+            "nll": pa.array(nll, mask=np.isnan(nll)),
+            "source": pa.DictionaryArray.from_arrays(
+                pa.array(codes, mask=codes < 0), pa.array(sources, pa.string())
+            ),
+        }
+        schema = schema.with_metadata({**schema.metadata, **metadata})
+        return pa.table([arrays[name] for name in schema.names], schema=schema)
+
+    def routing_tables(self) -> Iterator[pa.Table]:
+        """Rows of the routing shard, a table per layer; each is valid until the next is asked for.
+
+        They share memory: fresh memory for each costs more than what is done with it.
+        """
+        n_experts = self._by_layer[0]["logits"].shape[2]
+        schema, T = routing_schema(n_experts), self.tokens
+        identity = self._identity_arrays(self._columns())
+        wide = np.empty((T, n_experts), dtype=np.float32)
+        for i in sorted(range(len(self.layers)), key=lambda i: self.layers[i]):
+            parts = [{name: t[i] for name, t in block.items()} for block in self._by_layer]
+            n_selected, experts, weights = zip(*map(_chosen, parts), strict=True)
+            counts = np.concatenate(n_selected)
+            offsets = np.zeros(T + 1, dtype=np.int32)
+            np.cumsum(counts, out=offsets[1:])
+            start = 0
+            for part in parts:
+                rows = slice(start, start + len(part["logits"]))
+                _widen(part["logits"], wide[rows])
+                start = rows.stop
+            rejected = pa.nulls(T, pa.uint16())
+            if "n_rejected" in parts[0]:
+                rejected = pa.array(
+                    np.concatenate([part["n_rejected"] for part in parts]).astype(np.uint16)
+                )
+            arrays = {
+                **identity,
+                "layer": pa.array(np.full(T, self.layers[i], dtype=np.uint16)),
+                "logits": pa.FixedSizeListArray.from_arrays(
+                    pa.array(wide.ravel()), type=schema.field("logits").type
+                ),
+                "experts": pa.ListArray.from_arrays(
+                    pa.array(offsets),
+                    pa.array(np.concatenate(experts)),
+                    type=schema.field("experts").type,
+                ),
+                "weights": pa.ListArray.from_arrays(
+                    pa.array(offsets),
+                    pa.array(np.concatenate(weights)),
+                    type=schema.field("weights").type,
+                ),
+                "n_selected": pa.array(counts),
+                "n_rejected": rejected,
+            }
+            yield pa.table([arrays[name] for name in schema.names], schema=schema)
+
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        return {name: np.concatenate(parts) for name, parts in self._identity.items()}
+
+    def _identity_arrays(self, columns: dict[str, NDArray[Any]]) -> dict[str, pa.Array]:
+        """Columns that say who a row is, the same at every layer."""
+        token_id = columns["token_id"]
+        return {
+            "rank": pa.array(np.full(self.tokens, self.rank, dtype=np.uint16)),
+            "sequence": pa.array(columns["sequence"]),
+            "position": pa.array(columns["position"]),
+            "token_id": pa.array(token_id, mask=token_id == _NO_TOKEN_ID),
+            "phase": pa.DictionaryArray.from_arrays(columns["phase"], pa.array(PHASES)),
+            "forward": pa.array(columns["forward"]),
+        }
+
+
+def logged_rows(tensors: dict[str, Tensor], sample_every: int) -> tuple[NDArray[np.bool_], int]:
+    """(R,) which rows of a block are logged, and how many are tokens at all."""
+    keep: NDArray[np.bool_] = tensors["keep"].numpy()
+    if sample_every == 1:
+        return keep, int(keep.sum())
+    return keep & (tensors["position"].numpy() % sample_every == 0), int(keep.sum())
+
+
+def _chosen(
+    part: dict[str, NDArray[Any]],
+) -> tuple[NDArray[np.uint16], NDArray[np.uint16], NDArray[np.float32]]:
+    """n_selected of each row, and the experts and weights chosen, row after row."""
+    T, K = part["experts"].shape
+    experts = part["experts"].astype(np.uint16, copy=False)
+    weights = np.empty((T, K), dtype=np.float32)
+    _widen(part["weights"], weights)
+    if "n_selected" not in part:
+        return np.full(T, K, dtype=np.uint16), experts.ravel(), weights.ravel()
+    n_selected = part["n_selected"].astype(np.uint16)
+    chosen = np.arange(K) < n_selected[:, None]
+    return n_selected, experts[chosen], weights[chosen]
+
+
+# Plain numpy from here on: torch would spread over the cores that the model needs.
+
+
+def _host(tensor: Tensor) -> NDArray[Any]:
+    """A host tensor as an array; bfloat16, which numpy lacks, as its bits in uint16."""
+    if tensor.dtype == torch.bfloat16:
+        bits: NDArray[Any] = tensor.view(torch.int16).numpy().view(np.uint16)
+        return bits
+    array: NDArray[Any] = tensor.numpy()
+    return array
+
+
+def _widen(values: NDArray[Any], out: NDArray[np.float32]) -> None:
+    """Write floats, or bfloat16 as its bits, to float32; exact."""
+    if values.dtype == np.uint16:
+        np.left_shift(values, 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        out[...] = values
+
+
+def _count_nonfinite(logits: NDArray[Any]) -> int:
+    """Rows of (T, E) logits with a NaN or an infinity."""
+    if logits.dtype == np.uint16:
+        bad = (logits & 0x7F80) == 0x7F80  # bfloat16 with all bits of the exponent set
+        return int(bad.any(axis=1).sum()) if bad.any() else 0
+    finite = np.isfinite(logits)
+    return 0 if finite.all() else int((~finite).any(axis=1).sum())

@@ -1,0 +1,192 @@
+"""A null model of what a run logs, counted while it is written and ready when it is closed."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from capture.contract.errors import CorruptShard, InvalidOption
+from capture.contract.histogram import Histogram, HistogramAccumulator, HistogramKey, Trim
+from capture.contract.kde import KdeModel
+from capture.writing.launch import world_size
+
+if TYPE_CHECKING:
+    from analysis.kde.fit import FitOptions
+    from capture.writing.writer import RunWriter
+
+
+@dataclass(frozen=True)
+class KdeFit:
+    """A null model to fit from a run as it is captured; the file is the one `bhlog kde fit` makes.
+
+    Every logged row counts, those of a resumed run's earlier shards too, and nothing that was
+    sampled out or dropped. With several ranks the last one to finish merges what all counted.
+
+    Attributes:
+        out: file to write once the run is closed; not in the run's folder, whose kde.parquet is
+            the null model in force.
+        kernel, bandwidth, trim_low, trim_high, null: see analysis.kde.fit.FitOptions.
+    """
+
+    out: str | Path
+    kernel: str = "gaussian"
+    bandwidth: str | float = "scott"
+    trim_low: int = 0
+    trim_high: int = 0
+    null: Literal["pooled", "expert"] = "pooled"
+
+    @property
+    def options(self) -> "FitOptions":
+        """As analysis.kde.fit takes them.
+
+        Raises:
+            InvalidOption: one is out of range.
+        """
+        from analysis.kde.fit import FitOptions
+
+        return FitOptions(self.kernel, self.bandwidth, self.trim_low, self.trim_high, self.null)
+
+    def check(self, run: str | Path, n_experts: int) -> None:
+        """Raise InvalidOption if the fit could not be made or written, before the model runs.
+
+        Args:
+            run: folder of the run.
+            n_experts: experts of its routers.
+        """
+        self.options.trim.check(n_experts)
+        out = Path(self.out).absolute()
+        if out.is_dir():
+            raise InvalidOption(f"{self.out}: is a folder; expected the name of a file")
+        if out.is_relative_to(Path(run).absolute()):
+            raise InvalidOption(
+                f"{self.out}: inside the run, where only the null model in force belongs; name a "
+                "file beside it"
+            )
+        if not out.parent.is_dir():
+            raise InvalidOption(f"{self.out}: its folder does not exist; make it first")
+        if not os.access(out.parent, os.W_OK):
+            raise InvalidOption(f"{self.out}: its folder cannot be written to; choose another")
+
+    def begin(self, writer: "RunWriter") -> None:
+        """Let a writer that has written nothing yet count what it seals, and count what is sealed.
+
+        Raises:
+            CorruptShard: a shard of the run that is resumed cannot be read.
+        """
+        self._part(writer.rank).unlink(missing_ok=True)
+        counts = self.options.accumulator()
+        for shard in writer.manifest.shards:
+            _count_shard(writer.folder / "routing" / shard.name, counts)
+        writer.histograms = counts
+
+    def finish(self, writer: "RunWriter") -> KdeModel | None:
+        """Fit from what a closed writer counted, and save the model.
+
+        Returns:
+            The model; None where other ranks have yet to finish.
+
+        Raises:
+            InvalidOption: there is no row to fit from, or the file cannot be written.
+        """
+        from analysis.kde.fit import fit_histograms
+
+        assert writer.histograms is not None
+        histograms = writer.histograms.histograms()
+        ranks, run_id = world_size(), writer.manifest.run_id
+        if ranks > 1:
+            _save_part(self._part(writer.rank), histograms, run_id)
+            merged = self._merge_parts(ranks, run_id)
+            if merged is None:
+                return None
+            histograms = merged
+        if not histograms:
+            raise InvalidOption(f"{self.out}: no row was logged, so there is no null model to fit")
+        model = fit_histograms(histograms, self.options, source=[run_id])
+        model.save(self.out)
+        for rank in range(ranks):
+            self._part(rank).unlink(missing_ok=True)
+        return model
+
+    def _part(self, rank: int) -> Path:
+        """What a rank counted, until all of them are merged."""
+        out = Path(self.out)
+        return out.with_name(f"{out.name}.rank{rank:05d}.npz")
+
+    def _merge_parts(self, ranks: int, run_id: str) -> dict[HistogramKey, Histogram] | None:
+        """What all ranks counted together; None if one is missing.
+
+        Two ranks that finish at once both merge, and write the same file.
+        """
+        total = self.options.accumulator()
+        for rank in range(ranks):
+            part = _load_part(self._part(rank), run_id)
+            if part is None:
+                return None
+            total.add(part)
+        return total.histograms()
+
+
+def counted(tables: Iterable[pa.Table], counts: HistogramAccumulator) -> Iterator[pa.Table]:
+    """The routing tables of a shard, one per layer, whose logits are counted on their way."""
+    for table in tables:
+        _count(table, counts)
+        yield table
+
+
+def _count_shard(path: Path, counts: HistogramAccumulator) -> None:
+    try:
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):  # a row group holds one layer
+                _count(file.read_row_group(group, columns=["layer", "logits"]), counts)
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptShard(
+            f"{path}: cannot be read, so its rows cannot count in the null model ({error}); "
+            "bhlog verify says what is wrong with the run"
+        ) from error
+
+
+def _count(table: pa.Table, counts: HistogramAccumulator) -> None:
+    """Count the rows of a table that holds one layer."""
+    for chunk in table["logits"].chunks:
+        flat: NDArray[np.float32] = chunk.flatten().to_numpy()
+        counts.update(table["layer"][0].as_py(), flat.reshape(len(chunk), -1))
+
+
+def _save_part(path: Path, histograms: dict[HistogramKey, Histogram], run_id: str) -> None:
+    """Write histograms as plain arrays, whole or not at all."""
+    arrays: dict[str, Any] = {"run_id": np.array(run_id)}
+    for i, (key, histogram) in enumerate(histograms.items()):
+        expert = -1 if key.expert is None else key.expert
+        head = [key.layer, expert, *key.trim, histogram.first, histogram.left_out]
+        arrays[f"head{i}"] = np.array(head, dtype=np.int64)
+        arrays[f"counts{i}"], arrays[f"spread{i}"] = histogram.counts, histogram.spread
+    new = path.with_name(path.name + ".part")
+    try:
+        with new.open("wb") as file:
+            np.savez(file, **arrays)
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise InvalidOption(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _load_part(path: Path, run_id: str) -> dict[HistogramKey, Histogram] | None:
+    """What _save_part wrote of this run; None if it is not there."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if str(arrays["run_id"]) != run_id:
+                return None
+            found = {}
+            for i in range(len(arrays.files) // 3):
+                layer, expert, low, high, first, left_out = arrays[f"head{i}"].tolist()
+                key = HistogramKey(layer, None if expert < 0 else expert, Trim(low, high))
+                found[key] = Histogram(first, arrays[f"counts{i}"], arrays[f"spread{i}"], left_out)
+            return found
+    except FileNotFoundError:
+        return None

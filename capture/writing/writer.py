@@ -1,0 +1,418 @@
+"""Writes a run in the background: a queue bounded in bytes, blocks in, sealed shards out."""
+
+import os
+import threading
+import uuid
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from capture.contract.errors import InvalidOption, WriterFailed
+from capture.contract.histogram import HistogramAccumulator
+from capture.contract.kde import KdeModel
+from capture.contract.manifest import Manifest, ModelInfo, Routing, ShardEntry, Totals
+from capture.contract.schema import shard_name
+from capture.contract.shard import seal, write_part
+from capture.writing.buffer import Block, Buffer, logged_rows
+from capture.writing.fitting import counted
+from capture.writing.folder import Progress, create, next_number, remove_run, resume
+from capture.writing.stage import Staged
+
+__all__ = ["Block", "RunWriter", "WriterOptions", "remove_run"]
+
+
+@dataclass(frozen=True)
+class WriterOptions:
+    """How a run is written.
+
+    Attributes:
+        sample_every: log the tokens whose position is a multiple of it, at every layer.
+        token_ids: whether token ids are logged.
+        shard_rows: rows after which a shard is sealed.
+        queue_bytes: most bytes that wait to be gathered before `on_full` applies; beside them,
+            memory holds one shard that fills and `threads` that are being encoded.
+        on_full: "block" makes the model wait, "drop" leaves tokens out and counts them.
+        threads: shards encoded at once; by default 2, and up to 4 where there are cores to spare.
+    """
+
+    sample_every: int = 1
+    token_ids: bool = True
+    shard_rows: int = 1 << 18
+    queue_bytes: int = 1 << 28
+    on_full: Literal["block", "drop"] = "block"
+    threads: int = field(default_factory=lambda: min(4, max(2, (os.cpu_count() or 2) // 4)))
+
+    def __post_init__(self) -> None:
+        for name in ("sample_every", "shard_rows", "queue_bytes", "threads"):
+            if getattr(self, name) < 1:
+                raise InvalidOption(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.on_full not in ("block", "drop"):
+            raise InvalidOption(f"on_full must be 'block' or 'drop', got {self.on_full!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class _Dropped:
+    """Rows that the full queue had no room for: only position and keep, to be counted."""
+
+    staged: Staged
+
+
+class RunWriter:
+    """Writes the shards and the manifest of one rank of a run.
+
+    `submit` hands rows over; a background thread gathers them and others encode and write. What is
+    sealed is never touched again, and shards are sealed in order. An error of the writer is raised
+    once, at the next submit or at close.
+
+    Args:
+        folder: the run's folder; made if it is not there.
+        model, routing: what is run and how it is routed.
+        kde: null model in force, saved into the run.
+        options: see WriterOptions.
+        versions: versions of the packages at work.
+        extra: other options for the manifest.
+        rank: of this process; others than 0 join the run that rank 0 makes.
+        resume: continue the run in the folder after its last sealed shard.
+
+    Attributes:
+        next_sequence, next_forward: numbers that no row submitted so far has.
+        histograms: counts the logits of every shard that is sealed; None counts nothing.
+
+    Raises:
+        RunExists: the folder holds files already.
+        RouterLogError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: ModelInfo,
+        routing: Routing,
+        *,
+        kde: KdeModel | None = None,
+        options: WriterOptions | None = None,
+        versions: dict[str, str] | None = None,
+        extra: dict[str, Any] | None = None,
+        rank: int = 0,
+        resume: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self.options = options or WriterOptions()
+        self.rank = rank
+        self._manifest, self._progress = _open(
+            self.folder,
+            Manifest(
+                run_id=uuid.uuid4().hex,
+                created=_now(),
+                model=model,
+                routing=routing,
+                sample_every=self.options.sample_every,
+                token_ids=self.options.token_ids,
+                versions=versions or {},
+                options=extra or {},
+            ),
+            kde,
+            rank,
+            resume,
+        )
+        self.next_sequence = self._progress.next_sequence
+        self.next_forward = self._progress.next_forward
+        self._sealed = self._progress.totals  # counts up to the last sealed shard
+        self._shards = list(self._manifest.shards)
+        self._number = next_number(self._manifest.shards)
+        self.histograms: HistogramAccumulator | None = None
+        self._sources: dict[str, int] = {}
+        self._buffer = Buffer(rank)
+        self._queue: deque[Block | _Dropped | threading.Event | None] = deque()
+        self._queued_bytes = 0
+        self._wake = threading.Condition()
+        self._error: BaseException | None = None
+        self._raised = False
+        self._closed = False
+        self._sealing: deque[Future[None]] = deque()
+        self._encoders = ThreadPoolExecutor(self.options.threads, thread_name_prefix="bhlog-encode")
+        self._thread = threading.Thread(target=self._work, name="bhlog-write", daemon=True)
+        self._thread.start()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest with the counts so far."""
+        with self._wake:
+            shards, totals, sealed = tuple(self._shards), self._progress.totals, self._sealed
+            if self._error is not None:  # what was gathered but not sealed is lost
+                totals = replace(
+                    totals,
+                    rows=sealed.rows,
+                    tokens=sealed.tokens,
+                    nonfinite=sealed.nonfinite,
+                    dropped=totals.dropped + totals.tokens - sealed.tokens,
+                )
+        return replace(self._manifest, totals=replace(totals, shards=len(shards)), shards=shards)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the run is complete."""
+        return self._closed
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the sealed shards."""
+        return sum(shard.bytes for shard in self._shards)
+
+    def admit(self, n_bytes: int) -> bool:
+        """Wait until the queue has room for n_bytes; False if they are to be dropped instead."""
+        with self._wake:
+            if self._full(n_bytes) and self.options.on_full == "drop":
+                return False
+            self._wake.wait_for(lambda: self._error is not None or not self._full(n_bytes))
+            return True
+
+    def submit(self, block: Block) -> None:
+        """Queue rows for writing; waits, or drops them, when the queue is full.
+
+        Raises:
+            WriterFailed: the writer stopped on an error.
+        """
+        self.next_sequence = max(self.next_sequence, int(block.sequence.max(initial=0)) + 1)
+        self.next_forward = max(self.next_forward, int(block.forward.max(initial=0)) + 1)
+        if self.admit(block.staged.n_bytes):
+            self._put(block)
+        else:
+            self.drop(block.staged)
+        self.check()
+
+    def drop(self, staged: Staged) -> None:
+        """Count rows that are not logged for want of room.
+
+        Args:
+            staged: their position and keep, (R,).
+        """
+        tensors = {name: staged.wait()[name] for name in ("position", "keep")}
+        staged.release()
+        self._put(_Dropped(Staged(tensors, 0)))
+
+    def flush(self) -> None:
+        """Seal what was submitted so far, and bring the manifest up to date.
+
+        Raises:
+            WriterFailed: the writer stopped on an error.
+        """
+        done = threading.Event()
+        self._put(done)
+        while not done.wait(0.1):
+            if not self._thread.is_alive():
+                break
+        self.check()
+        if self._error is None:
+            self.manifest.write(self.folder, self.rank)
+
+    def check(self) -> None:
+        """Raise the writer's error, once.
+
+        Raises:
+            WriterFailed: the writer stopped on an error.
+        """
+        with self._wake:
+            if self._error is None or self._raised:
+                return
+            self._raised = True
+        raise WriterFailed(
+            f"{self.folder}: writing stopped ({_words(self._error)}); the {len(self._shards)} "
+            "sealed shards are whole, later rows are not logged"
+        ) from self._error
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Seal the rest and complete the manifest. Closing twice does nothing.
+
+        Args:
+            error: what ended the capture early, noted in the manifest.
+
+        Raises:
+            WriterFailed: the writer stopped on an error that was not raised before.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._put(None)
+        self._thread.join()
+        self._encoders.shutdown()
+        cause = self._error or error
+        finished = replace(
+            self.manifest, closed=_now(), error=None if cause is None else _words(cause)
+        )
+        try:
+            finished.write(self.folder, self.rank)
+        except OSError as failure:
+            self._error = self._error or failure
+        self.check()
+
+    def _put(self, item: Block | _Dropped | threading.Event | None) -> None:
+        """Queue something; after an error nobody is there to take it, and it is let go."""
+        with self._wake:
+            if self._error is None:
+                self._queue.append(item)
+                if isinstance(item, Block):
+                    self._queued_bytes += item.staged.n_bytes
+                self._wake.notify_all()
+                return
+        self._let_go(item)
+
+    def _let_go(self, item: Block | _Dropped | threading.Event | None) -> None:
+        """Count what nobody will write."""
+        if isinstance(item, Block | _Dropped):
+            logged, n_kept = logged_rows(item.staged.wait(), self.options.sample_every)
+            dropped = int(logged.sum())
+            item.staged.release()
+            self._count(Totals(dropped=dropped, sampled_out=n_kept - dropped))
+        elif isinstance(item, threading.Event):
+            item.set()
+
+    def _full(self, n_bytes: int) -> bool:
+        """Whether n_bytes more would be too many; a single block is always let in."""
+        return self._queued_bytes > 0 and self._queued_bytes + n_bytes > self.options.queue_bytes
+
+    def _work(self) -> None:
+        """The gathering thread: blocks into columns, columns into shards."""
+        gathering: Block | None = None
+        try:
+            while True:
+                with self._wake:
+                    self._wake.wait_for(lambda: bool(self._queue))
+                    item = self._queue.popleft()
+                if isinstance(item, Block):
+                    gathering = item
+                    self._gather(item)
+                    gathering = None
+                    if self._buffer.rows >= self.options.shard_rows:
+                        self._seal()
+                elif isinstance(item, _Dropped):
+                    self._let_go(item)
+                else:
+                    self._seal()
+                    while self._sealing:
+                        self._sealing.popleft().result()
+                    if item is None:
+                        return
+                    item.set()
+        except BaseException as error:
+            self._fail(error, gathering)
+
+    def _fail(self, error: BaseException, gathering: Block | None) -> None:
+        for future in self._sealing:
+            future.cancel()
+        with self._wake:
+            self._error = error
+            left: list[Any] = [gathering, *self._queue]
+            self._queue.clear()
+            self._queued_bytes = 0
+            self._wake.notify_all()
+        for item in left:
+            self._let_go(item)
+
+    def _gather(self, block: Block) -> None:
+        """Append the rows to log to the buffer."""
+        block.staged.wait()
+        counts = self._buffer.add(
+            block,
+            sample_every=self.options.sample_every,
+            token_ids=self.options.token_ids,
+            sources=self._sources,
+        )
+        self._count(counts, block)
+        block.staged.release()
+        with self._wake:
+            self._queued_bytes -= block.staged.n_bytes
+            self._wake.notify_all()
+
+    def _count(self, counts: Totals, block: Block | None = None) -> None:
+        before = self._progress
+        progress = replace(before, totals=before.totals + counts)
+        if block is not None and len(block.sequence):
+            progress = replace(
+                progress,
+                totals=progress.totals + Totals(forwards=len(np.unique(block.forward))),
+                next_sequence=max(before.next_sequence, int(block.sequence.max()) + 1),
+                next_forward=max(before.next_forward, int(block.forward.max()) + 1),
+            )
+        with self._wake:
+            self._progress = progress
+
+    def _seal(self) -> None:
+        """Start writing the buffer as a shard, behind those that are being written."""
+        while len(self._sealing) >= self.options.threads:
+            self._sealing.popleft().result()
+        if self._sealing and self._sealing[0].done():
+            self._sealing.popleft().result()
+        if not self._buffer.tokens:
+            return
+        buffer, self._buffer = self._buffer, Buffer(self.rank)
+        self._number += 1
+        totals = replace(self._progress.totals, shards=self._number)
+        job = self._encoders.submit(
+            self._write,
+            buffer,
+            shard_name(self.rank, self._number - 1),
+            tuple(self._sources),
+            replace(self._progress, totals=totals),
+            self._sealing[-1] if self._sealing else None,
+        )
+        self._sealing.append(job)
+
+    def _write(
+        self,
+        buffer: Buffer,
+        name: str,
+        sources: tuple[str, ...],
+        progress: Progress,
+        before: Future[None] | None,
+    ) -> None:
+        """Encode a shard, and seal it once the one before is sealed."""
+        parts: list[Path] = []
+        counts = None if self.histograms is None else self.histograms.empty_copy()
+        tables = buffer.routing_tables()
+        try:
+            tokens = buffer.tokens_table(sources, progress.metadata())
+            parts.append(write_part(self.folder / "tokens" / name, [tokens]))
+            parts.append(
+                write_part(
+                    self.folder / "routing" / name,
+                    tables if counts is None else counted(tables, counts),
+                )
+            )
+            n_bytes = sum(part.stat().st_size for part in parts)
+            if before is not None:
+                before.result()
+            for part in parts:  # tokens first: a routing shard without its tokens cannot exist
+                seal(part)
+        except BaseException:
+            for part in parts:
+                part.unlink(missing_ok=True)
+                part.with_suffix("").unlink(missing_ok=True)  # half a pair is no shard
+            raise
+        if self.histograms is not None and counts is not None:  # one shard at a time comes here
+            self.histograms.merge(counts)
+        with self._wake:
+            self._shards.append(ShardEntry(name, buffer.rows, buffer.tokens, n_bytes))
+            self._sealed = progress.totals
+
+
+def _open(
+    folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int, resumed: bool
+) -> tuple[Manifest, Progress]:
+    if resumed:
+        return resume(folder, manifest, kde, rank)
+    return create(folder, manifest, kde, rank), Progress()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _words(error: BaseException) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

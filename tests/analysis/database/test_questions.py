@@ -1,0 +1,624 @@
+"""Each question of sql/ against a plain Python computation on two small runs."""
+
+import math
+from collections import Counter, defaultdict
+from itertools import combinations
+from statistics import correlation, mean, median_low, pstdev
+
+import pytest
+
+from analysis.database.database import connect
+from analysis.database.question import find_question, parse_question, questions
+from analysis.database.views import VIEWS
+from analysis.log import open_log
+from capture.contract.bh import BhOptions
+from capture.contract.errors import InvalidOption
+from tests.synthetic import normal_kde, write_run
+
+E = 8
+LAYERS = (0, 2, 5)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs over the same tokens: one by BH, with some decoding, one native."""
+    folder = tmp_path_factory.mktemp("questions")
+    shared = {
+        "layers": LAYERS,
+        "n_experts": E,
+        "n_sequences": 6,
+        "length": 40,
+        "n_ranks": 2,
+        "n_shards": 4,
+        "sources": ("docs", "code", "mail"),
+    }
+    kde = normal_kde(LAYERS)
+    options = BhOptions(alpha=0.3, min_k=1, max_k=4)
+    write_run(folder / "a", options=options, kde=kde, top_k=3, decode_from=30, **shared)
+    write_run(folder / "b", top_k=3, seed=0, **shared)
+    return [open_log(folder / name) for name in "ab"]
+
+
+@pytest.fixture(scope="module")
+def database(runs):
+    with connect(runs) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def rows(runs):
+    """Routing rows of both runs, each with its token's nll and source."""
+    found = []
+    for log in runs:
+        names = ("rank", "sequence", "position")
+        tokens = {tuple(t[n] for n in names): t for t in log.tokens().to_pylist()}
+        columns = [*names, "layer", "token_id", "phase", "logits", "experts", "weights"]
+        for batch in log.batches([*columns, "n_selected", "n_rejected"]):
+            for row in batch.to_pylist():
+                token = tokens[tuple(row[n] for n in names)]
+                found.append(
+                    {**row, "run": log.name, "nll": token["nll"], "source": token["source"]}
+                )
+    return found
+
+
+def ask(database, name, **params):
+    question = find_question(name)
+    question.check(database)
+    values = question.values({key: str(value) for key, value in params.items()})
+    return database.sql(question.text, values).pl().to_dicts()
+
+
+def grouped(rows, *names):
+    groups = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[name] for name in names)].append(row)
+    return dict(sorted(groups.items()))
+
+
+def close(found, expected):
+    """Whether rows agree: floats to 9 digits (sums in another order), the rest exactly."""
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            if isinstance(value, float):
+                assert ours[name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
+            else:
+                assert ours[name] == value, name
+    return True
+
+
+def loads(group):
+    return Counter(e for row in group for e in row["experts"])
+
+
+def test_experts_per_token(database, rows):
+    expected = []
+    for (run, layer), group in grouped(rows, "run", "layer").items():
+        n = [row["n_selected"] for row in group if row["phase"] == "prefill"]
+        expected.append(
+            {
+                "run": run,
+                "layer": layer,
+                "tokens": len(n),
+                "mean_experts": mean(n),
+                "sd_experts": pstdev(n),
+                "min_experts": min(n),
+                "median_experts": median_low(n),
+                "max_experts": max(n),
+            }
+        )
+    assert close(ask(database, "experts_per_token", phase="prefill"), expected)
+    assert sum(r["tokens"] for r in ask(database, "experts_per_token")) == len(rows)
+
+
+def test_floor_and_ceiling(database, rows):
+    expected = []
+    for (run, layer), group in grouped(rows, "run", "layer").items():
+        low, high = (1, 4) if run == "a" else (3, 3)
+        rejected = [row["n_rejected"] for row in group if row["n_rejected"] is not None]
+
+        def share(test, values):
+            return sum(map(test, values)) / len(values) if values else None
+
+        n = [row["n_selected"] for row in group]
+        expected.append(
+            {
+                "run": run,
+                "layer": layer,
+                "tokens": len(group),
+                "min_k": low,
+                "max_k": high,
+                "at_floor": share(low.__eq__, n),
+                "raised": share(low.__gt__, rejected),
+                "at_ceiling": share(high.__eq__, n),
+                "cut": share(high.__lt__, rejected),
+                "none_rejected": share((0).__eq__, rejected),
+            }
+        )
+    assert close(ask(database, "floor_and_ceiling"), expected)
+    assert any(row["raised"] and row["cut"] for row in expected)
+
+
+def test_expert_load(database, rows):
+    expected = []
+    for (run, layer), group in grouped(rows, "run", "layer").items():
+        n = loads(group)
+        for expert in range(E):
+            expected.append(
+                {
+                    "run": run,
+                    "layer": layer,
+                    "expert": expert,
+                    "selections": n[expert],
+                    "share_of_tokens": n[expert] / len(group),
+                    "load": n[expert] / (n.total() / E),
+                }
+            )
+    assert close(ask(database, "expert_load"), expected)
+    assert ask(database, "expert_load", layer=2) == [
+        row for row in ask(database, "expert_load") if row["layer"] == 2
+    ]
+
+
+def test_load_balance(database, rows):
+    expected = []
+    for (run, layer), group in grouped(rows, "run", "layer").items():
+        n = loads(group)
+        f = [n[e] / n.total() for e in range(E)]
+        expected.append(
+            {
+                "run": run,
+                "layer": layer,
+                "n_experts": E,
+                "unused": f.count(0),
+                "balance": -sum(x * math.log(x) for x in f if x) / math.log(E),
+                "cv": pstdev(f) / mean(f),
+                "max_load": max(f) * E,
+                "gini": sum(abs(x - y) for x in f for y in f) / (2 * E),
+            }
+        )
+    assert close(ask(database, "load_balance"), expected)
+
+
+def test_dead_and_hot_experts(database, rows):
+    expected = []
+    for (run, layer), group in grouped(rows, "run", "layer").items():
+        n = loads(group)
+        for expert in range(E):
+            load = n[expert] * E / n.total()
+            if load <= 0.9 or load >= 1.1:
+                verdict = "dead" if load <= 0.9 else "hot"
+                row = {"run": run, "layer": layer, "expert": expert, "selections": n[expert]}
+                expected.append({**row, "load": load, "verdict": verdict})
+    expected.sort(key=lambda r: (r["run"], -round(r["load"], 9), r["layer"], r["expert"]))
+    assert close(ask(database, "dead_and_hot_experts", dead=0.9, hot=1.1), expected)
+    assert {row["verdict"] for row in expected} == {"dead", "hot"}
+
+
+def test_router_entropy(database, rows):
+    found = ask(database, "router_entropy")
+    groups = grouped(rows, "run", "layer")
+    assert [(row["run"], row["layer"]) for row in found] == list(groups)
+    for row, group in zip(found, groups.values(), strict=True):
+        entropies, tops = [], []
+        for logits in (r["logits"] for r in group):
+            z = sum(math.exp(x) for x in logits)
+            p = [math.exp(x) / z for x in logits]
+            entropies.append(-sum(x * math.log(x) for x in p))
+            tops.append(max(p))
+        assert row["tokens"] == len(group)
+        # the function works in float32
+        assert row["mean_entropy"] == pytest.approx(mean(entropies), rel=1e-6)
+        assert row["relative_entropy"] == pytest.approx(mean(entropies) / math.log(E), rel=1e-6)
+        assert row["mean_top_probability"] == pytest.approx(mean(tops), rel=1e-6)
+
+
+def test_load_by_position(database, rows):
+    expected = []
+    for row in rows:
+        row["bucket"] = row["position"] // 16 * 16
+    for (run, bucket), group in grouped(rows, "run", "bucket").items():
+        n = [row["n_selected"] for row in group]
+        expected.append(
+            {
+                "run": run,
+                "first_position": bucket,
+                "last_position": max(row["position"] for row in group),
+                "rows": len(n),
+                "mean_experts": mean(n),
+                "sd_experts": pstdev(n),
+            }
+        )
+    assert close(ask(database, "load_by_position", width=16), expected)
+
+
+def test_prefill_against_decode(database, rows):
+    expected = []
+    for (run, layer), group in grouped(rows, "run", "layer").items():
+        parts = {p: [r for r in group if r["phase"] == p] for p in ("prefill", "decode")}
+        n = {p: loads(part) for p, part in parts.items()}
+        distance = None
+        if all(parts.values()):
+            f = {p: [n[p][e] / n[p].total() for e in range(E)] for p in parts}
+            distance = sum(abs(x - y) for x, y in zip(*f.values(), strict=True)) / 2
+        expected.append(
+            {
+                "run": run,
+                "layer": layer,
+                "prefill_tokens": len(parts["prefill"]),
+                "decode_tokens": len(parts["decode"]),
+                **{
+                    f"{p}_experts": mean(r["n_selected"] for r in part) if part else None
+                    for p, part in parts.items()
+                },
+                "load_distance": distance,
+            }
+        )
+    assert close(ask(database, "prefill_against_decode"), expected)
+
+
+def test_coactivation(database, rows):
+    expected = []
+    for (run, layer), group in grouped(rows, "run", "layer").items():
+        n = loads(group)
+        both = Counter(pair for row in group for pair in combinations(sorted(row["experts"]), 2))
+        found = [
+            {
+                "run": run,
+                "layer": layer,
+                "first": a,
+                "second": b,
+                "tokens": count,
+                "coactivation_first": count / n[a],
+                "coactivation_second": count / n[b],
+                "lift": count * len(group) / (n[a] * n[b]),
+            }
+            for (a, b), count in both.items()
+            if count >= 5
+        ]
+        found.sort(key=lambda r: (-r["lift"], r["first"], r["second"]))
+        expected += found[:6]
+    assert close(ask(database, "coactivation", min_tokens=5, top=6), expected)
+
+
+def test_routes(database, rows):
+    first = {
+        (r["run"], r["layer"], r["rank"], r["sequence"], r["position"]): r["experts"][0]
+        for r in rows
+    }
+    expected = []
+    for run in "ab":
+        for layer, following in ((0, 2), (2, 5)):
+            n = Counter(
+                (expert, first[(run, following, *token)])
+                for (name, at, *token), expert in first.items()
+                if (name, at) == (run, layer)
+            )
+            total = n.total()
+            found = [
+                {
+                    "run": run,
+                    "layer": layer,
+                    "next_layer": following,
+                    "expert": a,
+                    "next_expert": b,
+                    "tokens": count,
+                    "share": count / sum(c for (x, _), c in n.items() if x == a),
+                    "lift": count
+                    * total
+                    / sum(c for (x, _), c in n.items() if x == a)
+                    / sum(c for (_, y), c in n.items() if y == b),
+                }
+                for (a, b), count in n.items()
+                if count >= 3
+            ]
+            found.sort(key=lambda r: (-r["tokens"], r["expert"], r["next_expert"]))
+            expected += found[:5]
+    assert close(ask(database, "routes", min_tokens=3, top=5), expected)
+
+
+def test_domain_specialization(database, rows):
+    for params, k in (({}, None), ({"k": 1}, 1), ({"k": 2}, 2)):
+        expected = []
+        for (run, layer, source), group in grouped(rows, "run", "layer", "source").items():
+            n = Counter(e for row in group for e in row["experts"][:k])
+            for expert in range(E):
+                row = {"run": run, "layer": layer, "source": source, "expert": expert}
+                row["specialization"] = n[expert] / len(group)
+                expected.append({**row, "even": n.total() / len(group) / E})
+        assert close(ask(database, "domain_specialization", **params), expected)
+
+
+def test_vocabulary_specialization(database, rows):
+    expected = []
+    for (run, layer), group in grouped(rows, "run", "layer").items():
+        seen = Counter(row["token_id"] for row in group)
+        n = Counter((e, row["token_id"]) for row in group for e in row["experts"][:2])
+        for expert in range(E):
+            found = [
+                {
+                    "run": run,
+                    "layer": layer,
+                    "expert": expert,
+                    "token_id": token,
+                    "tokens": seen[token],
+                    "specialization": n[expert, token] / seen[token],
+                }
+                for token in seen
+                if seen[token] >= 5 and n[expert, token]
+            ]
+            found.sort(key=lambda r: (-r["specialization"], -r["tokens"], r["token_id"]))
+            expected += found[:2]
+    assert close(ask(database, "vocabulary_specialization", k=2, min_tokens=5, top=2), expected)
+
+
+def pairs_of_runs(rows):
+    by_run = {
+        run: {
+            (r["layer"], r["rank"], r["sequence"], r["position"]): r
+            for r in rows
+            if r["run"] == run
+        }
+        for run in "ab"
+    }
+    for layer in LAYERS:
+        yield layer, [(r, by_run["b"][key]) for key, r in by_run["a"].items() if key[0] == layer]
+
+
+def test_router_saturation(database, rows):
+    expected = [
+        {
+            "layer": layer,
+            "tokens": len(pairs),
+            "saturation": mean(len({*a["experts"]} & {*b["experts"]}) / 3 for a, b in pairs),
+            "by_chance": mean(a["n_selected"] for a, _ in pairs) / E,
+        }
+        for layer, pairs in pairs_of_runs(rows)
+    ]
+    assert close(ask(database, "router_saturation"), expected)
+    assert close(ask(database, "router_saturation", run="a", last="b"), expected)
+    same = ask(database, "router_saturation", run="a", last="a")
+    assert [row["saturation"] for row in same] == [1, 1, 1]
+
+
+def test_run_agreement(database, rows):
+    expected = []
+    for layer, pairs in pairs_of_runs(rows):
+        sets = [({*a["experts"]}, {*b["experts"]}) for a, b in pairs]
+        expected.append(
+            {
+                "layer": layer,
+                "tokens": len(pairs),
+                "first_experts": mean(len(a) for a, _ in sets),
+                "second_experts": mean(len(b) for _, b in sets),
+                "same_number": mean(len(a) == len(b) for a, b in sets),
+                "same_first_choice": mean(a["experts"][0] == b["experts"][0] for a, b in pairs),
+                "same_experts": mean(a == b for a, b in sets),
+                "jaccard": mean(len(a & b) / len(a | b) for a, b in sets),
+            }
+        )
+    assert close(ask(database, "run_agreement"), expected)
+
+
+def test_easiest_and_hardest_tokens(database, rows):
+    expected = []
+    for run in "ab":
+        tokens = grouped([r for r in rows if r["run"] == run], "rank", "sequence", "position")
+        ids = {key: group[0]["token_id"] for key, group in tokens.items()}
+        means = {key: mean(r["n_selected"] for r in group) for key, group in tokens.items()}
+        for kind, sign in (("most", -1), ("fewest", 1)):
+            for key in sorted(means, key=lambda key: (sign * means[key], key))[:3]:
+                rank, sequence, position = key
+
+                around = [
+                    [ids.get((rank, sequence, position + step)) for step in steps]
+                    for steps in ((-2, -1), (1, 2))
+                ]
+                before, after = ([i for i in side if i is not None] or None for side in around)
+                expected.append(
+                    {
+                        "run": run,
+                        "kind": kind,
+                        "mean_experts": means[key],
+                        "rank": rank,
+                        "sequence": sequence,
+                        "position": position,
+                        "token_id": ids[key],
+                        "before": before,
+                        "after": after,
+                        "nll": tokens[key][0]["nll"],
+                    }
+                )
+    assert close(ask(database, "easiest_and_hardest_tokens", top=3, around=2), expected)
+
+
+def test_loss_against_experts(database, rows):
+    key = ("run", "layer", "rank", "sequence", "position")
+    nll = {tuple(row[name] for name in key): row["nll"] for row in rows}
+    for row in rows:
+        *place, position = (row[name] for name in key)
+        row["next_nll"] = nll.get((*place, position + 1))
+    expected = []
+    for (run, layer), whole in grouped(rows, "run", "layer").items():
+
+        def correlated(name, whole=whole):
+            known = [row for row in whole if row[name] is not None]
+            n = [row["n_selected"] for row in known]
+            if len({row["n_selected"] for row in whole}) == 1:
+                return None
+            return correlation([row[name] for row in known], n)
+
+        for (n,), group in grouped(whole, "n_selected").items():
+            expected.append(
+                {
+                    "run": run,
+                    "layer": layer,
+                    "n_selected": n,
+                    "tokens": len(group),
+                    "mean_nll": mean(r["nll"] for r in group if r["nll"] is not None),
+                    "mean_next_nll": mean(
+                        r["next_nll"] for r in group if r["next_nll"] is not None
+                    ),
+                    "correlation": correlated("nll"),
+                    "next_correlation": correlated("next_nll"),
+                }
+            )
+    assert close(ask(database, "loss_against_experts"), expected)
+
+
+def test_trace_sequence(database, rows):
+    names = ("run", "position", "token_id", "phase", "nll", "layer")
+    names += ("n_selected", "n_rejected", "experts", "weights")
+    traced = [
+        {name: row[name] for name in names}
+        for row in rows
+        if (row["sequence"], row["rank"]) == (3, 0) and 5 <= row["position"] <= 9
+    ]
+    rank = 0
+    if not traced:
+        rank = 1
+        traced = [
+            {name: row[name] for name in names}
+            for row in rows
+            if (row["sequence"], row["rank"]) == (3, 1) and 5 <= row["position"] <= 9
+        ]
+    traced.sort(key=lambda r: (r["run"], r["position"], r["layer"]))
+    found = ask(database, "trace_sequence", **{"sequence": 3, "rank": rank, "from": 5, "to": 9})
+    assert close(found, traced)
+    assert len(found) == 2 * 5 * 3
+
+
+def test_shard_sizes(database, runs):
+    expected = []
+    for log in runs:
+        for name, tokens in zip(log.shards, log.token_shards, strict=True):
+            n = log.open_shard("routing", name).metadata.num_rows
+            size = log.files("routing")[name]
+            expected.append(
+                {
+                    "run": log.name,
+                    "shard": name,
+                    "routing_rows": n,
+                    "routing_bytes": size,
+                    "bytes_per_row": size / n,
+                    "token_rows": log.open_shard("tokens", tokens).metadata.num_rows,
+                    "token_bytes": log.files("tokens")[tokens],
+                }
+            )
+    assert close(ask(database, "shard_sizes"), expected)
+
+
+def test_experts_by_source(database, rows):
+    expected = []
+    shares = {}
+    for (run, source, layer), group in grouped(rows, "run", "source", "layer").items():
+        n = loads(group)
+        for expert in range(E):
+            shares[run, source, layer, expert] = n[expert] / len(group)
+    for (run, first, layer, expert), share in shares.items():
+        second = "docs"
+        other = shares[run, second, layer, expert]
+        if first == "code":
+            expected.append(
+                {
+                    "run": run,
+                    "first": first,
+                    "second": second,
+                    "layer": layer,
+                    "expert": expert,
+                    "prefers": first if share > other else second,
+                    "share_first": share,
+                    "share_second": other,
+                    "preference": share - other,
+                    "lift": share / other if other else None,
+                }
+            )
+    expected.sort(key=lambda r: (-abs(r["preference"]), r["layer"], r["expert"]))
+    expected = [
+        row
+        for run in "ab"
+        for source in ("code", "docs")
+        for row in [
+            r for r in expected if (r["run"], r["prefers"]) == (run, source) and r["preference"]
+        ][:4]
+    ]
+    found = ask(database, "experts_by_source", first="code", second="docs", top=4)
+    assert close(found, expected)
+    pairs = {(r["first"], r["second"]) for r in ask(database, "experts_by_source", top=1000)}
+    assert pairs == {("code", "docs"), ("code", "mail"), ("docs", "mail")}
+
+
+@pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)
+def test_every_question_says_what_it_reads_and_returns_and_is_tested(question):
+    assert question.title.endswith("?")
+    assert any(view in question.reads for view in VIEWS)
+    assert question.returns.startswith("one row per ")
+    assert f"test_{question.name}" in globals()
+    assert question.text.startswith(f"-- {question.name}.sql\n")
+
+
+@pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)
+def test_every_question_runs_on_an_empty_run(question, tmp_path):
+    for name in "ab":
+        run = write_run(tmp_path / name, n_experts=E, n_sequences=1, length=2, n_shards=1)
+        for shard in [*run.glob("routing/*"), *run.glob("tokens/*")]:
+            shard.unlink()
+    with connect([open_log(tmp_path / name) for name in "ab"]) as database:
+        assert ask(database, question.name) == []
+
+
+def test_what_a_run_lacks_is_said_in_a_line(tmp_path):
+    write_run(tmp_path / "a", n_experts=E, n_sequences=2, length=4, n_shards=1, token_ids=False)
+    write_run(tmp_path / "b", n_experts=16, n_sequences=2, length=1, n_shards=1)
+    with connect(open_log(tmp_path / "a")) as database:
+        with pytest.raises(InvalidOption, match="'a' was captured without token ids"):
+            ask(database, "vocabulary_specialization")
+        with pytest.raises(InvalidOption, match="compares two runs"):
+            ask(database, "run_agreement")
+        assert ask(database, "trace_sequence")[0]["token_id"] is None
+    with (
+        connect([open_log(tmp_path / name) for name in "ab"]) as database,
+        pytest.raises(InvalidOption, match="different numbers of experts"),
+    ):
+        ask(database, "router_saturation")
+    with (
+        connect(open_log(tmp_path / "b")) as database,
+        pytest.raises(InvalidOption, match="holds no losses"),
+    ):
+        ask(database, "loss_against_experts")
+
+
+def test_parameters_have_types_and_defaults():
+    question = find_question("coactivation")
+    assert question.values({}) == {"layer": None, "min_tokens": 10, "top": 20}
+    assert question.values({"layer": "3", "top": "5"})["layer"] == 3
+    with pytest.raises(InvalidOption, match="no parameter 'min_token'; did you mean 'min_tokens'"):
+        question.values({"min_token": "3"})
+    with pytest.raises(InvalidOption, match=r"\$layer takes an integer, got 'x'"):
+        question.values({"layer": "x"})
+    with pytest.raises(InvalidOption, match="it takes none"):
+        find_question("shard_sizes").values({"x": "1"})
+
+
+def test_a_question_of_ones_own_is_read_from_its_file(tmp_path, database):
+    path = tmp_path / "mine.sql"
+    path.write_text(
+        "-- How many rows?\n--\n-- a note\n--\n-- Reads   routing\n"
+        "-- Param   $layer integer  which layer\n-- Returns one row: n\n"
+        "SELECT count(*) AS n FROM routing WHERE layer = $layer;\n"
+    )
+    question = find_question(str(path))
+    assert (question.title, question.notes) == ("How many rows?", "a note")
+    with pytest.raises(InvalidOption, match="needs a value for layer"):
+        question.values({})
+    assert database.sql(question.text, question.values({"layer": "2"})).fetchall() == [(480,)]
+    with pytest.raises(InvalidOption, match="did you mean 'coactivation'"):
+        find_question("coactivaton")
+    with pytest.raises(InvalidOption, match="cannot be read as a question"):
+        find_question(str(tmp_path / "absent.sql"))
+    with pytest.raises(InvalidOption, match="cannot read the parameter"):
+        parse_question("x", "-- Q?\n-- Param $x float = 1\nSELECT 1")
+    with pytest.raises(InvalidOption, match="needs 'luck'"):
+        parse_question("x", "-- Q?\n-- Needs luck\nSELECT 1")

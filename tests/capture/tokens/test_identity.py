@@ -1,0 +1,352 @@
+"""Who each row is: every logged token is followed back to what the model was fed and answered."""
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+from capture.contract.errors import UnknownIdentity
+from capture.writing.writer import WriterOptions
+from tests.capture.tiny import (
+    EOS,
+    PAD,
+    TRANSFORMERS_4,
+    VOCABULARY,
+    Logged,
+    batch,
+    check_logits,
+    observed,
+    plain_logits,
+    plain_loss,
+    read,
+    real_tokens,
+    tiny_model,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def fed(logged: Logged) -> list[list[int | None]]:
+    """Sequences of a run in order of their numbers."""
+    return list(logged.sequences.values())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "left"), [([6, 6], False), ([7, 3, 1], False), ([7, 3, 1], True), ([1], False)]
+)
+def test_plain_forward(model, run, lengths, left):
+    ids, mask = batch(lengths, left=left)
+    with observed(model, run):
+        model(ids, attention_mask=mask)
+    logged = read(run)
+    assert fed(logged) == real_tokens(ids, mask)
+    check_logits(model, logged)
+
+
+def test_forwards_number_their_sequences_on(model, run):
+    first, second = batch([4, 2]), batch([3, 5], seed=1)
+    with observed(model, run):
+        model(first[0], attention_mask=first[1])
+        model(second[0], attention_mask=second[1], use_cache=False)
+        model(input_ids=first[0])
+    logged = read(run)
+    assert fed(logged) == [*real_tokens(*first), *real_tokens(*second), *first[0].tolist()]
+    assert [set(f.values()) for f in logged.forward.values()] == [{0}] * 2 + [{1}] * 2 + [{2}] * 2
+
+
+def test_mask_as_attention_takes_it(model, run):
+    ids, mask = batch([6, 3], left=True)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    visible = causal & mask[:, None, None, :].bool()
+    additive = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+    opened_up = visible | ~visible.any(-1, keepdim=True)  # rows of padding, for some kernels
+    with observed(model, run):
+        for given in (visible, additive, opened_up):
+            model(ids, attention_mask=given)
+    assert fed(read(run)) == real_tokens(ids, mask) * 3
+
+
+def test_mask_of_another_shape_is_refused(model, run):
+    ids, _ = batch([6])
+    with observed(model, run), pytest.raises(UnknownIdentity, match="one column per token"):
+        model(ids, attention_mask=torch.ones(1, 5, dtype=torch.long))
+
+
+def test_length_of_a_followed_static_cache_is_not_read_from_the_device(model, run, monkeypatch):
+    ids, _ = batch([4])
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with observed(model, run):
+        model(ids, past_key_values=cache)
+        forbidden = pytest.fail
+        monkeypatch.setattr(Tensor, "__int__", lambda self: forbidden("waited for the device"))
+        for _ in range(3):
+            model(ids[:, :1], past_key_values=cache)
+        monkeypatch.undo()
+    assert fed(read(run)) == [ids[0].tolist() + ids[0, :1].tolist() * 3]
+
+
+def test_forked_beams_carry_their_logits(model, run):
+    """Every beam's rows are what the model computes on that beam's whole prefix."""
+    ids, _ = batch([4], left=True)
+    seen: list[tuple[Tensor, Tensor]] = []
+    with observed(model, run) as patcher:
+        cache = DynamicCache(config=model.config)
+        model(ids.repeat(3, 1), past_key_values=cache)
+        rows = ids.repeat(3, 1)
+        rng = torch.Generator().manual_seed(0)
+        for _ in range(5):
+            parents = torch.randint(0, 3, (3,), generator=rng)
+            cache.reorder_cache(parents)
+            step = torch.randint(3, VOCABULARY, (3, 1), generator=rng)
+            rows = torch.cat([rows[parents], step], dim=1)
+            model(step, past_key_values=cache)
+            stream = patcher.tracker._place.stream
+            seen.append((torch.from_numpy(stream.sequences.astype("int64")), rows))
+    logged = read(run)
+
+    for sequences, prefixes in seen:
+        assert len(set(sequences.tolist())) == 3
+        for number, prefix in zip(sequences.tolist(), prefixes.tolist(), strict=True):
+            last = len(prefix) - 1
+            assert logged.tokens[number][last] == prefix[-1]
+            for layer, truth in plain_logits(model, prefix).items():
+                found = torch.from_numpy(logged.logits[number, layer][last].copy())
+                torch.testing.assert_close(found, truth[-1], atol=2e-4, rtol=0)
+
+
+def test_an_eos_in_a_rejected_draft_ends_nothing(model, run):
+    """A draft by hand: its eos is cut from the cache, and the row goes on."""
+    ids, _ = batch([5])
+    with observed(model, run):
+        cache = model(ids, use_cache=True).past_key_values
+        model(ids[:, :1], past_key_values=cache)
+        model(torch.tensor([[5, EOS, 7]]), past_key_values=cache)
+        cache.crop(-2)
+        model(torch.tensor([[8, 9]]), past_key_values=cache)
+        cache.crop(-1)
+        model(torch.tensor([[10]]), past_key_values=cache)
+    logged = read(run)
+    assert fed(logged) == [[*ids[0].tolist(), int(ids[0, 0]), 5, 8, 10]]
+    check_logits(model, logged)
+
+
+def test_manual_loop_with_one_buffer_for_the_next_token(model, run):
+    ids, mask = batch([3, 5], left=True)
+    fed_rows = real_tokens(ids, mask)
+    with observed(model, run):
+        cache = DynamicCache(config=model.config)
+        buffer, visible = ids.clone(), mask.bool()
+        model(buffer, attention_mask=visible, past_key_values=cache)
+        buffer.zero_()
+        visible.zero_()
+        step = torch.zeros(2, 1, dtype=torch.long)
+        for token in range(20, 30):
+            step.fill_(token)
+            model(step, past_key_values=cache)
+            step.zero_()
+    assert fed(read(run)) == [row + list(range(20, 30)) for row in fed_rows]
+
+
+def test_manual_loop_ends_at_the_configured_eos(model, run):
+    ids, _ = batch([3, 3])
+    steps = torch.tensor([[5, EOS, PAD, PAD], [5, 6, 7, 8]])
+    with observed(model, run):
+        cache = model(ids, use_cache=True).past_key_values
+        for column in range(4):
+            model(steps[:, column : column + 1], past_key_values=cache)
+    first, second = ids.tolist()
+    assert fed(read(run)) == [[*first, 5, EOS], [*second, 5, 6, 7, 8]]
+
+
+def test_tuple_outputs_are_followed_and_have_a_loss(model, run):
+    ids, _ = batch([4])
+    with observed(model, run):
+        output = model(ids, use_cache=True, return_dict=False)
+        cache = next(part for part in output if isinstance(part, DynamicCache))
+        model(torch.tensor([[9]]), past_key_values=cache, return_dict=False)
+    logged = read(run)
+    whole = [*ids[0].tolist(), 9]
+    assert fed(logged) == [whole]
+    assert [logged.nll[0][p] for p in range(1, 5)] == pytest.approx(plain_loss(model, whole), 1e-4)
+
+
+@pytest.mark.parametrize(
+    "packing",
+    [
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])},
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), "attention_mask": torch.ones(1, 6)},
+        pytest.param(
+            {"cu_seq_lens_q": torch.tensor([0, 3, 6], dtype=torch.int32)},
+            marks=pytest.mark.skipif(TRANSFORMERS_4, reason="OLMoE leaves it unread there"),
+        ),
+    ],
+)
+def test_packed_batches_are_refused(model, run, packing):
+    ids, _ = batch([6])
+    with observed(model, run), pytest.raises(UnknownIdentity, match="packed"):
+        model(ids, **packing)
+    assert read(run).tokens == {}
+
+
+def test_positions_of_left_padding_are_not_packing(model, run):
+    ids, mask = batch([6, 3], left=True)
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    with observed(model, run):
+        model(ids, attention_mask=mask, position_ids=positions)
+    assert fed(read(run)) == real_tokens(ids, mask)
+
+
+def test_embeddings_alone_have_no_token_ids(model, run):
+    ids, _ = batch([5])
+    embeddings = model.get_input_embeddings()(ids).detach()
+    with observed(model, run):
+        cache = model(inputs_embeds=embeddings, use_cache=True).past_key_values
+        model(torch.tensor([[9]]), past_key_values=cache)
+        model(ids)
+    logged = read(run)
+    assert fed(logged) == [[None] * 5 + [9], ids[0].tolist()]
+    nll = plain_loss(model, [*ids[0].tolist(), 9])
+    assert logged.nll[0] == {0: None, 1: None, 2: None, 3: None, 4: None, 5: pytest.approx(nll[-1])}
+
+
+def test_tuple_caches_are_refused(model, run):
+    ids, _ = batch([5])
+    with observed(model, run), pytest.raises(UnknownIdentity, match="Cache object"):
+        model(ids, past_key_values=((torch.zeros(1), torch.zeros(1)),))
+
+
+def test_cache_filled_before_observing_starts_late(model, run):
+    ids, mask = batch([3, 5], left=True)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    with observed(model, run):
+        longer = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+        model(torch.tensor([[9], [8]]), attention_mask=longer, past_key_values=cache)
+    assert dict(read(run).tokens) == {0: {3: 9}, 1: {5: 8}}
+
+
+def test_a_forward_that_fails_leaves_no_trace(model, run):
+    ids, _ = batch([4, 4])
+
+    class Boom(RuntimeError):
+        pass
+
+    def boom(module: Any, args: Any) -> None:
+        raise Boom
+
+    with observed(model, run):
+        cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=cache)
+        handle = model.model.layers[0].register_forward_pre_hook(boom)
+        with pytest.raises(Boom):
+            model(ids[:, :1], past_key_values=cache)
+        handle.remove()
+        model(torch.tensor([[9], [9]]), past_key_values=cache)
+    logged = read(run)
+    assert fed(logged) == [[*row, 9] for row in ids.tolist()]
+    assert logged.log.manifest.totals.forwards == 2
+    check_logits(model, logged)
+
+
+def test_copied_cache_is_a_cache_of_its_own(model, run):
+    """The prompt once, then several continuations, each from a copy."""
+    ids, _ = batch([5])
+    with observed(model, run):
+        prompt = DynamicCache(config=model.config)
+        model(ids, past_key_values=prompt)
+        before = prompt.layers[0].keys.clone()
+        copies = [copy.deepcopy(prompt), pickle.loads(pickle.dumps(prompt))]
+        for i, mine in enumerate(copies):
+            mine.batch_repeat_interleave(2)
+            mine.reorder_cache(torch.tensor([1, 0]))
+            model(torch.tensor([[9 + i], [19 + i]]), past_key_values=mine)
+            mine.crop(-1)
+            assert mine.get_seq_length() == 5
+        torch.save(prompt, io.BytesIO())
+        assert torch.equal(prompt.layers[0].keys, before)
+    logged = read(run)
+    assert logged.sequence(0) == ids[0].tolist()
+    continued = [tokens for number, tokens in logged.tokens.items() if number]
+    assert continued == [{5: 9}, {5: 19}, {5: 10}, {5: 20}]
+
+
+def test_repeated_and_selected_rows_keep_their_identity(model, run):
+    ids, _ = batch([4, 4])
+    with observed(model, run):
+        cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        model(torch.tensor([[5], [6], [7], [8]]), past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        model(torch.tensor([[9], [10]]), past_key_values=cache)
+    logged = read(run)
+    assert logged.sequence(0) == [*ids[0].tolist(), 5, 10]
+    assert logged.sequence(1) == [*ids[1].tolist(), 7]
+    assert (logged.tokens[2], logged.tokens[3]) == ({4: 6}, {4: 8, 5: 9})
+
+
+def test_following_a_cache_does_not_keep_it_alive(model, run):
+    ids, _ = batch([4])
+    gc.collect()
+    gc.disable()
+    try:
+        with observed(model, run):
+            cache = DynamicCache(config=model.config)
+            model(ids, past_key_values=cache)
+            gone = weakref.ref(cache)
+            del cache
+            assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_nothing_is_left_on_cache_or_model(model, run):
+    ids, _ = batch([4])
+    caches = [DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=9)]
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    with observed(model, run):
+        for cache in caches:
+            model(ids, past_key_values=cache)
+        caches[1].reset()
+    for cache in caches:
+        assert not set(vars(cache)) & {"crop", "reset", "reorder_cache", "batch_select_indices"}
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_threads_with_streams_of_their_own(model, run):
+    texts = [batch([5], seed=seed)[0] for seed in range(4)]
+
+    def speak(ids: Tensor) -> None:
+        with torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            model(ids, past_key_values=cache)
+            for token in range(20, 26):
+                model(torch.tensor([[token]]), past_key_values=cache)
+
+    with observed(model, run, options=WriterOptions(shard_rows=20)):
+        threads = [threading.Thread(target=speak, args=(ids,)) for ids in texts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    logged = read(run)
+    assert sorted(fed(logged)) == sorted([*ids[0].tolist(), *range(20, 26)] for ids in texts)
+    check_logits(model, logged)

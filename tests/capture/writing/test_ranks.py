@@ -1,0 +1,151 @@
+"""Several processes write one run, told apart by rank."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+import capture.writing.folder
+from analysis.log import open_log
+from analysis.verify.verification import verify
+from capture.contract.errors import RunExists, WriterFailed
+from capture.contract.manifest import Manifest
+from tests.capture.blocks import INFO, check_run, make_block, writer
+
+ROOT = Path(__file__).parents[3]
+
+# what each of two processes does, under torchrun
+_RANK = """
+import json, os, sys, warnings
+from pathlib import Path
+warnings.simplefilter("error")
+import torch
+import torch.distributed as dist
+from capture.contract.errors import RunExists
+from capture.patch import RouterPatcher
+from capture.contract.manifest import Routing
+from capture.run import new_writer, observe, recording
+from tests.capture.tiny import batch, tiny_model
+
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+torch.set_num_threads(1)
+model = tiny_model()
+told = {}
+
+def log(name):
+    try:
+        with torch.no_grad(), observe(model, folder / name):
+            for step in range(2 + rank):
+                ids, mask = batch([3 + step, 2], left=True, seed=10 * rank + step)
+                model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+        told[name] = "written"
+    except RunExists as error:
+        told[name] = str(error)
+
+dist.init_process_group("gloo")
+log("together")
+dist.barrier()
+log("together")  # it is there now
+patcher = RouterPatcher(model)
+log_writer = new_writer(folder / "together", patcher.info, Routing(), resume=True)
+with torch.no_grad(), recording(patcher, Routing(), None, log_writer):
+    model(batch([4], seed=20 + rank)[0])
+dist.barrier()
+dist.destroy_process_group()
+log("apart")
+log("stale")
+(folder / f"told{rank}.json").write_text(json.dumps(told))
+"""
+
+
+def test_two_processes_under_torchrun(tmp_path):
+    writer(tmp_path / "stale").close()
+    before = (tmp_path / "stale" / "run.json").read_bytes()
+    script = tmp_path / "script.py"
+    script.write_text(_RANK)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(script), str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        told = json.loads((tmp_path / f"told{rank}.json").read_text())
+        assert "is not empty" in told["together"] or "has written here" in told["together"]
+        assert told["apart"] == "written"
+        assert "not empty" in told["stale"] or "earlier launch" in told["stale"]
+    assert (tmp_path / "stale" / "run.json").read_bytes() == before
+    assert sorted(path.name for path in (tmp_path / "stale").iterdir()) == [
+        "routing", "run.json", "tokens",
+    ]  # fmt: skip
+    for name, sequences in (("together", {0: 5, 1: 7}), ("apart", {0: 4, 1: 6})):
+        log = open_log(tmp_path / name)
+        assert [finding for finding in verify(log) if finding.status == "error"] == []
+        assert log.manifest.closed is not None
+        rows = log.tokens().to_pylist()
+        assert log.manifest.totals.tokens == len(rows)
+        for rank, count in sequences.items():
+            mine = [(r["sequence"], r["position"]) for r in rows if r["rank"] == rank]
+            assert len(mine) == len(set(mine))
+            assert {sequence for sequence, _ in mine} == set(range(count))
+        assert {shard[:9] for shard in log.shards} == {"rank00000", "rank00001"}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def test_ranks_of_one_launch_share_a_run(run):
+    first, second = writer(run, rank=0), writer(run, rank=1)
+    first.submit(make_block(0))
+    second.submit(make_block(1))
+    first.close()
+    assert open_log(run).manifest.closed is None  # one still writes
+    second.close()
+    assert sorted(check_run(run)) == [(s, p) for s in (0, 1) for p in range(10)]
+    manifest = open_log(run).manifest
+    assert manifest.closed and manifest.totals.tokens == 20 and len(manifest.shards) == 2
+
+
+def test_a_rank_waits_for_rank_0_and_then_gives_up(run, monkeypatch):
+    monkeypatch.setattr(capture.writing.folder, "RANK_WAIT_SECONDS", 0.2)
+    with pytest.raises(WriterFailed, match="rank 0 wrote no manifest"):
+        writer(run, rank=1)
+
+
+@pytest.mark.parametrize("stale", ["closed", "open", "written by this rank"])
+def test_a_rank_refuses_a_run_of_an_earlier_launch(run, stale):
+    leader = writer(run)
+    if stale == "written by this rank":
+        writer(run, rank=1).close()
+    else:
+        age = timedelta(seconds=5 if stale == "closed" else 60)
+        made = (capture.writing.folder._STARTED - age).isoformat(timespec="seconds")
+        manifest = Manifest.from_json((run / "run.json").read_bytes(), "")
+        replace(manifest, created=made, closed=made if stale == "closed" else None).write(run)
+    before = {path: path.read_bytes() for path in run.glob("*.json")}
+    with pytest.raises(RunExists):
+        writer(run, rank=1)
+    assert {path: path.read_bytes() for path in run.glob("*.json")} == before
+    leader.close()
+
+
+def test_a_rank_that_had_not_written_joins_a_resumed_run(run):
+    writer(run).close()
+    leader, late = writer(run, resume=True), writer(run, rank=1, resume=True)
+    late.submit(make_block(3))
+    late.close()
+    leader.close()
+    manifest = open_log(run).manifest
+    assert manifest.totals.tokens == 10 and manifest.model == INFO
+    assert check_run(run) == [(3, p) for p in range(10)]
