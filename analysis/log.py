@@ -4,6 +4,7 @@ import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -16,7 +17,13 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from capture.contract.errors import CorruptManifest, CorruptShard, InvalidOption, MissingRun
+from capture.contract.errors import (
+    CorruptManifest,
+    CorruptShard,
+    InvalidOption,
+    MissingRun,
+    RouterLogError,
+)
 from capture.contract.kde import KdeModel
 from capture.contract.manifest import MANIFEST_NAME, Manifest, merge_manifests
 from capture.contract.schema import SHARD_NAME, routing_schema, schema_difference, tokens_schema
@@ -73,15 +80,26 @@ class Log:
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         self._fs, self._root = _filesystem(self.path)
-        self.manifest = self._read_manifest()
+        with _reached(self.path):
+            self.manifest = self._read_manifest()
 
     def __repr__(self) -> str:
         return f"Log({self.path!r})"
 
     @property
+    def location(self) -> PurePosixPath:
+        """The folder in its file system: absolute on a disk, bucket and key in an object store."""
+        return PurePosixPath(self._root)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the folder is on a disk of this machine."""
+        return isinstance(self._fs, pafs.LocalFileSystem)
+
+    @property
     def name(self) -> str:
         """Last part of the path: how tables call the run."""
-        return PurePosixPath(self._root).name
+        return self.location.name
 
     @property
     def n_experts(self) -> int:
@@ -107,20 +125,24 @@ class Log:
     def kde(self) -> KdeModel | None:
         """The null model in force in the run; None if it has none."""
         path = f"{self._root}/kde.parquet"
-        if self._fs.get_file_info(path).type == pafs.FileType.NotFound:
-            return None
-        with self._fs.open_input_stream(path) as stream:
-            return KdeModel.from_bytes(stream.read(), f"{self.path}/kde.parquet")
+        with _reached(self.path):
+            if self._fs.get_file_info(path).type == pafs.FileType.NotFound:
+                return None
+            with self._fs.open_input_stream(path) as stream:
+                data = stream.read()
+        return KdeModel.from_bytes(data, f"{self.path}/kde.parquet")
 
     def files(self, folder: str = "") -> dict[str, int]:
         """Bytes of each file in the run's folder or in one of its folders, by name, sorted."""
         selector = pafs.FileSelector(f"{self._root}/{folder}", allow_not_found=True)
-        found = self._fs.get_file_info(selector)
+        with _reached(self.path):
+            found = self._fs.get_file_info(selector)
         return {f.base_name: f.size for f in sorted(found, key=lambda f: f.base_name) if f.is_file}
 
     def tree(self) -> dict[str, int]:
         """Bytes of each file in the run's folder and below, by its path inside the run, sorted."""
-        found = self._fs.get_file_info(pafs.FileSelector(self._root, recursive=True))
+        with _reached(self.path):
+            found = self._fs.get_file_info(pafs.FileSelector(self._root, recursive=True))
         sizes = {f.path[len(self._root) + 1 :]: f.size for f in found if f.is_file}
         return dict(sorted(sizes.items()))
 
@@ -363,7 +385,8 @@ class Log:
     def _read_manifest(self) -> Manifest:
         info = self._fs.get_file_info(self._root)
         if info.type == pafs.FileType.NotFound:
-            raise MissingRun(f"{self.path}: no such folder")
+            what = "no such folder" if self.is_local else "no such bucket or folder"
+            raise MissingRun(f"{self.path}: {what}")
         if info.type == pafs.FileType.File:
             raise MissingRun(f"{self.path}: a file; expected the folder of a run")
         names = sorted(
@@ -392,14 +415,18 @@ class Log:
         selector = pafs.FileSelector(
             f"{self._root}/{folder}" if folder else self._root, allow_not_found=True
         )
-        return [info.base_name for info in self._fs.get_file_info(selector)]
+        with _reached(self.path):
+            return [info.base_name for info in self._fs.get_file_info(selector)]
 
 
 def open_log(path: str | Path) -> Log:
     """Open the folder of a run: a path, or a URI such as s3://bucket/run.
 
+    The environment says where an object store is and who asks (AWS_ENDPOINT_URL,
+    AWS_ACCESS_KEY_ID, ...), or the URI itself: s3://bucket/run?endpoint_override=HOST&scheme=http.
+
     Raises:
-        MissingRun: nothing there, or not a run.
+        MissingRun: nothing there, not a run, or its storage cannot be reached.
         CorruptManifest: run.json cannot be read.
     """
     return Log(path)
@@ -421,12 +448,27 @@ def layer_of(batch: pa.RecordBatch) -> int:
 
 def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     if "://" in path:
-        try:
+        with _reached(path):
             fs, root = pafs.FileSystem.from_uri(path)
-        except (pa.ArrowException, ValueError, OSError) as error:
-            raise MissingRun(f"{path}: cannot be opened ({error})") from error
         return fs, root.rstrip("/")
     return pafs.LocalFileSystem(), Path(path).expanduser().resolve().as_posix()
+
+
+@contextmanager
+def _reached(path: str) -> Iterator[None]:
+    """Turns what a file system says when it cannot be read into one line.
+
+    Raises:
+        MissingRun: the storage does not answer or refuses.
+    """
+    try:
+        yield
+    except RouterLogError:
+        raise
+    except (pa.ArrowException, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        check = "; check the bucket, its endpoint and your credentials" if "://" in path else ""
+        raise MissingRun(f"{path}: cannot be opened ({reason}){check}") from error
 
 
 def _condition(where: str) -> tuple[pl.Expr, list[str]]:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Self
 
 import duckdb
@@ -294,7 +294,7 @@ def _names(logs: Sequence[Log]) -> list[str]:
     twice = [path for path, count in Counter(paths).items() if count > 1]
     if twice:
         raise InvalidOption(f"{twice[0]}: given twice; name each run once")
-    parts = [PurePosixPath(log._root).parts for log in logs]
+    parts = [log.location.parts for log in logs]
     names = []
     for own in parts:
         length = 1

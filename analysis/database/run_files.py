@@ -9,7 +9,6 @@ from typing import Any
 
 import pyarrow as pa
 from fsspec import AbstractFileSystem
-from pyarrow.fs import LocalFileSystem
 
 from analysis.log import Log
 from capture.contract.schema import SHARD_NAME
@@ -52,10 +51,10 @@ class RunFiles(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships no typ
     def outside(self) -> tuple[str, str] | None:
         """The first file that is a link out of its run's folder, and where it leads; else None."""
         for log, path, _ in self._files.values():
-            if not isinstance(log._fs, LocalFileSystem):
+            if not log.is_local:
                 continue
-            found = Path(log._root, path).resolve()
-            if not found.is_relative_to(Path(log._root).resolve()):
+            found = Path(log.location, path).resolve()
+            if not found.is_relative_to(Path(log.location).resolve()):
                 return f"{log.path}/{path}", str(found)
         return None
 

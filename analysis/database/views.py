@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 from analysis.database.run_files import RunFiles
 from analysis.log import Log
 from analysis.replay.decisions import SCHEMA as DECISIONS
-from capture.contract.kde import _SCHEMA as _KDE
-from capture.contract.kde import KdeModel
+from capture.contract.kde import KDE_SCHEMA, KdeModel
 from capture.contract.manifest import Totals
 from capture.contract.schema import routing_schema, tokens_schema
 
@@ -169,7 +168,7 @@ def _create_table(connection: duckdb.DuckDBPyConnection, name: str, table: pa.Ta
 def _create_kde(
     connection: duckdb.DuckDBPyConnection, runs: Mapping[str, Log], kde: KdeModel | None
 ) -> None:
-    tables = [pa.schema([pa.field("run", pa.string()), *_KDE]).empty_table()]
+    tables = [pa.schema([pa.field("run", pa.string()), *KDE_SCHEMA]).empty_table()]
     for name, log in runs.items():
         model = kde or log.kde
         if model is not None:

@@ -37,7 +37,7 @@ from capture.contract.schema import list_type
 
 KDE_SCHEMA_VERSION = 1
 
-_SCHEMA = pa.schema(
+KDE_SCHEMA = pa.schema(
     [
         pa.field("layer", pa.uint16(), nullable=False),
         pa.field("expert", pa.uint16()),
@@ -153,7 +153,7 @@ class KdeModel(Mapping[int, LayerNull]):
     def to_bytes(self) -> bytes:
         """The Parquet file as bytes: the same model gives the same bytes."""
         rows = [row for layer, curve in self.curves for row in _rows(layer, curve)]
-        schema = _SCHEMA.with_metadata({"bhlog.kde_schema_version": str(KDE_SCHEMA_VERSION)})
+        schema = KDE_SCHEMA.with_metadata({"bhlog.kde_schema_version": str(KDE_SCHEMA_VERSION)})
         buffer = io.BytesIO()
         pq.write_table(
             pa.Table.from_pylist(rows, schema=schema),
@@ -218,10 +218,10 @@ class KdeModel(Mapping[int, LayerNull]):
                 f"{name}: a null model file of version {version}, this bhlog reads "
                 f"{KDE_SCHEMA_VERSION}; read it with the bhlog that wrote it"
             )
-        if table.schema.remove_metadata() != _SCHEMA:
+        if table.schema.remove_metadata() != KDE_SCHEMA:
             raise CorruptKde(
                 f"{name}: columns are {', '.join(table.column_names)}; "
-                f"a null model file has {', '.join(_SCHEMA.names)}"
+                f"a null model file has {', '.join(KDE_SCHEMA.names)}"
             )
         groups: dict[tuple[int, int | None], list[dict[str, Any]]] = {}
         for i in range(table.num_rows):

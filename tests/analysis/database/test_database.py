@@ -273,9 +273,17 @@ def test_sql_cannot_leave_the_run_nor_write(run, database, attempt):
     assert database.sql("SELECT count(*) FROM routing").fetchall() == [(600,)]
 
 
-def test_a_path_that_is_no_sealed_file_of_a_run_finds_nothing(database):
-    for path in ("demo/../secret.txt", "demo/run.json", "demo/routing/*.parquet", "../etc/passwd"):
-        assert database.sql(f"SELECT * FROM read_blob('bhlog://{path}')").fetchall() == []
+@pytest.mark.parametrize(
+    "path", ["demo/../secret.txt", "demo/run.json", "demo/routing/*.parquet", "../etc/passwd"]
+)
+def test_a_path_that_is_no_sealed_file_of_a_run_finds_nothing(run, database, path):
+    (run.parent / "secret.txt").write_text("hunter2")
+    try:
+        found = database.sql(f"SELECT * FROM read_blob('bhlog://{path}')").fetchall()
+    except InvalidOption as refused:  # DuckDB refuses some paths itself, which ones by version
+        found = []
+        assert "Cannot access file" in str(refused) and "\n" not in str(refused)
+    assert found == []
 
 
 def test_the_connection_itself_refuses_writes_to_the_files_of_the_run(run, database):
@@ -335,9 +343,9 @@ def test_a_run_of_a_thousand_shards_opens_within_a_second(tmp_path):
         first = run / folder / "rank00000-00000.parquet"
         for number in range(1, 1000):
             os.link(first, run / folder / f"rank00000-{number:05d}.parquet")
-    start = time.perf_counter()
+    start = time.process_time()  # what it costs, whatever else this machine does
     database = connect(open_log(run))
-    taken = time.perf_counter() - start
+    taken = time.process_time() - start
     assert database.sql("SELECT count(*) FROM routing").fetchall() == [(12_000,)]
     assert taken < 1
 
