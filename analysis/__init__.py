@@ -1,0 +1,9 @@
+"""Ask the log of a run: replay it at other settings, fit null models, query it in SQL.
+
+Needs neither torch nor transformers.
+"""
+
+import lazy_loader
+
+# Lazy: `import analysis` costs nothing, and `bhlog --help` loads no library of numbers.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
