@@ -222,9 +222,7 @@ class RouterPatcher:
 
         @_eager
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = dict(signature.bind_partial(*args, **kwargs).arguments)
-            inputs.update(inputs.pop("kwargs", {}))
-            forward = tracker.begin(inputs)
+            forward = tracker.begin(_by_name(signature, args, kwargs))
             thread.forward = forward
             if recorder is not None:
                 recorder.begin(forward)
@@ -341,6 +339,17 @@ class RouterPatcher:
         self._parallel.append((experts, experts._is_expert_parallel))
         experts._is_expert_parallel = True
         return True
+
+
+def _by_name(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """A call's arguments, those that the signature takes as further keywords too."""
+    inputs = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            inputs.update(inputs.pop(name, {}))
+    return inputs
 
 
 def _head_logits(output: Any) -> Tensor | None:

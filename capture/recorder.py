@@ -11,8 +11,8 @@ from torch import Tensor
 
 from capture.contract.errors import UnknownIdentity
 from capture.routers.routing import finite_keys
-from capture.tokens.identity import Forward, Stream
 from capture.tokens.loss import token_loss
+from capture.tokens.stream import Forward, Stream
 from capture.writing.stage import Stage
 from capture.writing.writer import Block, RunWriter
 

@@ -53,6 +53,12 @@ def past_columns(mask: Any, batch: int, start: int, device: torch.device) -> Ten
     return torch.ones(batch, start, dtype=torch.bool, device=device)
 
 
+def mask_width(mask: Any) -> int:
+    """Columns that an attention mask covers; 0 without one."""
+    mask = _one_mask(mask)
+    return 0 if mask is None else int(mask.shape[-1])
+
+
 def packed(inputs: dict[str, Any], real: Tensor) -> bool:
     """Whether a row of the forward holds several sequences.
 

@@ -1,5 +1,6 @@
 """Following `generate`: when a prompt begins, and which rows end with the token just chosen."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ from transformers import StoppingCriteriaList
 
 from capture.tokens.identity import Tracker
 
-_METHOD = "_get_stopping_criteria"
+_CRITERIA = "_get_stopping_criteria"
 
 
 class _Told(StoppingCriteriaList):
@@ -32,23 +33,35 @@ def watch_generation(model: nn.Module, tracker: Tracker) -> list[Callable[[], No
     ids in its configuration alone.
     """
     undo: list[Callable[[], None]] = []
-    for module in model.modules():
-        method = getattr(module, _METHOD, None)
-        if method is None:
-            continue
 
-        def told(*args: Any, _method: Any = method, **kwargs: Any) -> StoppingCriteriaList:
-            tracker.generation_begins()
-            return _Told(_method(*args, **kwargs), tracker)
+    def replace(module: nn.Module, name: str, method: Any, told: Any) -> None:
+        own = vars(module).get(name)
+        vars(module)[name] = functools.wraps(method)(told)
 
-        own = vars(module).get(_METHOD)
-        vars(module)[_METHOD] = told
-
-        def restore(module: nn.Module = module, own: Any = own) -> None:
+        def restore() -> None:
             if own is None:
-                del vars(module)[_METHOD]
+                del vars(module)[name]
             else:
-                vars(module)[_METHOD] = own
+                vars(module)[name] = own
 
         undo.append(restore)
+
+    def watch(module: nn.Module, criteria: Any, generate: Any) -> None:
+        def told_criteria(*args: Any, **kwargs: Any) -> StoppingCriteriaList:
+            tracker.generation_begins()
+            return _Told(criteria(*args, **kwargs), tracker)
+
+        def told_generate(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                tracker.generation_ends()
+
+        replace(module, _CRITERIA, criteria, told_criteria)
+        replace(module, "generate", generate, told_generate)
+
+    for module in model.modules():
+        criteria, generate = (getattr(module, name, None) for name in (_CRITERIA, "generate"))
+        if criteria is not None and generate is not None:
+            watch(module, criteria, generate)
     return undo

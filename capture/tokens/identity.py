@@ -1,8 +1,8 @@
 """Which token each router row belongs to: sequence, position, token id and phase.
 
 Inside a router everything is flattened to batch * seq rows. Hooks on the routers' nearest
-PreTrainedModel see input_ids, attention_mask and past_key_values, and follow each generation by its
-cache object. Nothing here waits for the device while a generation runs.
+PreTrainedModel see input_ids, attention_mask and the cache, and follow each generation by its cache
+object. Nothing here waits for the device while a generation runs.
 """
 
 import threading
@@ -17,120 +17,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from capture.contract.errors import UnknownIdentity
-from capture.tokens.columns import new_columns, packed, past_columns
-
-_NEVER = torch.iinfo(torch.int64).max  # a column no sequence reaches
-
-
-@dataclass(eq=False)
-class Stream:
-    """Sequences that grow together in one cache: the rows of a batch.
-
-    Attributes:
-        sequences: (B,) uint32, the sequence number of each row.
-        sources: (B,) where the text of each row came from, "" for unknown.
-        columns: (B, capacity) bool on the model's device, which columns hold a logged token; the
-            first `length` count, the others are padding or follow the end of a sequence.
-        length: columns in the cache.
-        tokens: (B,) int64 on the device, logged tokens of each row.
-        ends: (B,) int64, columns from here on follow the row's end of sequence.
-        last_start: column at which the last forward began.
-        drafts: whether columns were cut from the cache (assisted decoding).
-        last_logits: (B, H, V), the head's output at the last H columns, for the next token's loss.
-    """
-
-    sequences: NDArray[np.uint32]
-    sources: tuple[str, ...]
-    columns: Tensor
-    length: int
-    tokens: Tensor
-    ends: Tensor
-    last_start: int = 0
-    drafts: bool = False
-    last_logits: Tensor | None = None
-
-    def append(self, keep: Tensor, tokens: Tensor, ends: Tensor) -> None:
-        """Add the (B, S) columns of a forward."""
-        start, self.length = self.length, self.length + keep.shape[1]
-        if self.length > self.columns.shape[1]:
-            room = self.columns.new_zeros(len(keep), max(64, 2 * self.length))
-            room[:, :start] = self.columns[:, :start]
-            self.columns = room
-        self.columns[:, start : self.length] = keep
-        self.last_start, self.tokens, self.ends = start, tokens, ends
-
-    def cut(self, length: int) -> None:
-        """Forget the columns from `length` on."""
-        if self.last_logits is not None:
-            kept = self.last_logits.shape[1] - (self.length - length)
-            self.last_logits = self.last_logits[:, :kept] if kept > 0 else None
-        self.length = length
-        self.tokens = self.columns[:, :length].sum(dim=1)
-        self.ends = torch.where(self.ends > length, _NEVER, self.ends)
-        self.drafts = True
-
-    def reorder(self, rows: list[int], sequences: NDArray[np.uint32]) -> None:
-        """Row i continues what row rows[i] was, under the number sequences[i]."""
-        index = torch.tensor(rows, device=self.columns.device)
-        self.sequences = sequences
-        self.sources = tuple(self.sources[row] for row in rows)
-        self.columns, self.tokens = self.columns[index], self.tokens[index]
-        self.ends = self.ends[index]
-        if self.last_logits is not None:
-            self.last_logits = self.last_logits[index.to(self.last_logits.device)]
-
-
-@dataclass(eq=False)
-class Forward:
-    """One forward pass: who its rows are, on the model's device.
-
-    Attributes:
-        number: forwards are numbered from 0.
-        sequences, sources: (B,), see Stream.
-        token_ids: (B, S) int64, a copy; None when the model was given embeddings.
-        positions: (B, S) int64, in the sequence, padding not counted.
-        keep: (B, S) bool; False for padding and for what follows a row's end of sequence.
-        phase: 0 prefill, 1 decode.
-        start: column of the cache at which the forward's tokens go.
-        stream: the stream it belongs to.
-        ends: (B,) the stream's `ends` once the forward is done.
-        head_start: (B, V) logits that predict the first column; None if unknown.
-        follows: (B,) bool, rows whose column before the first is a token.
-    """
-
-    number: int
-    sequences: NDArray[np.uint32]
-    sources: tuple[str, ...]
-    token_ids: Tensor | None
-    positions: Tensor
-    keep: Tensor
-    phase: int
-    start: int
-    stream: Stream
-    ends: Tensor
-    head_start: Tensor | None = None
-    follows: Tensor | None = None
-
-    @property
-    def rows(self) -> int:
-        """Rows that each router sees: batch * seq."""
-        return self.keep.numel()
+from capture.tokens.cache import cache_length, find_cache, is_tuple_cache, unwatch, watch
+from capture.tokens.columns import mask_width, new_columns, packed, past_columns
+from capture.tokens.stream import NEVER, Forward, Stream
 
 
 class _Place(threading.local):
     """Where a thread's generation stands.
 
     Attributes:
-        stream: of the forward before.
-        prompt: a generation began and has not chosen a token yet.
-        chosen: the generation has just chosen the tokens that the next forward is fed.
-        inside: a forward began and has not ended.
+        stream: what the generation fed last; None before its first forward.
+        due: the next forward is the generation's own, not one of a processor of its logits.
+        prompt: the generation has not chosen a token yet.
     """
 
     stream: Stream | None = None
+    due: bool = False
     prompt: bool = False
-    chosen: bool = False
-    inside: bool = False
 
 
 @dataclass(eq=False)
@@ -167,52 +70,34 @@ class Tracker:
 
         Raises:
             UnknownIdentity: several sequences are packed in a row, or the attention mask or the
-                cache is of a kind that cannot be read.
+                cache is of a kind that cannot be read, or the forward continues tokens that are in
+                no cache.
         """
         token_ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         given = token_ids if token_ids is not None else embeds
         if given is None:
             raise UnknownIdentity("the forward has neither input_ids nor inputs_embeds")
         B, S = given.shape[:2]
-        place = self._place
+        cache, mask = _cache_of(inputs, S), inputs.get("attention_mask")
         with self._lock:
-            cache = inputs.get("past_key_values")
-            if isinstance(cache, tuple | list):
-                raise UnknownIdentity(
-                    "past_key_values is a tuple, whose sequences cannot be followed; pass a Cache "
-                    "object"
-                )
             stream = None if cache is None else self._streams.get(cache)
-            start = _cache_length(cache, stream)
-            mask = inputs.get("attention_mask")
+            start = cache_length(cache, None if stream is None else stream.length)
             real = new_columns(mask, B, start, S, given.device)
             if packed(inputs, real):
                 raise UnknownIdentity(
-                    "position_ids start again inside a row: several sequences are packed together, "
+                    "several sequences are packed in a row, as position_ids or cu_seq_lens_q say, "
                     "and bhlog cannot tell them apart; run one sequence per row, padded, with "
                     "attention_mask"
                 )
             if stream is not None and start < stream.length:
                 self._cut(stream, start)
-            if place.inside:  # the forward before failed, and its generation with it
-                place.prompt = place.chosen = False
-            before, chosen, place.chosen = place.stream, place.chosen, False
             if stream is None or start == 0 or start != stream.length or len(stream.sequences) != B:
                 stream = self._new_stream(mask, B, start, given.device)
-                # generation without a cache feeds everything again and one token more
-                chosen = chosen and cache is None and _continues(before, B, S)
-                if chosen and before is not None:
-                    stream.ends = before.ends.to(given.device)
                 self._follow(cache, stream)
-            else:
-                chosen = chosen and stream is before
-            if chosen:
-                decode = start > 0
-            elif place.prompt:
-                decode = False
-            else:
-                decode = start > 0 and (S == 1 or stream.drafts)
-            ends = stream.ends if decode or chosen else torch.full_like(stream.ends, _NEVER)
+            chosen = self._chosen(stream, cache, S)
+            drafts = S == 1 or stream.drafts
+            decode = start > 0 and (chosen or (drafts and not self._place.prompt))
+            ends = stream.ends if decode or chosen else torch.full_like(stream.ends, NEVER)
             keep = real
             if decode or chosen:
                 columns = torch.arange(start, start + S, device=given.device)
@@ -237,24 +122,33 @@ class Tracker:
                 follows=follows,
             )
             self.next_forward += 1
-            place.stream, place.inside = stream, True
             return forward
 
     def end(self, forward: Forward, output: Any) -> None:
-        """The forward is done: its columns are in the cache, which it may have made itself."""
-        self._place.inside = False
+        """The forward is done: its columns are in the cache, which it may have made itself.
+
+        Raises:
+            UnknownIdentity: the cache that came out holds tokens of a cache that did not go in.
+        """
+        parts = output.values() if isinstance(output, dict) else output
+        cache = find_cache(parts) if isinstance(output, dict | tuple) else None
         with self._lock:
             stream = forward.stream
-            stream.append(forward.keep, forward.positions[:, -1] + 1, forward.ends)
-            cache = getattr(output, "past_key_values", None)
-            if isinstance(output, tuple):
-                cache = next((part for part in output if hasattr(part, "get_seq_length")), None)
             if cache is not None and self._streams.get(cache) is not stream:
+                length = cache_length(cache)
+                if length > forward.start + forward.keep.shape[1]:
+                    raise UnknownIdentity(
+                        f"the model returned a cache of {length} columns, but it was given "
+                        f"{forward.keep.shape[1]} tokens a row after {forward.start}; which "
+                        "sequences they continue is not known"
+                    )
                 self._follow(cache, stream)
+            stream.append(forward.keep, forward.positions[:, -1] + 1, forward.ends)
 
     def generation_begins(self) -> None:
         """`generate` is about to feed a prompt."""
-        self._place.prompt, self._place.chosen, self._place.inside = True, False, False
+        place = self._place
+        place.stream, place.due, place.prompt = None, True, True
 
     def tokens_chosen(self, done: Tensor) -> None:
         """`generate` chose the next token of each row.
@@ -263,25 +157,55 @@ class Tracker:
             done: (B,) bool, rows that end with it and are fed padding from then on.
         """
         place = self._place
-        place.prompt, place.chosen = False, True
-        stream = place.stream
-        if stream is None or len(done) != len(stream.sequences):  # beam search keeps its own count
+        if place.due:  # asked about a draft before it is fed
             return
-        done = done.to(stream.ends.device)
-        over = done | (stream.ends != _NEVER)
-        ends = torch.where(done, stream.ends.clamp(max=stream.length + 1), stream.ends)
-        # when every row is done the generation stops: what comes later is not its padding
-        stream.ends = torch.where(over.all(), _NEVER, ends)
+        place.due, place.prompt = True, False
+        stream = place.stream
+        if stream is None:
+            return
+        stream.settled = stream.length
+        if len(done) == len(stream.sequences):  # beam search keeps its own count
+            ended = stream.ends.clamp(max=stream.length + 1)
+            stream.ends = torch.where(done.to(ended.device), ended, stream.ends)
+
+    def generation_ends(self) -> None:
+        """`generate` returned or failed: what its cache is fed from now on is not its padding."""
+        place = self._place
+        if place.stream is not None:
+            place.stream.ends = torch.full_like(place.stream.ends, NEVER)
+        place.stream, place.due, place.prompt = None, False, False
 
     def release(self) -> None:
         """Give the caches that are still alive their own methods back."""
         with self._lock:
             for cache in list(self._streams):
-                for name in _Watched.methods:
-                    watched = vars(cache).get(name)
-                    if isinstance(watched, _Watched):
-                        watched.remove(cache)
+                unwatch(cache)
             self._streams.clear()
+
+    def _chosen(self, stream: Stream, cache: Any, length: int) -> bool:
+        """Whether a forward of `length` columns is fed what the generation has just chosen.
+
+        Raises:
+            UnknownIdentity: it must be, but what it continues is in no cache.
+        """
+        place = self._place
+        before, due, place.due = place.stream, place.due, False
+        if not due:
+            return False
+        place.stream = stream
+        if place.prompt or before is None:
+            return False
+        if cache is not None:
+            return stream is before
+        # generation without a cache feeds everything again and one token more
+        rows = len(before.sequences), len(stream.sequences)
+        if rows[0] != rows[1] or length != before.length + 1:
+            raise UnknownIdentity(
+                f"generate feeds {length} tokens a row after {before.length}, and no cache holds "
+                "what they continue; generate with a Cache object, or with use_cache=False"
+            )
+        stream.ends = before.ends.to(stream.ends.device)
+        return True
 
     def _new_stream(self, mask: Any, batch: int, start: int, device: torch.device) -> Stream:
         sources, self.next_sources = self.next_sources, ()
@@ -296,7 +220,7 @@ class Tracker:
             columns=columns,
             length=start,
             tokens=columns.sum(dim=1),
-            ends=torch.full((batch,), _NEVER, device=device),
+            ends=torch.full((batch,), NEVER, device=device),
         )
 
     def _numbers(self, count: int) -> NDArray[np.uint32]:
@@ -307,11 +231,9 @@ class Tracker:
         if cache is None:
             return
         self._streams[cache] = stream
-        for name in _Watched.methods:
-            if hasattr(cache, name) and not isinstance(vars(cache).get(name), _Watched):
-                setattr(cache, name, _Watched(self, cache, name))
+        watch(cache, self._cache_changed)
 
-    def cache_changed(self, cache: Any, name: str, argument: Any) -> None:
+    def _cache_changed(self, cache: Any, name: str, argument: Any) -> None:
         """A followed cache's method `name` was called with `argument`."""
         with self._lock:
             stream = self._streams.get(cache)
@@ -320,7 +242,7 @@ class Tracker:
             if name == "reset":
                 self._streams[cache] = None  # still watched
             elif name == "crop":
-                length = _cache_length(cache, None)
+                length = cache_length(cache)
                 if length < stream.length:
                     self._cut(stream, length)
             elif name == "batch_repeat_interleave":
@@ -330,7 +252,7 @@ class Tracker:
 
     def _cut(self, stream: Stream, length: int) -> None:
         """Drop columns: rejected drafts of the last forward, or a return to an earlier point."""
-        if length > stream.last_start and not self._place.chosen:
+        if length > stream.last_start and length >= stream.settled:
             if self.on_cut is not None:
                 self.on_cut(stream, length)
         else:  # what was logged stays; what follows is another continuation of the same start
@@ -348,53 +270,27 @@ class Tracker:
         stream.reorder(rows, sequences)
 
 
-class _Watched:
-    """A cache's method that tells the tracker when it was called.
+def _cache_of(inputs: dict[str, Any], length: int) -> Any:
+    """The cache among a forward's arguments, or None.
 
-    It refers to its cache weakly, so that the cache is freed as soon as its user drops it; copying
-    or pickling the cache gives the copy its own, plain method.
+    Args:
+        length: tokens that the forward is fed in each row.
+
+    Raises:
+        UnknownIdentity: it cannot be followed, or the mask tells of tokens that no cache holds.
     """
-
-    methods = ("reorder_cache", "crop", "reset", "batch_repeat_interleave", "batch_select_indices")
-
-    def __init__(self, tracker: Tracker, cache: Any, name: str) -> None:
-        self._tracker = weakref.ref(tracker)
-        self._cache = weakref.ref(cache)
-        self._name = name
-        self._own = vars(cache).get(name)  # set on the instance by someone else
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = self._cache()
-        method = self._own or getattr(type(cache), self._name).__get__(cache)
-        result = method(*args, **kwargs)
-        tracker = self._tracker()
-        if tracker is not None:
-            tracker.cache_changed(cache, self._name, next(iter([*args, *kwargs.values()]), None))
-        return result
-
-    def __reduce__(self) -> Any:
-        return getattr, (self._cache(), self._name)
-
-    def remove(self, cache: Any) -> None:
-        """Put the cache's method back as it was."""
-        if self._own is None:
-            del vars(cache)[self._name]
-        else:
-            setattr(cache, self._name, self._own)
-
-
-def _continues(before: Stream | None, batch: int, length: int) -> bool:
-    return before is not None and (len(before.sequences), before.length + 1) == (batch, length)
-
-
-def _cache_length(cache: Any, stream: Stream | None) -> int:
-    """Columns in the cache; a length on the device is read only when no stream knows it."""
-    if cache is None:
-        return 0
-    length = cache.get_seq_length()
-    if isinstance(length, Tensor) and stream is not None:
-        return stream.length
-    return int(length)
+    if any(map(is_tuple_cache, inputs.values())):
+        raise UnknownIdentity(
+            "the cache is a tuple, whose sequences cannot be followed; pass a Cache object"
+        )
+    cache = find_cache(inputs.values())
+    width = mask_width(inputs.get("attention_mask"))
+    if cache is None and width > length:
+        raise UnknownIdentity(
+            f"attention_mask has {width} columns, but the model was given {length} tokens a row "
+            "and no cache that holds the others; pass the cache, or a mask of the tokens given"
+        )
+    return cache
 
 
 def _stop_after(

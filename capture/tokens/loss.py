@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from capture.tokens.cross_entropy import cross_entropy
-from capture.tokens.identity import Forward
+from capture.tokens.stream import Forward
 
 _KEPT_ROWS = 64  # logits kept for the next forward's first token, in case drafts are rejected
 

@@ -12,11 +12,13 @@ from capture.contract.errors import UnknownIdentity
 from capture.routers.family import find_routers
 from capture.writing.writer import WriterOptions
 from tests.capture.tiny import (
+    CACHE,
     EXPERTS,
     LAYERS,
     batch,
     check_logits,
     observed,
+    past,
     read,
     real_tokens,
     tiny_model,
@@ -42,12 +44,12 @@ def test_what_a_router_returned_may_be_overwritten_afterwards(model, run):
             router.module.register_forward_hook(lambda m, a, output: returned.extend(output))
             for router in find_routers(model)
         ]
-        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        cache = model(ids, attention_mask=mask, use_cache=True)[CACHE]
         for step in (5, 6):
             for tensor in returned:
                 tensor.zero_()
             returned.clear()
-            model(torch.full((2, 1), step), past_key_values=cache)
+            model(torch.full((2, 1), step), **past(cache))
         for tensor in returned:
             tensor.zero_()
     for handle in handles:

@@ -4,10 +4,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -19,6 +21,11 @@ from capture.run import observe
 LAYERS, EXPERTS, TOP_K, VOCABULARY = 3, 8, 2, 40
 PAD, EOS = 0, 2
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")  # make test-transformers4
+no_static_cache = pytest.mark.skipif(
+    TRANSFORMERS_4, reason="OLMoE cannot generate with a static cache there"
+)
+# what this version of transformers calls the cache, as an argument and in outputs
+CACHE = "cache" if "cache" in signature(OlmoeForCausalLM.forward).parameters else "past_key_values"
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> Any:
@@ -42,6 +49,11 @@ def tiny_model(seed: int = 0, **changes: Any) -> Any:
         if weight.dim() == 2:
             torch.nn.init.normal_(weight, std=0.4 if "gate.weight" in name else 0.25)
     return model
+
+
+def past(cache: Any) -> dict[str, Any]:
+    """The cache as an argument of a model."""
+    return {CACHE: cache}
 
 
 def batch(lengths: list[int], *, left: bool = False, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,14 +18,13 @@ from tests.capture.tiny import (
     batch,
     check_logits,
     finishing,
+    no_static_cache,
     observed,
+    past,
     read,
     tiny_model,
 )
 
-no_static_cache = pytest.mark.skipif(
-    TRANSFORMERS_4, reason="OLMoE cannot generate with a static cache there"
-)
 STATIC = pytest.param("static", marks=no_static_cache)
 
 
@@ -270,11 +270,11 @@ def test_a_cache_cut_back_to_an_earlier_point_starts_another_sequence(model, run
     cache = DynamicCache(config=model.config)
     with observed(model, run):
         first = model.generate(
-            ids, attention_mask=mask, max_new_tokens=4, do_sample=False, past_key_values=cache
+            ids, attention_mask=mask, max_new_tokens=4, do_sample=False, **past(cache)
         )
         cache.crop(5 - cache.get_seq_length())
-        model(torch.tensor([[7]]), past_key_values=cache)
-        model(torch.tensor([[8]]), past_key_values=cache)
+        model(torch.tensor([[7]]), **past(cache))
+        model(torch.tensor([[8]]), **past(cache))
     logged = read(run)
     assert logged.sequence(0) == first[0, :-1].tolist()
     assert logged.tokens[1] == {5: 7, 6: 8}
@@ -306,11 +306,11 @@ def test_chat_of_several_turns_continues_its_sequence(model, run):
     cache = DynamicCache(config=model.config)
     with observed(model, run):
         text = model.generate(
-            ids, attention_mask=mask, max_new_tokens=5, do_sample=False, past_key_values=cache
+            ids, attention_mask=mask, max_new_tokens=5, do_sample=False, **past(cache)
         )
         for turn in ([EOS, 11, 12], []):  # an end of sequence within a prompt, and nothing new
             text = torch.cat([text, torch.tensor([turn], dtype=torch.long)], dim=1)
-            text = model.generate(text, max_new_tokens=4, do_sample=False, past_key_values=cache)
+            text = model.generate(text, max_new_tokens=4, do_sample=False, **past(cache))
     logged = read(run)
     assert fed(logged) == [text[0, :-1].tolist()]
     assert [logged.phase[0][p] for p in (3, 4, 7, 8, 10, 11, 12, 15, 16)] == [
@@ -329,12 +329,12 @@ def test_second_turn_after_rows_that_finished_early(model, run):
             attention_mask=mask,
             max_new_tokens=8,
             do_sample=False,
-            past_key_values=cache,
+            **past(cache),
             eos_token_id=eos,
         )
         more = torch.full((4, 3), 17)
-        model(more, past_key_values=cache)
-        model(more[:, :1], past_key_values=cache)
+        model(more, **past(cache))
+        model(more[:, :1], **past(cache))
     expected = generated(output, mask, {eos})
     assert fed(read(run)) == [row + [17] * 4 for row in expected]
 
@@ -364,3 +364,45 @@ def test_a_generation_that_fails_leaves_no_trace_in_the_next_forward(model, run)
     sequences = fed(read(run))
     assert sequences[4:8] == whole.tolist()
     assert sequences[-4:] == whole.tolist()
+
+
+def test_an_end_is_kept_though_guidance_runs_the_model_in_between(model, run):
+    ids, mask, eos = finishing(model)
+    with observed(model, run):
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=eos,
+            guidance_scale=1.01,
+        )
+    expected, found = generated(output, mask, {eos}), fed(read(run))
+    assert len({len(row) for row in expected}) > 1
+    assert all(row in found for row in expected)
+
+
+@pytest.mark.skipif(TRANSFORMERS_4, reason="it always knows at once there")
+def test_a_generation_that_knows_its_end_one_step_late(model, run, monkeypatch):
+    """As on Apple's GPUs: a forward more, which is fed the last row's eos and padding."""
+    from transformers.generation.utils import DeferredStopCheck
+
+    monkeypatch.setattr(DeferredStopCheck, "is_supported", lambda *args, **kwargs: True)
+    monkeypatch.setattr(torch, "Event", Mock())  # the CPU has no events
+    ids, mask = batch([4, 4])
+
+    def stop(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.tensor([input_ids.shape[1] == 6, input_ids.shape[1] == 8])
+
+    with observed(model, run):
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=VOCABULARY,  # never chosen
+            stopping_criteria=[stop],
+        )
+    logged = read(run)
+    assert logged.log.manifest.totals.forwards == 5
+    assert fed(logged) == [output[0, :6].tolist(), output[1, :8].tolist()]

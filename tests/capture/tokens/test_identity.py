@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from capture.contract.errors import UnknownIdentity
+from capture.tokens.identity import Tracker
 from capture.writing.writer import WriterOptions
 from tests.capture.tiny import (
+    CACHE,
     EOS,
     PAD,
     TRANSFORMERS_4,
@@ -24,7 +26,9 @@ from tests.capture.tiny import (
     Logged,
     batch,
     check_logits,
+    no_static_cache,
     observed,
+    past,
     plain_logits,
     plain_loss,
     read,
@@ -93,11 +97,11 @@ def test_length_of_a_followed_static_cache_is_not_read_from_the_device(model, ru
     ids, _ = batch([4])
     cache = StaticCache(config=model.config, max_cache_len=16)
     with observed(model, run):
-        model(ids, past_key_values=cache)
+        model(ids, **past(cache))
         forbidden = pytest.fail
         monkeypatch.setattr(Tensor, "__int__", lambda self: forbidden("waited for the device"))
         for _ in range(3):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **past(cache))
         monkeypatch.undo()
     assert fed(read(run)) == [ids[0].tolist() + ids[0, :1].tolist() * 3]
 
@@ -108,7 +112,7 @@ def test_forked_beams_carry_their_logits(model, run):
     seen: list[tuple[Tensor, Tensor]] = []
     with observed(model, run) as patcher:
         cache = DynamicCache(config=model.config)
-        model(ids.repeat(3, 1), past_key_values=cache)
+        model(ids.repeat(3, 1), **past(cache))
         rows = ids.repeat(3, 1)
         rng = torch.Generator().manual_seed(0)
         for _ in range(5):
@@ -116,8 +120,8 @@ def test_forked_beams_carry_their_logits(model, run):
             cache.reorder_cache(parents)
             step = torch.randint(3, VOCABULARY, (3, 1), generator=rng)
             rows = torch.cat([rows[parents], step], dim=1)
-            model(step, past_key_values=cache)
-            stream = patcher.tracker._place.stream
+            model(step, **past(cache))
+            stream = patcher.tracker._streams[cache]
             seen.append((torch.from_numpy(stream.sequences.astype("int64")), rows))
     logged = read(run)
 
@@ -135,13 +139,13 @@ def test_an_eos_in_a_rejected_draft_ends_nothing(model, run):
     """A draft by hand: its eos is cut from the cache, and the row goes on."""
     ids, _ = batch([5])
     with observed(model, run):
-        cache = model(ids, use_cache=True).past_key_values
-        model(ids[:, :1], past_key_values=cache)
-        model(torch.tensor([[5, EOS, 7]]), past_key_values=cache)
+        cache = model(ids, use_cache=True)[CACHE]
+        model(ids[:, :1], **past(cache))
+        model(torch.tensor([[5, EOS, 7]]), **past(cache))
         cache.crop(-2)
-        model(torch.tensor([[8, 9]]), past_key_values=cache)
+        model(torch.tensor([[8, 9]]), **past(cache))
         cache.crop(-1)
-        model(torch.tensor([[10]]), past_key_values=cache)
+        model(torch.tensor([[10]]), **past(cache))
     logged = read(run)
     assert fed(logged) == [[*ids[0].tolist(), int(ids[0, 0]), 5, 8, 10]]
     check_logits(model, logged)
@@ -153,13 +157,13 @@ def test_manual_loop_with_one_buffer_for_the_next_token(model, run):
     with observed(model, run):
         cache = DynamicCache(config=model.config)
         buffer, visible = ids.clone(), mask.bool()
-        model(buffer, attention_mask=visible, past_key_values=cache)
+        model(buffer, attention_mask=visible, **past(cache))
         buffer.zero_()
         visible.zero_()
         step = torch.zeros(2, 1, dtype=torch.long)
         for token in range(20, 30):
             step.fill_(token)
-            model(step, past_key_values=cache)
+            model(step, **past(cache))
             step.zero_()
     assert fed(read(run)) == [row + list(range(20, 30)) for row in fed_rows]
 
@@ -168,9 +172,9 @@ def test_manual_loop_ends_at_the_configured_eos(model, run):
     ids, _ = batch([3, 3])
     steps = torch.tensor([[5, EOS, PAD, PAD], [5, 6, 7, 8]])
     with observed(model, run):
-        cache = model(ids, use_cache=True).past_key_values
+        cache = model(ids, use_cache=True)[CACHE]
         for column in range(4):
-            model(steps[:, column : column + 1], past_key_values=cache)
+            model(steps[:, column : column + 1], **past(cache))
     first, second = ids.tolist()
     assert fed(read(run)) == [[*first, 5, EOS], [*second, 5, 6, 7, 8]]
 
@@ -180,7 +184,7 @@ def test_tuple_outputs_are_followed_and_have_a_loss(model, run):
     with observed(model, run):
         output = model(ids, use_cache=True, return_dict=False)
         cache = next(part for part in output if isinstance(part, DynamicCache))
-        model(torch.tensor([[9]]), past_key_values=cache, return_dict=False)
+        model(torch.tensor([[9]]), **past(cache), return_dict=False)
     logged = read(run)
     whole = [*ids[0].tolist(), 9]
     assert fed(logged) == [whole]
@@ -217,8 +221,8 @@ def test_embeddings_alone_have_no_token_ids(model, run):
     ids, _ = batch([5])
     embeddings = model.get_input_embeddings()(ids).detach()
     with observed(model, run):
-        cache = model(inputs_embeds=embeddings, use_cache=True).past_key_values
-        model(torch.tensor([[9]]), past_key_values=cache)
+        cache = model(inputs_embeds=embeddings, use_cache=True)[CACHE]
+        model(torch.tensor([[9]]), **past(cache))
         model(ids)
     logged = read(run)
     assert fed(logged) == [[None] * 5 + [9], ids[0].tolist()]
@@ -229,17 +233,83 @@ def test_embeddings_alone_have_no_token_ids(model, run):
 def test_tuple_caches_are_refused(model, run):
     ids, _ = batch([5])
     with observed(model, run), pytest.raises(UnknownIdentity, match="Cache object"):
-        model(ids, past_key_values=((torch.zeros(1), torch.zeros(1)),))
+        model(ids, **past(((torch.zeros(1), torch.zeros(1)),)))
+
+
+def test_a_mask_of_tokens_that_no_cache_holds_is_refused(model, run):
+    ids, mask = batch([5, 3], left=True)
+    with observed(model, run), pytest.raises(UnknownIdentity, match="no cache that holds"):
+        model(ids[:, -1:], attention_mask=mask)
+    assert read(run).tokens == {}
+
+
+def test_a_cache_that_comes_out_but_did_not_go_in_is_refused(model, run):
+    """Here a hook of someone else's hands it over unseen."""
+    ids, _ = batch([5])
+
+    def hand_over(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, **past(cache)}
+
+    with observed(model, run):
+        cache = model(ids, use_cache=True)[CACHE]
+        handle = model.model.register_forward_pre_hook(hand_over, with_kwargs=True)
+        with pytest.raises(UnknownIdentity, match="a cache of 6 columns"):
+            model(ids[:, :1])
+        handle.remove()
+    assert fed(read(run)) == ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 2},
+        pytest.param({"cache_implementation": "static"}, marks=no_static_cache),
+    ],
+)
+def test_a_generation_whose_cache_is_not_found_is_refused(model, run, options, monkeypatch):
+    monkeypatch.setattr("capture.tokens.identity.find_cache", lambda values: None)
+    ids, _ = batch([5, 5])
+    with observed(model, run), pytest.raises(UnknownIdentity, match="cache"):
+        model.generate(ids, max_new_tokens=3, do_sample=False, **options)
+
+
+def test_tokens_that_generate_chose_after_tokens_in_no_cache_are_refused():
+    tracker = Tracker(frozenset())
+    tracker.generation_begins()
+    tracker.end(tracker.begin({"input_ids": torch.tensor([[5, 6, 7]])}), None)
+    tracker.tokens_chosen(torch.tensor([False]))
+    with pytest.raises(UnknownIdentity, match="feeds 1 tokens a row after 3"):
+        tracker.begin({"input_ids": torch.tensor([[8]])})
+
+
+def test_two_caches_at_once_are_refused():
+    one, other = DynamicCache(), DynamicCache()
+    ids = torch.tensor([[5]])
+    with pytest.raises(UnknownIdentity, match="2 caches"):
+        Tracker(frozenset()).begin({"input_ids": ids, **past(one), "another": other})
+
+
+def test_tokens_of_several_requests_in_one_row_are_refused():
+    """As continuous batching feeds them: here a token each of two, at positions that rise."""
+    with pytest.raises(UnknownIdentity, match="packed"):
+        Tracker(frozenset()).begin(
+            {
+                "input_ids": torch.tensor([[5, 6]]),
+                "position_ids": torch.tensor([[3, 8]]),
+                "cu_seq_lens_q": torch.tensor([0, 1, 2], dtype=torch.int32),
+            }
+        )
 
 
 def test_cache_filled_before_observing_starts_late(model, run):
     ids, mask = batch([3, 5], left=True)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **past(cache))
     with observed(model, run):
         longer = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
-        model(torch.tensor([[9], [8]]), attention_mask=longer, past_key_values=cache)
+        model(torch.tensor([[9], [8]]), attention_mask=longer, **past(cache))
     assert dict(read(run).tokens) == {0: {3: 9}, 1: {5: 8}}
 
 
@@ -254,12 +324,12 @@ def test_a_forward_that_fails_leaves_no_trace(model, run):
 
     with observed(model, run):
         cache = DynamicCache(config=model.config)
-        model(ids, past_key_values=cache)
+        model(ids, **past(cache))
         handle = model.model.layers[0].register_forward_pre_hook(boom)
         with pytest.raises(Boom):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **past(cache))
         handle.remove()
-        model(torch.tensor([[9], [9]]), past_key_values=cache)
+        model(torch.tensor([[9], [9]]), **past(cache))
     logged = read(run)
     assert fed(logged) == [[*row, 9] for row in ids.tolist()]
     assert logged.log.manifest.totals.forwards == 2
@@ -271,13 +341,13 @@ def test_copied_cache_is_a_cache_of_its_own(model, run):
     ids, _ = batch([5])
     with observed(model, run):
         prompt = DynamicCache(config=model.config)
-        model(ids, past_key_values=prompt)
+        model(ids, **past(prompt))
         before = prompt.layers[0].keys.clone()
         copies = [copy.deepcopy(prompt), pickle.loads(pickle.dumps(prompt))]
         for i, mine in enumerate(copies):
             mine.batch_repeat_interleave(2)
             mine.reorder_cache(torch.tensor([1, 0]))
-            model(torch.tensor([[9 + i], [19 + i]]), past_key_values=mine)
+            model(torch.tensor([[9 + i], [19 + i]]), **past(mine))
             mine.crop(-1)
             assert mine.get_seq_length() == 5
         torch.save(prompt, io.BytesIO())
@@ -292,11 +362,11 @@ def test_repeated_and_selected_rows_keep_their_identity(model, run):
     ids, _ = batch([4, 4])
     with observed(model, run):
         cache = DynamicCache(config=model.config)
-        model(ids, past_key_values=cache)
+        model(ids, **past(cache))
         cache.batch_repeat_interleave(2)
-        model(torch.tensor([[5], [6], [7], [8]]), past_key_values=cache)
+        model(torch.tensor([[5], [6], [7], [8]]), **past(cache))
         cache.batch_select_indices(torch.tensor([3, 0]))
-        model(torch.tensor([[9], [10]]), past_key_values=cache)
+        model(torch.tensor([[9], [10]]), **past(cache))
     logged = read(run)
     assert logged.sequence(0) == [*ids[0].tolist(), 5, 10]
     assert logged.sequence(1) == [*ids[1].tolist(), 7]
@@ -310,7 +380,7 @@ def test_following_a_cache_does_not_keep_it_alive(model, run):
     try:
         with observed(model, run):
             cache = DynamicCache(config=model.config)
-            model(ids, past_key_values=cache)
+            model(ids, **past(cache))
             gone = weakref.ref(cache)
             del cache
             assert gone() is None
@@ -324,7 +394,7 @@ def test_nothing_is_left_on_cache_or_model(model, run):
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     with observed(model, run):
         for cache in caches:
-            model(ids, past_key_values=cache)
+            model(ids, **past(cache))
         caches[1].reset()
     for cache in caches:
         assert not set(vars(cache)) & {"crop", "reset", "reorder_cache", "batch_select_indices"}
@@ -337,9 +407,9 @@ def test_threads_with_streams_of_their_own(model, run):
     def speak(ids: Tensor) -> None:
         with torch.no_grad():
             cache = DynamicCache(config=model.config)
-            model(ids, past_key_values=cache)
+            model(ids, **past(cache))
             for token in range(20, 26):
-                model(torch.tensor([[token]]), past_key_values=cache)
+                model(torch.tensor([[token]]), **past(cache))
 
     with observed(model, run, options=WriterOptions(shard_rows=20)):
         threads = [threading.Thread(target=speak, args=(ids,)) for ids in texts]

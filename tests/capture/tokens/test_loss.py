@@ -11,6 +11,7 @@ from tests.capture.tiny import (
     batch,
     finishing,
     observed,
+    past,
     plain_loss,
     read,
     real_tokens,
@@ -66,8 +67,8 @@ def test_loss_where_the_head_saw_the_last_columns(model, run, kept, known):
     ids, _ = batch([8])
     with observed(model, run):
         cache = DynamicCache(config=model.config)
-        model(ids, logits_to_keep=kept, past_key_values=cache)
-        model(torch.tensor([[7]]), past_key_values=cache)
+        model(ids, logits_to_keep=kept, **past(cache))
+        model(torch.tensor([[7]]), **past(cache))
     logged = read(run)
     truth = plain_loss(model, [*ids[0].tolist(), 7])
     close_to(logged.nll[0], truth, lambda position: position in known or position == 8)
@@ -77,8 +78,8 @@ def test_loss_is_unknown_where_the_head_saw_chosen_columns(model, run):
     ids, _ = batch([6])
     with observed(model, run):
         cache = DynamicCache(config=model.config)
-        model(ids, logits_to_keep=torch.tensor([5, 0, 1]), past_key_values=cache)
-        model(torch.tensor([[7]]), past_key_values=cache)
+        model(ids, logits_to_keep=torch.tensor([5, 0, 1]), **past(cache))
+        model(torch.tensor([[7]]), **past(cache))
     assert set(read(run).nll[0].values()) == {None}
 
 
@@ -87,9 +88,9 @@ def test_loss_does_not_come_from_an_older_forward(model, run):
     ids, _ = batch([6])
     with observed(model, run):
         cache = DynamicCache(config=model.config)
-        model(ids, past_key_values=cache)
-        model.model(ids[:, :2], past_key_values=cache)
-        model(ids[:, 3:5], past_key_values=cache)
+        model(ids, **past(cache))
+        model.model(ids[:, :2], **past(cache))
+        model(ids[:, 3:5], **past(cache))
     logged = read(run)
     truth = plain_loss(model, [*ids[0].tolist(), *ids[0, :2].tolist(), *ids[0, 3:5].tolist()])
     close_to(logged.nll[0], truth, lambda position: position not in (6, 7, 8))
@@ -113,9 +114,9 @@ def test_loss_after_right_padding_is_unknown(model, run):
     ids, mask = batch([6, 3])
     with observed(model, run):
         cache = DynamicCache(config=model.config)
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **past(cache))
         longer = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
-        model(torch.tensor([[7], [7]]), attention_mask=longer, past_key_values=cache)
+        model(torch.tensor([[7], [7]]), attention_mask=longer, **past(cache))
     logged = read(run)
     assert logged.nll[0][6] is not None
     assert logged.tokens[1] == {0: ids[1, 0], 1: ids[1, 1], 2: ids[1, 2], 3: 7}

@@ -1,0 +1,107 @@
+"""Sequences that grow together in a cache, and one forward pass of them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+NEVER = torch.iinfo(torch.int64).max  # a column no sequence reaches
+
+
+@dataclass(eq=False)
+class Stream:
+    """Sequences that grow together in one cache: the rows of a batch.
+
+    Attributes:
+        sequences: (B,) uint32, the sequence number of each row.
+        sources: (B,) where the text of each row came from, "" for unknown.
+        columns: (B, capacity) bool on the model's device, which columns hold a logged token; the
+            first `length` count, the others are padding or follow the end of a sequence.
+        length: columns in the cache.
+        tokens: (B,) int64 on the device, logged tokens of each row.
+        ends: (B,) int64, columns from here on follow the row's end of sequence.
+        last_start: column at which the last forward began.
+        settled: columns that a generation has gone on from; a cut below undoes none of them.
+        drafts: whether columns were cut from the cache (assisted decoding).
+        last_logits: (B, H, V), the head's output at the last H columns, for the next token's loss.
+    """
+
+    sequences: NDArray[np.uint32]
+    sources: tuple[str, ...]
+    columns: Tensor
+    length: int
+    tokens: Tensor
+    ends: Tensor
+    last_start: int = 0
+    settled: int = 0
+    drafts: bool = False
+    last_logits: Tensor | None = None
+
+    def append(self, keep: Tensor, tokens: Tensor, ends: Tensor) -> None:
+        """Add the (B, S) columns of a forward."""
+        start, self.length = self.length, self.length + keep.shape[1]
+        if self.length > self.columns.shape[1]:
+            room = self.columns.new_zeros(len(keep), max(64, 2 * self.length))
+            room[:, :start] = self.columns[:, :start]
+            self.columns = room
+        self.columns[:, start : self.length] = keep
+        self.last_start, self.tokens, self.ends = start, tokens, ends
+
+    def cut(self, length: int) -> None:
+        """Forget the columns from `length` on."""
+        if self.last_logits is not None:
+            kept = self.last_logits.shape[1] - (self.length - length)
+            self.last_logits = self.last_logits[:, :kept] if kept > 0 else None
+        self.length, self.settled = length, min(length, self.settled)
+        self.tokens = self.columns[:, :length].sum(dim=1)
+        self.ends = torch.where(self.ends > length, NEVER, self.ends)
+        self.drafts = True
+
+    def reorder(self, rows: list[int], sequences: NDArray[np.uint32]) -> None:
+        """Row i continues what row rows[i] was, under the number sequences[i]."""
+        index = torch.tensor(rows, device=self.columns.device)
+        self.sequences = sequences
+        self.sources = tuple(self.sources[row] for row in rows)
+        self.columns, self.tokens = self.columns[index], self.tokens[index]
+        self.ends = self.ends[index]
+        if self.last_logits is not None:
+            self.last_logits = self.last_logits[index.to(self.last_logits.device)]
+
+
+@dataclass(eq=False)
+class Forward:
+    """One forward pass: who its rows are, on the model's device.
+
+    Attributes:
+        number: forwards are numbered from 0.
+        sequences, sources: (B,), see Stream.
+        token_ids: (B, S) int64, a copy; None when the model was given embeddings.
+        positions: (B, S) int64, in the sequence, padding not counted.
+        keep: (B, S) bool; False for padding and for what follows a row's end of sequence.
+        phase: 0 prefill, 1 decode.
+        start: column of the cache at which the forward's tokens go.
+        stream: the stream it belongs to.
+        ends: (B,) the stream's `ends` once the forward is done.
+        head_start: (B, V) logits that predict the first column; None if unknown.
+        follows: (B,) bool, rows whose column before the first is a token.
+    """
+
+    number: int
+    sequences: NDArray[np.uint32]
+    sources: tuple[str, ...]
+    token_ids: Tensor | None
+    positions: Tensor
+    keep: Tensor
+    phase: int
+    start: int
+    stream: Stream
+    ends: Tensor
+    head_start: Tensor | None = None
+    follows: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows that each router sees: batch * seq."""
+        return self.keep.numel()
