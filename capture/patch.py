@@ -261,12 +261,12 @@ class RouterPatcher:
         self._handles.append(base.register_forward_hook(end, with_kwargs=True, always_call=True))
 
     def _observer(self, router: Router, recorder: Recorder) -> Any:
+        layers = router.layer, *router.again
+
         @_eager
         def observe(module: nn.Module, args: Any, output: Any) -> None:
             logits, weights, experts = router.triple(output)
-            recorder.record(
-                router.layer, {"logits": logits, "experts": experts, "weights": weights}
-            )
+            recorder.record(layers, {"logits": logits, "experts": experts, "weights": weights})
 
         return observe
 
@@ -312,7 +312,7 @@ class RouterPatcher:
                 stats.add(choice, keep)
             if self.recorder is not None:
                 self.recorder.record(
-                    router.layer,
+                    (router.layer,),
                     {
                         "logits": logits.detach(),
                         "experts": choice.experts,

@@ -66,11 +66,15 @@ class Recorder:
             self._release(threading.get_ident())
         self._open.record = _Record(forward)
 
-    def record(self, layer: int, tensors: dict[str, Tensor]) -> None:
-        """Take a router's output, (T, ...) tensors by name; outside a forward it is ignored.
+    def record(self, layers: Sequence[int], tensors: dict[str, Tensor]) -> None:
+        """Take a router's output; outside a forward it is ignored.
+
+        Args:
+            layers: the layer it is; several where it runs once for each in a forward.
+            tensors: (T, ...) by name.
 
         Raises:
-            UnknownIdentity: the router saw other rows than the model was given.
+            UnknownIdentity: the router saw other rows than the model was given, or ran too often.
         """
         record: _Record | None = getattr(self._open, "record", None)
         if record is None:  # activation checkpointing runs routers again in the backward pass
@@ -78,10 +82,17 @@ class Recorder:
         rows = tensors["logits"].shape[0]
         if rows != record.forward.rows:
             raise UnknownIdentity(
-                f"the router of layer {layer} saw {rows} rows, but the model was given "
+                f"the router of layer {layers[0]} saw {rows} rows, but the model was given "
                 f"{record.forward.rows} tokens; which row is which token is not known"
             )
-        record.layers[layer] = tensors
+        for layer in layers:
+            if layer not in record.layers:
+                record.layers[layer] = tensors
+                return
+        raise UnknownIdentity(
+            f"the router of layer {layers[0]} ran {len(layers) + 1} times in forward "
+            f"{record.forward.number}; a row is one token at one layer"
+        )
 
     def loss(self, head: Tensor) -> None:
         """Take the head's logits of the last H columns, (B, H, V), for the tokens' loss."""

@@ -30,6 +30,7 @@ class Router:
         family: its row in the registry.
         experts: module that computes the experts beside it, if there is one.
         block: under transformers 4, the block that chooses by the logits of `module`, its gate.
+        again: the layers that it is in later passes of the same forward, see Family.loops.
     """
 
     layer: int
@@ -37,6 +38,7 @@ class Router:
     family: Family
     experts: nn.Module | None
     block: nn.Module | None = None
+    again: tuple[int, ...] = ()
 
     @cached_property
     def n_experts(self) -> int:
@@ -169,7 +171,9 @@ def find_routers(model: nn.Module) -> tuple[Router, ...]:
     """
     routers: list[Router] = []
     known = FAMILIES if _version() >= 5 else {}
+    config: Any = None
     for name, parent in model.named_modules():
+        config = getattr(parent, "config", config)
         layer = _layer_index(name, len(routers))
         gate = getattr(parent, "gate", None)
         block = BLOCKS.get(type(parent).__name__)
@@ -179,7 +183,9 @@ def find_routers(model: nn.Module) -> tuple[Router, ...]:
         for child in parent.children():
             family = known.get(type(child).__name__)
             if family is not None:
-                routers.append(Router(layer, child, family, getattr(parent, "experts", None)))
+                again = _later_passes(layer, config) if family.loops else ()
+                experts = getattr(parent, "experts", None)
+                routers.append(Router(layer, child, family, experts, again=again))
     if not routers:
         raise UnsupportedModel(
             f"{type(model).__name__} has no router that bhlog knows{_suspect(model)}. "
@@ -208,7 +214,7 @@ def model_info(model: nn.Module, routers: Iterable[Router]) -> ModelInfo:
         name=str(getattr(config, "_name_or_path", "") or type(model).__name__),
         class_name=type(model).__name__,
         revision=getattr(config, "_commit_hash", None),
-        layers=tuple(r.layer for r in routers),
+        layers=tuple(sorted(layer for r in routers for layer in (r.layer, *r.again))),
         n_experts=first.n_experts,
         top_k=first.top_k,
         norm_topk_prob=first.norm_topk_prob,
@@ -216,6 +222,15 @@ def model_info(model: nn.Module, routers: Iterable[Router]) -> ModelInfo:
         scale=first.scale,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
     )
+
+
+def _later_passes(layer: int, config: Any) -> tuple[int, ...]:
+    """What a layer is called in the passes of a forward after the first, none if it has one."""
+    start, end = config.loop_layer_index_start, config.loop_layer_index_end
+    if not start <= layer < end:
+        return ()
+    first = config.num_hidden_layers + layer - start
+    return tuple(first + (end - start) * i for i in range(config.loop_num_passes - 1))
 
 
 def _version() -> int:

@@ -1,6 +1,6 @@
 """Which routers bhlog knows: one row per router family.
 
-The rows follow the routers' sources in transformers 5.23. The experts that a family's own routing
+The rows follow the routers' sources in transformers 5.24. The experts that a family's own routing
 takes may depend on more than the logits (a bias learned for balance, groups of experts, a table
 by token): BH takes the largest logits, and only the weights follow the family's own formula.
 """
@@ -34,6 +34,8 @@ class Family:
             returns something else in their place.
         sentinel: whether the index n_experts may stand for an unused slot in every experts
             implementation; otherwise unused slots hold experts of weight 0, which are computed.
+        loops: whether some layers run loop_num_passes times in a forward; the later passes are
+            layers of their own, numbered as in the cache: on from num_hidden_layers.
         why_not: why BH cannot route it.
     """
 
@@ -50,6 +52,7 @@ class Family:
     top_k: str = "top_k"
     logits: str | None = None
     sentinel: bool = True
+    loops: bool = False
     why_not: str = ""
 
 
@@ -75,7 +78,7 @@ def _greedy(router: str, name: str) -> Family:
     return Family(router, name, normalize="never", scale="routed_scaling_factor")
 
 
-def _observed(router: str, name: str, why_not: str, **changes: str) -> Family:
+def _observed(router: str, name: str, why_not: str, **changes: str | bool) -> Family:
     """A family that is observed only."""
     return Family(router, name, scoring=None, why_not=why_not, **changes)  # type: ignore[arg-type]
 
@@ -84,6 +87,7 @@ _ROWS = (
     # softmax over all experts
     Family("OlmoeTopKRouter", "OLMoE"),
     Family("FlexOlmoTopKRouter", "FlexOlmo"),
+    Family("LaraMiniTopKRouter", "Lara Mini"),
     Family("MellumTopKRouter", "Mellum"),
     Family("Qwen2MoeTopKRouter", "Qwen2-MoE"),
     Family("Qwen3MoeTopKRouter", "Qwen3-MoE"),
@@ -140,6 +144,7 @@ _ROWS = (
     _deepseek("Dots3NoteTextTopkRouter", "Dots3 Note"),
     _deepseek("ExaoneMoeTopkRouter", "EXAONE MoE"),
     _deepseek("HYV4TopkRouter", "Hunyuan V4"),
+    _deepseek("HYV4VLTopkRouter", "Hunyuan V4 VL"),
     _deepseek("KimiLinearTopkRouter", "Kimi Linear"),
     _deepseek("MiMoV2FlashTopkRouter", "MiMo-V2-Flash"),
     _deepseek("NemotronHTopkRouter", "Nemotron-H", sentinel=False),
@@ -217,6 +222,12 @@ _ROWS = (
     ),
     _observed(
         "InklingTopkRouter", "Inkling", "its weights are normalized together with shared experts"
+    ),
+    _observed(
+        "Inkling2LoopTopKRouter",
+        "Inkling 2 Loop",
+        "its middle layers run several times for a token",
+        loops=True,
     ),
     _observed("PhimoeTopKRouter", "Phi-MoE", "SparseMixer gives weights to two experts only"),
     _observed(

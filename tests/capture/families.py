@@ -89,6 +89,14 @@ SPARSE = ["dense", "sparse", "sparse"]
 SPECIAL: dict[str, dict[str, Any]] = {
     "DeepseekV4TopKRouter": {"mlp_layer_types": ["moe"] * 3},
     "Qwen3OmniMoeTalkerTextTopKRouter": {"shared_expert_intermediate_size": 16},
+    "hy_v4_vl": {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
+    "inkling2_loop": {
+        "num_hidden_layers": 3,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+        "layer_types": ["hybrid_sliding", "hybrid", "hybrid"],
+    },
     "bailing_hybrid": {"layer_types": LINEAR},
     "beam": {"mlp_layer_types": SPARSE},
     "deepseek_ocr2": {"mlp_layer_types": SPARSE},

@@ -135,6 +135,23 @@ def test_a_router_that_saw_other_rows_is_an_error(model, run):
             handle.remove()
 
 
+def test_a_router_that_ran_twice_is_an_error(model, run):
+    ids, _ = batch([4])
+    first = model.model.layers[0].mlp
+
+    def again(module: Any, args: Any, output: Any) -> None:
+        module.gate(*args)
+
+    with observed(model, run):
+        handle = first.register_forward_hook(again)
+        try:
+            with pytest.raises(UnknownIdentity, match=r"layer 0 ran 2 times in forward 0"):
+                model(ids)
+        finally:
+            handle.remove()
+    assert read(run).tokens == {}
+
+
 def test_routers_outside_a_forward_are_not_logged(model, run):
     with observed(model, run):
         model.model.layers[0].mlp(torch.randn(1, 3, 32))
