@@ -140,7 +140,7 @@ def test_a_router_that_ran_twice_is_an_error(model, run):
     first = model.model.layers[0].mlp
 
     def again(module: Any, args: Any, output: Any) -> None:
-        module.gate(*args)
+        module.gate(args[0].flatten(0, 1))
 
     with observed(model, run):
         handle = first.register_forward_hook(again)
