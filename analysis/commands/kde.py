@@ -154,7 +154,7 @@ def refit(file: str, out: str, output_format: str, **changes: Any) -> None:
 @format_option
 def merge(files: tuple[str, ...], out: str, output_format: str) -> None:
     """Fit one null model from the histograms of several: of shards, ranks or runs."""
-    from analysis.kde.fit import merge as merge_models
+    from analysis.kde.refit import merge as merge_models
     from analysis.kde.tables import curves_frame
 
     check_writable(out)

@@ -275,7 +275,7 @@ def _p_value(
         if i is None or (name is not None and not nulls.has(name)):
             continue
         kde = nulls.of(name)
-        kde.require((i,), len(kde[i].curves) if i in kde else 0)
+        kde.require((i,))
         known[rows] = True
         if kde[i].pooled:
             p[rows] = kde[i].curves[0].p_value(values[rows])

@@ -7,6 +7,8 @@ Silverman's rules see only the standard deviation and n, which the repeats do no
 Sheather-Jones reads the shape, so it sees such values spread over their spacing.
 """
 
+import math
+
 import numpy as np
 import scipy.fft
 import scipy.optimize
@@ -14,42 +16,45 @@ from numpy.typing import NDArray
 
 from capture.contract.errors import InvalidOption
 from capture.contract.histogram import BIN_WIDTH, ONE_SPREAD, ONE_VALUE, Histogram
+from capture.contract.null import BANDWIDTH_RULES
 
-RULES = ("scott", "silverman", "isj")
-
+WIDEST = 64.0  # logits; a kernel that wide hides whatever it is laid over
 _REPEATS = 4  # values per occupied node from which spacing means a lattice, not thin data
 _LATTICE_SHARE = 0.95  # share of logits whose spacing a bandwidth must not undercut
 _STAGES = 7  # of the plug-in: derivatives 7 to 2, as Botev et al. use
 _MOST_BINS = 1 << 12
+_UNDERFLOW = 700.0  # exp(-700) is next to nothing beside what it is added to
 
 
-def choose_bandwidth(histogram: Histogram, rule: str | float) -> float:
+def check_bandwidth(bandwidth: str | float) -> None:
+    """Raise InvalidOption unless it is the name of a rule or a bandwidth that can be fitted."""
+    if isinstance(bandwidth, str):
+        if bandwidth not in BANDWIDTH_RULES:
+            raise InvalidOption(
+                f"bandwidth must be {', '.join(BANDWIDTH_RULES)} or a number of logits, "
+                f"got {bandwidth!r}"
+            )
+    elif not BIN_WIDTH <= bandwidth <= WIDEST:  # NaN fails too
+        raise InvalidOption(
+            f"bandwidth must be between 0.001 and {WIDEST:g} logits, got {bandwidth}"
+        )
+
+
+def choose_bandwidth(histogram: Histogram, bandwidth: str | float) -> float:
     """Standard deviation of the kernel, in logits.
 
     Args:
         histogram: what is fitted, at least one value.
-        rule: "scott", "silverman", "isj", or the bandwidth itself.
+        bandwidth: "scott", "silverman", "isj", or the bandwidth itself; see check_bandwidth.
 
     Returns:
         A number above 0; rules give at least BIN_WIDTH and at least the spacing of the lattice.
-
-    Raises:
-        InvalidOption: no such rule, or a bandwidth that is not above 0.
     """
-    if not isinstance(rule, str):
-        if not (np.isfinite(rule) and rule > 0):
-            raise InvalidOption(f"bandwidth must be above 0 logits, got {rule}")
-        return float(rule)
-    if rule == "isj":
-        chosen = improved_sheather_jones(histogram)
-        if chosen is None:
-            chosen = silverman(histogram)
-    elif rule == "scott":
-        chosen = scott(histogram)
-    elif rule == "silverman":
+    if not isinstance(bandwidth, str):
+        return float(bandwidth)
+    chosen = _RULES[bandwidth](histogram)
+    if chosen is None:  # no root to find
         chosen = silverman(histogram)
-    else:
-        raise InvalidOption(f"bandwidth must be {', '.join(RULES)} or a number, got {rule!r}")
     return max(chosen, lattice_spacing(histogram), BIN_WIDTH)
 
 
@@ -70,8 +75,9 @@ def standard_deviation(histogram: Histogram) -> float:
         return 0.0
     weights = histogram.counts / ONE_VALUE
     node = np.arange(len(weights), dtype=np.float64)
-    mean = (weights @ node) / n
-    squares = weights @ (node - mean) ** 2 - histogram.spread.sum() / ONE_SPREAD
+    # sums, not @: BLAS would start threads for it, which the threads that fit layers wait on
+    mean = (weights * node).sum() / n
+    squares = (weights * (node - mean) ** 2).sum() - histogram.spread.sum() / ONE_SPREAD
     return float(BIN_WIDTH * np.sqrt(max(squares, 0.0) / (n - 1)))
 
 
@@ -108,41 +114,47 @@ def improved_sheather_jones(histogram: Histogram) -> float | None:
         return None
     coefficients = scipy.fft.dct(density)[1:]  # a_k, k = 1, 2, ...
     k_squared = np.arange(1, len(density), dtype=np.float64) ** 2
-    a_squared = (coefficients / 2) ** 2
+    squares = _Squares(k_squared, (coefficients / 2) ** 2)
     n = histogram.n
 
     def excess(t: float) -> float:
-        return t - _plug_in(t, n, k_squared, a_squared)
+        return t - squares.plug_in(t, n)
 
-    times = np.geomspace(1e-10, 0.1, 46)
-    signs = np.array([excess(t) for t in times]) > 0
-    rises = np.flatnonzero(~signs[:-1] & signs[1:])
-    if not len(rises):
-        return None
-    first = int(rises[0])
-    t = scipy.optimize.brentq(excess, times[first], times[first + 1], xtol=1e-16)
-    variance = t * (len(density) * bin_width) ** 2
-    return float(np.sqrt(variance))
+    below = 1e-10
+    for t in np.geomspace(1e-10, 0.1, 46)[1:]:
+        if excess(below) <= 0 < excess(t):
+            root = scipy.optimize.brentq(excess, below, t, xtol=1e-16)
+            return float(np.sqrt(root) * len(density) * bin_width)
+        below = t
+    return None
 
 
-def _plug_in(
-    t: float, n: int, k_squared: NDArray[np.float64], a_squared: NDArray[np.float64]
-) -> float:
-    """xi * gamma^[7](t): the squared bandwidth that t implies, both in units of the range."""
+_RULES = {"scott": scott, "silverman": silverman, "isj": improved_sheather_jones}
 
-    def roughness(s: int, time: float) -> float:
-        """Estimated integral of the squared s-th derivative."""
-        terms = k_squared**s * a_squared * np.exp(-k_squared * np.pi**2 * time)
+
+class _Squares:
+    """Squared cosine coefficients of a density, which estimate how rough its derivatives are."""
+
+    def __init__(self, k_squared: NDArray[np.float64], a_squared: NDArray[np.float64]) -> None:
+        self._decay = -k_squared * np.pi**2
+        self._terms = {s: k_squared**s * a_squared for s in range(2, _STAGES + 1)}
+
+    def roughness(self, s: int, t: float) -> float:
+        """Estimated integral of the squared s-th derivative of the density smoothed by sqrt(t)."""
+        last = min(len(self._decay), int(np.sqrt(_UNDERFLOW / t) / np.pi) + 1)  # others vanish
+        terms = self._terms[s][:last] * np.exp(self._decay[:last] * t)
         return float(2 * np.pi ** (2 * s) * terms.sum())
 
-    norm = roughness(_STAGES, t)
-    for s in range(_STAGES - 1, 1, -1):
-        if norm <= 0:
-            return np.inf
-        odd_product = float(np.prod(np.arange(1, 2 * s, 2)))
-        factor = (1 + 0.5 ** (s + 0.5)) / 3 * odd_product / np.sqrt(np.pi / 2)
-        norm = roughness(s, (factor / (n * norm)) ** (2 / (3 + 2 * s)))
-    return float((2 * n * np.sqrt(np.pi) * norm) ** (-2 / 5)) if norm > 0 else np.inf
+    def plug_in(self, t: float, n: int) -> float:
+        """xi * gamma^[7](t): the squared bandwidth that t implies, both in units of the range."""
+        norm = self.roughness(_STAGES, t)
+        for s in range(_STAGES - 1, 1, -1):
+            if norm <= 0:
+                return np.inf
+            odd_product = math.prod(range(1, 2 * s, 2))
+            factor = (1 + 0.5 ** (s + 0.5)) / 3 * odd_product / np.sqrt(np.pi / 2)
+            norm = self.roughness(s, (factor / (n * norm)) ** (2 / (3 + 2 * s)))
+        return float((2 * n * np.sqrt(np.pi) * norm) ** (-2 / 5)) if norm > 0 else np.inf
 
 
 def _bins(histogram: Histogram) -> tuple[NDArray[np.float64], float]:

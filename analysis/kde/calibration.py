@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.special import betainc
 
-from analysis.kde.fit import sampled
+from analysis.kde.counting import sampled
 from analysis.log import Log, Progress, layer_of, logits_of
 from capture.contract.errors import InvalidOption
 from capture.contract.histogram import ONE_VALUE, Histogram, HistogramAccumulator, kept
@@ -111,7 +111,7 @@ def check(
     Args:
         ranks: which order statistics to look at; those above the number of experts are left out.
         layers, where, threads, progress: which rows, and how they are read; see Log.fold.
-        sample: share of tokens; see fit_kde.
+        sample: share of tokens; see analysis.kde.fit.fit_kde.
 
     Raises:
         KdeMismatch: the null model does not cover the layers or experts.

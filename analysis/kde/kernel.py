@@ -25,8 +25,10 @@ KEPT_BITS = 32  # of the tail's significand, 1e-10 of S: the rest is noise that 
 _FINEST = 64  # grid points per histogram node, at most
 _COARSEST = 64  # histogram nodes per grid point, at most
 _SMOOTH_FROM = 4  # bandwidth in nodes from which second differences stand for derivatives
-_GAUSSIAN_STEPS = 285  # a bandwidth; enough for TOLERANCE down to SMALLEST_TAIL whatever the data
-_COMPACT_STEPS = 128  # a bandwidth; at the end of a compact kernel no step would be enough
+_MOST_STEPS = {  # grid points a bandwidth
+    "gaussian": 285,  # enough for TOLERANCE down to SMALLEST_TAIL whatever the data
+    "tophat": 128,  # corners fall between grid points of any step
+}
 
 
 def gaussian(z: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -62,7 +64,7 @@ UPPER: dict[str, Upper] = {
     "tophat": tophat,
     "triangular": triangular,
 }
-KERNELS = (*UPPER, "none")
+_SMOOTH = ("gaussian", "epanechnikov", "triangular")  # whose tail has no corner
 
 
 def empirical_tail(histogram: Histogram) -> tuple[float, float, NDArray[np.float64]]:
@@ -77,34 +79,38 @@ def empirical_tail(histogram: Histogram) -> tuple[float, float, NDArray[np.float
 
 
 def kernel_tail(
-    histogram: Histogram, kernel: str, bandwidth: float
+    histogram: Histogram, kernel: str, bandwidth: float, most_points: int = MOST_GRID_POINTS
 ) -> tuple[float, float, NDArray[np.float64]]:
     """The tail of the kernel density estimate of a histogram, on an even grid.
 
-    Against the direct sum over values, the gaussian tail interpolated linearly is within 1e-4
-    of S wherever S >= 1e-8, for bandwidths from about 15 * BIN_WIDTH on. The grid is the coarsest
-    whose step is a power of two and keeps to that; it reaches REACH bandwidths beyond the data.
+    Against the direct sum over values, the tail interpolated linearly is within 1e-4 of S wherever
+    S >= 1e-8: with the gaussian kernel for bandwidths from about 15 * BIN_WIDTH on, with
+    epanechnikov and triangular for 1,000 values or more. The tail of a tophat has a corner where
+    each value's kernel ends, which no grid meets: with values off the nodes it is within about
+    1e-2 of S until a BIN_WIDTH before the last of them. The grid is the coarsest whose step is a
+    power of two and keeps to that; it reaches REACH bandwidths beyond the data.
 
     Args:
         histogram: at least one value.
         kernel: a name of UPPER.
         bandwidth: standard deviation of the kernel, in logits, above 0.
+        most_points: the step is not refined beyond as many grid points, whatever the accuracy.
 
     Returns:
         (x0, dx, tail): tail is (G,) float64, P(logit > x0 + g * dx), falling from 1 to 0.
     """
     resolved = bandwidth >= _SMOOTH_FROM * BIN_WIDTH
-    smooth = kernel == "gaussian" and resolved
+    smooth = kernel in _SMOOTH and resolved
     counts = _without_spread(histogram) if smooth else np.pad(histogram.counts, 1)
     weights = counts / histogram.counts.sum()
     margin = int(np.ceil(REACH * bandwidth / BIN_WIDTH)) + 1
     upper = UPPER[kernel]
     tail = _convolve(weights, upper, bandwidth, margin, 1)
-    step = bandwidth / BIN_WIDTH / (_GAUSSIAN_STEPS if kernel == "gaussian" else _COMPACT_STEPS)
+    step = bandwidth / BIN_WIDTH / _MOST_STEPS[kernel] if kernel in _MOST_STEPS else 0.0
     if resolved:
         step = max(step, _widest_step(tail))
-    finest = min(_FINEST, max(1, MOST_GRID_POINTS // len(tail)))
-    per_node = 2.0 ** np.ceil(np.log2(1.0 / step))
+    finest = min(_FINEST, max(1, most_points // len(tail)))
+    per_node = 2.0 ** np.ceil(-np.log2(max(step, 1 / _FINEST)))
     per_node = float(np.clip(per_node, 1 / _COARSEST, 2.0 ** np.floor(np.log2(finest))))
     if per_node > 1:
         tail = _convolve(weights, upper, bandwidth, margin, int(per_node))

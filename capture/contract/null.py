@@ -10,6 +10,11 @@ from capture.contract.bh import critical_values
 from capture.contract.errors import CorruptKde, KdeMismatch
 from capture.contract.histogram import Histogram, Trim
 
+KERNELS = ("gaussian", "epanechnikov", "tophat", "triangular", "none")
+BANDWIDTH_RULES = ("scott", "silverman", "isj")
+
+_FARTHEST = 2.0**20  # logits; a grid beyond it, or finer than its inverse, is damaged
+
 
 @dataclass(frozen=True, eq=False)
 class NullCurve:
@@ -24,9 +29,9 @@ class NullCurve:
         tail: (G,) float64, P(logit > x0 + g * dx), falling from at most 1 to at least 0.
         histogram: what it was fitted from; None when imported.
         trim_low, trim_high: logits left out of each row, at its lower and upper end.
-        kernel: "gaussian", ..., "none", or "imported".
+        kernel: one of KERNELS, or "imported".
         bandwidth: standard deviation of the kernel in logits; None when there is none.
-        rule: how the bandwidth was chosen.
+        rule: how the bandwidth was chosen: one of BANDWIDTH_RULES, "fixed", "none" or "imported".
         source: ids of the runs it was fitted from, or the name of the imported file.
         kept: histograms of the same logits at other trimming levels, for refits.
     """
@@ -48,10 +53,17 @@ class NullCurve:
     def __post_init__(self) -> None:
         if self.tail.ndim != 1 or len(self.tail) < 2:
             raise CorruptKde(f"tail must have at least 2 grid points, got shape {self.tail.shape}")
-        if not (self.dx > 0 and np.isfinite(self.x0) and np.isfinite(self.dx)):
-            raise CorruptKde(f"grid x0={self.x0}, dx={self.dx} is not a rising finite grid")
+        ends = np.abs([self.x0, self.x0 + self.dx * len(self.tail)])
+        if not (self.dx >= 1 / _FARTHEST and ends.max() <= _FARTHEST):  # NaN fails too
+            raise CorruptKde(f"grid x0={self.x0}, dx={self.dx} is not a rising grid of logits")
         if not (self.tail[0] <= 1 and self.tail[-1] >= 0 and np.all(np.diff(self.tail) <= 0)):
             raise CorruptKde("tail must fall from at most 1 to at least 0")
+        if self.kernel not in (*KERNELS, "imported"):
+            raise CorruptKde(f"unknown kernel {self.kernel!r}; kernels: {', '.join(KERNELS)}")
+        if self.rule not in (*BANDWIDTH_RULES, "fixed", "none", "imported"):
+            raise CorruptKde(f"unknown bandwidth rule {self.rule!r}")
+        if self.bandwidth is not None and not 0 < self.bandwidth < _FARTHEST:
+            raise CorruptKde(f"bandwidth must be above 0 logits, got {self.bandwidth}")
 
     @property
     def grid(self) -> NDArray[np.float64]:
@@ -88,7 +100,14 @@ class NullCurve:
         Smallest among float32 values, under p_value as computed: p_value(t_k) is at most the
         critical value, and that of the next smaller float32 is above it. Falls with k.
         """
-        critical = critical_values(alpha, n_experts)
+        return self._reaching(critical_values(alpha, n_experts))
+
+    def threshold_grid(self, alphas: NDArray[np.float64], n_experts: int) -> NDArray[np.float32]:
+        """(J, E) float32: thresholds at each of J alphas, the same numbers at less cost."""
+        return self._reaching(critical_values(np.asarray(alphas)[:, None], n_experts))
+
+    def _reaching(self, critical: NDArray[np.float64]) -> NDArray[np.float32]:
+        """The smallest float32 logits with p-values at most these, which rise along the last axis."""
         last = len(self.tail) - 1
         right = np.searchsorted(-self.tail, -critical, side="left")  # first node with S <= c
         inside = np.clip(right, 1, last)
@@ -98,7 +117,7 @@ class NullCurve:
         cells = np.where(right == 0, 0.0, np.where(right > last, float(last), cells))
         t = round_up_to_float32(np.float64(self.x0) + self.dx * cells)
         t = self._settle(t, critical)
-        return np.minimum.accumulate(t)  # equal in exact arithmetic; guards rounding
+        return np.minimum.accumulate(t, axis=-1)  # equal in exact arithmetic; guards rounding
 
     def _settle(self, t: NDArray[np.float32], critical: NDArray[np.float64]) -> NDArray[np.float32]:
         """Move each t, right but for rounding, to the float32 where p_value first is <= critical.
@@ -168,7 +187,7 @@ class LayerNull:
         """
         if self.pooled:
             return self.curves[0].p_value(logits)
-        self.require(logits.shape[-1])
+        self.require(logits.shape[-1] if logits.ndim else 0)
         columns = [c.p_value(logits[..., i]) for i, c in enumerate(self.curves)]
         return np.stack(columns, axis=-1)
 

@@ -7,6 +7,7 @@ array is rebuilt from its shape, its number format and its bytes.
 
 import pickletools
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,14 +109,15 @@ def read_curve(path: Path) -> NullCurve:
     arrays = read_arrays(data, str(path))
     for key in ("x", "cdf"):
         if key not in arrays:
-            raise CorruptKde(f"{path}: holds {', '.join(arrays) or 'nothing'}; expected x and cdf")
+            raise CorruptKde(f"{path}: holds {reprlib.repr(list(arrays))}; expected x and cdf")
     x, cdf = (arrays[key].astype(np.float64) for key in ("x", "cdf"))
     if x.ndim != 1 or x.shape != cdf.shape or len(x) < 2:
         raise CorruptKde(f"{path}: x has shape {x.shape}, cdf {cdf.shape}; expected two alike")
     if not (np.isfinite(x).all() and np.isfinite(cdf).all()):
         raise CorruptKde(f"{path}: x or cdf holds NaN or infinity")
     dx = (x[-1] - x[0]) / (len(x) - 1)
-    if not dx > 0 or np.abs(np.diff(x) - dx).max() > 1e-6 * dx:
+    digits = np.finfo(arrays["x"].dtype).eps if arrays["x"].dtype.kind == "f" else 0.0
+    if not dx > 0 or np.abs(np.diff(x) - dx).max() > 1e-6 * dx + 4 * digits * np.abs(x).max():
         raise CorruptKde(f"{path}: x is not an even rising grid")
     rounding = 1e-9  # sums that made old CDFs overshoot and waver in their last digits
     if cdf.min() < -rounding or cdf.max() > 1 + rounding or np.diff(cdf).min() < -rounding:
@@ -137,15 +139,17 @@ def read_arrays(data: bytes, name: str) -> dict[str, NDArray[Any]]:
     """
     try:
         result = _run(data, name)
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptKde(f"{name}: not a whole pickle of numpy arrays ({error})") from error
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise CorruptKde(
+            f"{name}: not a whole pickle of numpy arrays ({_one_line(str(error))})"
+        ) from error
     if not isinstance(result, Mapping):
         raise CorruptKde(f"{name}: holds no dictionary; expected x and cdf")
     arrays: dict[str, NDArray[Any]] = {}
     for key, value in result.items():
         if not isinstance(value, _Array) or value.array is None:
-            raise CorruptKde(f"{name}: {key!r} is no numpy array")
-        arrays[str(key)] = value.array
+            raise CorruptKde(f"{name}: {reprlib.repr(key)} is no numpy array")
+        arrays[key] = value.array
     return arrays
 
 
@@ -153,9 +157,12 @@ def _run(data: bytes, name: str) -> Any:
     """Step through a pickle on a stack of plain values and the stand-ins above."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    made = 0  # bytes of arrays
 
     def since_mark() -> list[Any]:
-        at = max(i for i, item in enumerate(stack) if item is _MARK)
+        at = next((i for i in reversed(range(len(stack))) if stack[i] is _MARK), -1)
+        if at < 0:
+            raise ValueError("a mark is missing")
         items = stack[at + 1 :]
         del stack[at:]
         return items
@@ -189,28 +196,42 @@ def _run(data: bytes, name: str) -> Any:
         elif op == "DICT":
             stack.append(_pairs(since_mark()))
         elif op == "SETITEM":
-            value, key = stack.pop(), stack.pop()
-            stack[-1][key] = value
+            pair = stack[-2:]
+            del stack[-2:]
+            stack[-1].update(_pairs(pair))
         elif op == "SETITEMS":
-            items = since_mark()
-            stack[-1].update(_pairs(items))
+            pairs = _pairs(since_mark())
+            stack[-1].update(pairs)
         elif op == "GLOBAL":
             stack.append(_named(argument, name))
         elif op == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
+            if not (isinstance(attribute, str) and isinstance(module, str)):
+                raise ValueError("it names something by no text")
             stack.append(_named(f"{module} {attribute}", name))
         elif op == "REDUCE":
             arguments, called = stack.pop(), stack.pop()
             stack.append(_rebuild(called, arguments))
+            made += _n_bytes(stack[-1])
         elif op == "BUILD":
             state = stack.pop()
             _fill(stack[-1], state)
+            made += _n_bytes(stack[-1])
         else:
             raise UnsafePickle(
                 f"{name}: uses the pickle instruction {op}, which numpy arrays do not need; "
                 "nothing of it was run"
             )
+        if made > 4 * len(data):  # one stretch of bytes, asked for again and again
+            raise ValueError("its arrays hold more than the file does")
     raise ValueError("it has no end")
+
+
+def _n_bytes(value: Any) -> int:
+    """Memory of a value that a pickle asked for."""
+    if isinstance(value, _Array):
+        return 0 if value.array is None else value.array.nbytes
+    return len(value) if isinstance(value, bytes) else 0
 
 
 _LITERALS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
@@ -220,15 +241,23 @@ _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, 
 _EMPTY: dict[str, type] = {"EMPTY_DICT": dict}
 
 
-def _pairs(items: list[Any]) -> dict[Any, Any]:
+def _one_line(text: str) -> str:
+    """A stranger's text, fit for an error message."""
+    return repr(text[:100])[1:-1]
+
+
+def _pairs(items: list[Any]) -> dict[str, Any]:
+    """A dictionary of keys and values in turn; keys are text: a nested one could exhaust hash()."""
+    if not all(isinstance(key, str) for key in items[::2]):
+        raise ValueError("a key is no text")
     return dict(zip(items[::2], items[1::2], strict=True))
 
 
 def _named(found: str, name: str) -> _Name:
     if found not in _NAMES:
         raise UnsafePickle(
-            f"{name}: names {found.replace(' ', '.')}; only numpy arrays are read from pickles, "
-            "and nothing of it was run"
+            f"{name}: names {_one_line(found.replace(' ', '.'))}; only numpy arrays are read from "
+            "pickles, and nothing of it was run"
         )
     return _Name(_NAMES[found])
 
@@ -242,7 +271,7 @@ def _rebuild(called: Any, arguments: Any) -> Any:
     if called == _Name("encode"):
         text, encoding = arguments
         if encoding != "latin1":
-            raise ValueError(f"bytes are encoded as {encoding!r}")
+            raise ValueError(f"bytes are encoded as {reprlib.repr(encoding)}")
         return _raw(text)
     if called == _Name("_frombuffer"):
         raw, dtype, shape, order = arguments
@@ -264,14 +293,14 @@ def _number_format(code: Any) -> str:
     if isinstance(code, bytes):
         code = code.decode("latin1")
     if not isinstance(code, str) or not _NUMBERS.fullmatch(code):
-        raise ValueError(f"an array holds {code!r}, which are no plain numbers")
+        raise ValueError(f"an array holds {reprlib.repr(code)}, which are no plain numbers")
     return code
 
 
 def _byte_order(order: Any) -> str:
     text = order.decode("latin1") if isinstance(order, bytes) else order
     if text not in ("<", ">", "="):
-        raise ValueError(f"byte order {order!r}")
+        raise ValueError(f"byte order {reprlib.repr(order)}")
     return str(text)
 
 

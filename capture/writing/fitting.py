@@ -107,7 +107,8 @@ class KdeFit:
             histograms = merged
         if not histograms:
             raise InvalidOption(f"{self.out}: no row was logged, so there is no null model to fit")
-        model = fit_histograms(histograms, self.options, source=[run_id])
+        n_experts = writer.manifest.model.n_experts
+        model = fit_histograms(histograms, self.options, source=[run_id], n_experts=n_experts)
         model.save(self.out)
         for rank in range(ranks):
             self._part(rank).unlink(missing_ok=True)

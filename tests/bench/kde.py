@@ -26,8 +26,10 @@ from scipy.special import ndtr
 from scipy.stats import gaussian_kde
 
 from analysis.kde.bandwidth import choose_bandwidth
-from analysis.kde.fit import FitOptions, count_logits, fit_histograms, refit
+from analysis.kde.counting import count_logits
+from analysis.kde.fit import FitOptions, fit_histograms
 from analysis.kde.kernel import kernel_tail
+from analysis.kde.refit import refit
 from analysis.log import Log, open_log
 from capture.contract.histogram import Histogram, HistogramAccumulator
 from capture.contract.kde import NullCurve

@@ -6,7 +6,8 @@ from scipy.stats import beta, ks_2samp, kstest, norm, wasserstein_distance
 from analysis.kde import figures as kde_figures
 from analysis.kde.calibration import PValues, check, check_frame, expert_frame
 from analysis.kde.comparison import compare
-from analysis.kde.fit import FitOptions, fit_kde, refit
+from analysis.kde.fit import FitOptions, fit_kde
+from analysis.kde.refit import refit
 from analysis.log import open_log
 from capture.contract.bh import decide, decide_by_expert
 from capture.contract.errors import InvalidOption, KdeMismatch

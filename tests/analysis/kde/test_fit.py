@@ -8,8 +8,10 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import ndtr
 from scipy.stats import norm
 
-from analysis.kde.fit import FitOptions, fit_histograms, fit_kde, merge, refit, sampled
-from analysis.kde.kernel import KERNELS, UPPER, kernel_tail
+from analysis.kde.counting import sampled
+from analysis.kde.fit import MOST_LAYER_POINTS, FitOptions, fit_histograms, fit_kde
+from analysis.kde.kernel import UPPER, kernel_tail
+from analysis.kde.refit import merge, refit
 from analysis.log import logits_of, open_log
 from capture.contract.errors import InvalidOption, KdeMismatch
 from capture.contract.histogram import (
@@ -20,6 +22,7 @@ from capture.contract.histogram import (
     Trim,
 )
 from capture.contract.kde import KdeModel, NullCurve
+from capture.contract.null import KERNELS
 from tests.synthetic import normal_kde, to_bfloat16, write_run
 
 
@@ -80,6 +83,37 @@ def test_the_tail_of_a_normal_sample_is_the_normal_tail_widened_by_the_kernel():
     assert curve.p_value(x) == pytest.approx(norm.sf(x, scale=np.sqrt(1 + 0.3**2)), rel=2e-3)
 
 
+# Where a compact kernel ends: the last value that reaches x, to the distance S = 1e-8 is away from.
+REACH = {"epanechnikov": 5**0.5, "triangular": 6**0.5, "tophat": 3**0.5}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kernel", ["epanechnikov", "triangular"])
+@pytest.mark.parametrize("n", [1000, 50_000])
+def test_compact_kernels_are_within_1e_4_down_to_1e_8_too(kernel, dtype, n):
+    values = np.random.default_rng(5).normal(-1, 1, n).astype(np.float32)
+    values = to_bfloat16(values) if dtype == "bfloat16" else values
+    bandwidth = float(values.std() * n**-0.2)
+    end = values.max() + REACH[kernel] * bandwidth
+    x = np.concatenate([np.linspace(end - 3, end, 100), end - np.geomspace(1e-4, 1, 100)])
+    direct = direct_tail(values, bandwidth, x, kernel)
+    counted = direct >= 1e-8
+    assert direct[counted].min() < 1e-7
+    p = curve_of(values, bandwidth, kernel).p_value(x)
+    assert np.abs(p / np.maximum(direct, 1e-8) - 1)[counted].max() < 1e-4
+
+
+def test_a_tophat_is_within_1e_2_until_a_node_before_its_end():
+    values = np.random.default_rng(5).normal(-1, 1, 50_000).astype(np.float32)
+    bandwidth = float(values.std() * len(values) ** -0.2)
+    end = values.max() + REACH["tophat"] * bandwidth - 2 * BIN_WIDTH
+    x = np.concatenate([np.linspace(end - 3, end, 200), end - np.geomspace(1e-4, 1, 100)])
+    direct = direct_tail(values, bandwidth, x, "tophat")
+    p = curve_of(values, bandwidth, "tophat").p_value(x)
+    assert np.abs(p / direct - 1).max() < 1e-2
+    assert np.abs(p / direct - 1)[direct > 1e-3].max() < 1e-4
+
+
 @pytest.mark.parametrize("kernel", UPPER)
 def test_every_kernel_matches_its_direct_sum_and_has_standard_deviation_1(kernel):
     values = np.random.default_rng(2).normal(0, 1, 3000)
@@ -95,7 +129,7 @@ def test_every_kernel_matches_its_direct_sum_and_has_standard_deviation_1(kernel
 values_lists = arrays(np.float32, st.integers(1, 40), elements=st.floats(-30, 30, width=32))
 
 
-@settings(max_examples=40)
+@settings(deadline=None, max_examples=40)
 @given(values_lists, st.sampled_from(KERNELS), st.sampled_from(["scott", "silverman", 0.05, 0.5]))
 def test_tails_fall_from_1_to_0_whatever_the_values(values, kernel, bandwidth):
     model = fit_values(values, FitOptions(kernel=kernel, bandwidth=bandwidth))
@@ -111,7 +145,7 @@ def test_tails_fall_from_1_to_0_whatever_the_values(values, kernel, bandwidth):
     assert np.log2(curve.dx) == round(np.log2(curve.dx))
 
 
-@settings(max_examples=25)
+@settings(deadline=None, max_examples=25)
 @given(values_lists, st.integers(-4, 4), st.sampled_from([0.5, 2.0]))
 def test_shifting_and_scaling_values_shifts_and_scales_the_tail(values, shift, scale):
     values = np.round(values * 2**8) / 2**8  # so that shifted values stay on nodes
@@ -311,6 +345,22 @@ def test_merging_equals_fitting_together_in_any_order(run, other_run, null):
     assert same(merge([parts[2], merge(parts[1::-1])]), a)
 
 
+def test_models_of_other_routers_do_not_merge(run, tmp_path):
+    model = fit_kde(open_log(run))
+    assert (model.n_experts, refit(model, bandwidth=0.1).n_experts) == (16, 16)
+    of_8 = write_run(tmp_path / "of_8", layers=(0, 2, 5), n_experts=8, n_sequences=2, length=9)
+    with pytest.raises(KdeMismatch, match="routers of 8 and 16 experts"):
+        merge([model, fit_kde(open_log(of_8))])
+
+
+def test_curves_of_many_experts_share_the_grid_points_of_a_layer():
+    values = np.random.default_rng(0).normal(0, 1, 64).astype(np.float32)
+    keys = {HistogramKey(0, expert, Trim()): Histogram.of(values) for expert in range(64)}
+    options = FitOptions(kernel="epanechnikov", null="expert")
+    model = fit_histograms(keys, options, source=["test"])
+    assert sum(len(curve.tail) for curve in model[0].curves) <= MOST_LAYER_POINTS
+
+
 def test_merging_keeps_layers_and_refuses_what_does_not_fit(run):
     log = open_log(run)
     model = fit_kde(log)
@@ -331,8 +381,8 @@ def test_merging_keeps_layers_and_refuses_what_does_not_fit(run):
     [
         ({"kernel": "box"}, "kernel must be gaussian, .* got 'box'"),
         ({"bandwidth": "wide"}, "bandwidth must be scott"),
-        ({"bandwidth": 0.0}, "bandwidth must be above 0"),
-        ({"bandwidth": float("nan")}, "bandwidth must be above 0"),
+        ({"bandwidth": 0.0}, "bandwidth must be between"),
+        ({"bandwidth": float("nan")}, "bandwidth must be between"),
         ({"trim_low": -1}, "at least 0"),
         ({"null": "layer"}, "null must be 'pooled' or 'expert'"),
     ],

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -58,6 +58,7 @@ def slow_kept(row, trim):
     return set(ranked[trim.high : len(ranked) - trim.low if trim.low else None])
 
 
+@settings(deadline=None)
 @given(values)
 def test_a_histogram_shares_each_value_between_its_neighbours(x):
     assert as_dicts(Histogram.of(x)) == slow_histogram(x)
@@ -71,6 +72,7 @@ def test_bfloat16_values_counted_by_pattern_give_the_same_integers():
     assert Histogram.of(x).left_out >= 4
 
 
+@settings(deadline=None)
 @given(values, values, values)
 def test_merging_commutes_and_associates_and_equals_counting_together(a, b, c):
     A, B, C = (Histogram.of(x) for x in (a, b, c))
@@ -79,6 +81,7 @@ def test_merging_commutes_and_associates_and_equals_counting_together(a, b, c):
     assert C.merge(A.merge(B)).same_as(together)
 
 
+@settings(deadline=None)
 @given(arrays(np.float32, st.integers(1, 60), elements=finite))
 def test_counts_keep_the_mean_and_spread_the_variance(x):
     h = Histogram.of(x)
@@ -96,6 +99,7 @@ def test_an_empty_histogram_is_neutral():
     assert Histogram.of(np.array([np.nan], np.float32)).merge(h).left_out == 1
 
 
+@settings(deadline=None)
 @given(logits, st.integers(0, 2), st.integers(0, 3))
 def test_trimming_drops_the_first_and_last_ranks_of_finite_logits(x, low, high):
     trim = Trim(low, high)
@@ -107,6 +111,7 @@ def test_trimming_drops_the_first_and_last_ranks_of_finite_logits(x, low, high):
         assert set(np.flatnonzero(inside & np.isfinite(row))) == slow_kept(row, trim)
 
 
+@settings(deadline=None)
 @given(logits, st.booleans())
 def test_an_accumulator_equals_counting_what_each_level_keeps(x, by_expert):
     trims = (Trim(0, 2), Trim(), Trim(1, 1))

@@ -2,9 +2,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from capture.contract import null_file
 from capture.contract.bh import critical_values
 from capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch
 from capture.contract.histogram import Histogram, Trim
@@ -41,6 +42,7 @@ curves = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(curves, st.sampled_from([1e-12, 1e-4, 0.05, 0.3, 0.999]), st.sampled_from([1, 4, 64]))
 def test_thresholds_are_the_first_float32_whose_p_value_is_at_most_critical(curve, alpha, E):
     t = curve.thresholds(alpha, E)
@@ -81,6 +83,7 @@ def test_thresholds_at_the_ends_of_the_grid():
     assert low.thresholds(0.4, 1)[0] == np.float32(0.5)
 
 
+@settings(deadline=None)
 @given(curves, st.lists(st.floats(-200, 200, width=32), min_size=1, max_size=20))
 def test_p_values_are_the_linear_interpolation(curve, logits):
     p = curve.p_value(np.array(logits, np.float32))
@@ -161,15 +164,48 @@ def test_tails_and_p_values_by_layer():
         model.p_value(1, np.zeros((2, 8), np.float32))
 
 
+def test_p_values_take_lists_numbers_and_one_expert():
+    model = model_with_levels()
+    assert model.p_value(4, [0.0, 0.5, 9.0]).tolist() == [1.0, 0.5, 0.0]
+    assert model.p_value(4, 0.25) == 0.75
+    assert model.p_value(1, [[0.0, 1.0, 2.0]]).tolist() == [[1.0, 0.5, 0.0]]
+    assert model.p_value(1, [0.0, 1.0, 1.0, 2.0], expert=2).tolist() == [1.0, 0.5, 0.5, 0.0]
+    for layer, logits, expert in ((1, 0.5, None), (4, 0.5, 1), (1, 0.5, 7), (2, 0.5, None)):
+        with pytest.raises(KdeMismatch):
+            model.p_value(layer, logits, expert)
+
+
 def test_a_model_for_other_layers_or_experts_is_refused():
     model = model_with_levels()
     model.require([1, 4], 3)
     with pytest.raises(KdeMismatch, match="has layers 1, 4, but not 0, 2-3"):
         model.require([0, 1, 2, 3], 3)
-    with pytest.raises(KdeMismatch, match="curves for 3 experts, but the model has 64"):
+    with pytest.raises(KdeMismatch, match="for routers of 3 experts, but these have 64"):
         model.require([1], 64)
-    with pytest.raises(KdeMismatch, match="curves for 3 experts"):
+    with pytest.raises(KdeMismatch, match="routers of 3 experts"):
         model.thresholds(0.05, 64)
+    pooled = KdeModel({0: normal_null(0)}, n_experts=16)
+    with pytest.raises(KdeMismatch, match="for routers of 16 experts, but these have 8"):
+        pooled.require([0], 8)
+    normal_kde([0]).require([0], 8)  # unknown: taken at its word
+    with pytest.raises(CorruptKde, match="curves for 3 experts, expected 16 in all"):
+        KdeModel(model.layers, n_experts=16)
+
+
+def test_thresholds_need_no_number_of_experts_where_the_model_knows_it(tmp_path):
+    model = KdeModel({0: normal_null(0), 3: normal_null(3)}, n_experts=16)
+    model.save(tmp_path / "null.parquet")
+    loaded = KdeModel.load(tmp_path / "null.parquet")
+    assert loaded.n_experts == 16
+    for layer, t in loaded.thresholds(0.05).items():
+        assert np.array_equal(t, model[layer].thresholds(0.05, 16))
+    by_expert = KdeModel({1: model_with_levels()[1]})
+    assert by_expert.thresholds(0.05)[1].shape == (3, 3)
+    with pytest.raises(InvalidOption, match="say n_experts"):
+        normal_kde([0]).thresholds(0.05)
+    assert normal_kde([0]).thresholds(0.05, 16)[0].shape == (16,)
+    with pytest.raises(InvalidOption, match="alpha must be between 0 and 1"):
+        model.thresholds(1.0)
 
 
 def edited(tmp_path, **columns):
@@ -194,11 +230,38 @@ def edited(tmp_path, **columns):
         ("tail", lambda v: [[0.1, float("nan"), 0.0], *v[1:]], "layer 1: tail must fall"),
         ("tail", lambda v: [[0.1], *v[1:]], "at least 2 grid points"),
         ("tail", lambda v: [None] * len(v), "expected one row with a tail, found 0"),
-        ("dx", lambda v: [-1.0, *v[1:]], "not a rising finite grid"),
+        ("tail", lambda v: [[float("inf"), 0.5, 0.0], *v[1:]], "layer 1: tail must fall"),
+        ("tail", lambda v: [[1.5, 0.5, 0.0], *v[1:]], "layer 1: tail must fall"),
+        ("tail", lambda v: [[1.0, 0.5, -0.1], *v[1:]], "layer 1: tail must fall"),
+        ("dx", lambda v: [-1.0, *v[1:]], "not a rising grid"),
+        ("dx", lambda v: [0.0, *v[1:]], "not a rising grid"),
+        ("dx", lambda v: [float("nan"), *v[1:]], "not a rising grid"),
+        ("dx", lambda v: [1e300, *v[1:]], "not a rising grid"),
+        ("dx", lambda v: [5e-324, *v[1:]], "not a rising grid"),
+        ("x0", lambda v: [float("-inf"), *v[1:]], "not a rising grid"),
         ("x0", lambda v: [None, *v[1:]], "no grid x0, dx"),
+        ("expert", lambda v: [1, *v[1:]], "layer 1: expected one row with a tail, found 2"),
+        ("layer", lambda v: [7, *v[1:]], "layer 1: expected one pooled curve or one per expert"),
+        ("trim_high", lambda v: [0] * len(v), "layer 4: a trimming level occurs twice"),
+        ("kernel", lambda v: ["\x1b[2J"] * len(v), "unknown kernel .*gaussian"),
+        ("rule", lambda v: ["guess"] * len(v), "unknown bandwidth rule"),
+        ("bandwidth", lambda v: [float("nan")] * len(v), "bandwidth must be above 0"),
+        ("lo", lambda v: [float("nan")] * len(v), "layer 4: histogram from nan on"),
+        ("lo", lambda v: [1e300] * len(v), "layer 4: histogram from 1e"),
+        ("left_out", lambda v: [-1] * len(v), "layer 4: histogram counts more"),
+        (
+            "counts",
+            lambda v: [c and [-c[0], *c[1:]] for c in v],
+            "layer 4: histogram holds a negative count",
+        ),
+        (
+            "counts",  # a sum that overflows could seem right
+            lambda v: [c and [c[0] + 2**62, *c[1:]] for c in v],
+            "layer 4: histogram counts more",
+        ),
         ("expert", lambda v: [5, *v[1:]], "layer 1: expected one pooled curve or one per expert"),
         ("bin_width", lambda v: [0.5] * len(v), "layer 4: histogram has lo="),
-        ("spread", lambda v: [None] * len(v), "layer 4: histogram needs counts"),
+        ("spread", lambda v: [None] * len(v), "layer 4: histogram needs a spread"),
         ("n", lambda v: [7] * len(v), "layer 4: histogram counts 1 logits, the row says n = 7"),
         ("counts", lambda v: [*v[:-1], None], "neither a tail nor a histogram"),
     ],
@@ -222,14 +285,57 @@ def test_a_file_that_is_no_null_model_is_named(tmp_path):
     with pytest.raises(CorruptKde, match=r"null\.parquet: not a null model file"):
         KdeModel.load(path)
     pq.write_table(pa.table({"layer": [1]}), path)
-    with pytest.raises(CorruptKde, match="columns are layer; a null model file has layer, expert"):
+    with pytest.raises(CorruptKde, match="not a null model file: column 'layer' is int64"):
         KdeModel.load(path)
+    normal_kde([0]).save(path)
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns("rule"), path)
+    with pytest.raises(CorruptKde, match="no column 'rule'; bhlog kde fit makes one"):
+        KdeModel.load(path)
+    pq.write_table(table.append_column("more", pa.array([1])), path)
+    with pytest.raises(CorruptKde, match="another order or kind"):
+        KdeModel.load(path)
+    for n_experts in ("-1", "0", "many", "9" * 30, "99999"):
+        metadata = {**table.schema.metadata, "bhlog.n_experts": n_experts}
+        pq.write_table(table.replace_schema_metadata(metadata), path)
+        with pytest.raises(CorruptKde, match=r"bhlog\.n_experts is no number"):
+            KdeModel.load(path)
     newer = pa.table({"layer": [1]}).replace_schema_metadata({"bhlog.kde_schema_version": "9"})
     pq.write_table(newer, path)
-    with pytest.raises(CorruptKde, match="of version 9, this bhlog reads 1"):
+    with pytest.raises(CorruptKde, match="of version '9', this bhlog reads 1"):
         KdeModel.load(path)
     with pytest.raises(CorruptKde, match="at least one layer"):
         KdeModel({})
+
+
+def test_a_file_that_claims_more_than_memory_holds_is_refused_before_it_is_read(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "null.parquet"
+    normal_kde([0, 1]).save(path)  # 1,537 grid points in each
+    monkeypatch.setattr(null_file, "_MOST_VALUES", 3000)
+    with pytest.raises(CorruptKde, match=r"null\.parquet: claims to hold 3,074 values"):
+        KdeModel.load(path)
+    monkeypatch.setattr(null_file, "_MOST_ROWS", 1)
+    with pytest.raises(CorruptKde, match=r"null\.parquet: claims to hold 2 curves"):
+        KdeModel.load(path)
+
+
+PLAIN = model_with_levels().to_bytes()
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_damaged_file_gives_a_model_or_one_clear_error(data):
+    content = bytearray(PLAIN)
+    for _ in range(data.draw(st.integers(0, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(content)))
+    for damaged in (bytes(content), bytes(content[:cut])):
+        try:
+            KdeModel.from_bytes(damaged, "damaged.parquet")
+        except CorruptKde as error:
+            assert str(error).startswith("damaged.parquet: ") and "\n" not in str(error)
 
 
 def test_saving_where_nothing_can_be_written_is_one_clear_error(tmp_path):
