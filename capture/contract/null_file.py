@@ -88,17 +88,17 @@ def from_bytes(data: bytes) -> tuple[dict[int, LayerNull], int | None]:
     Raises:
         CorruptKde: it is no null model file, or breaks an invariant.
     """
+    groups: dict[tuple[int, int | None], list[dict[str, Any]]] = {}
     try:
         with pq.ParquetFile(pa.BufferReader(data)) as file:
             n_experts = _check_schema(file)
             table = file.read()
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+        for i in range(table.num_rows):
+            row = {key: _value(table[key][i]) for key in table.column_names}
+            groups.setdefault((row["layer"], row["expert"]), []).append(row)
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is no UTF-8
+        reason = str(error).splitlines()[0][:200]
         raise CorruptKde(f"not a null model file: {reason}") from error
-    groups: dict[tuple[int, int | None], list[dict[str, Any]]] = {}
-    for i in range(table.num_rows):
-        row = {key: _value(table[key][i]) for key in table.column_names}
-        groups.setdefault((row["layer"], row["expert"]), []).append(row)
     curves: dict[int, list[NullCurve]] = {}
     for (layer, _), rows in groups.items():
         try:
@@ -123,6 +123,7 @@ def _check_schema(file: pq.ParquetFile) -> int | None:
             schema_difference(schema, KDE_SCHEMA) or "its columns are in another order or kind"
         )
         raise CorruptKde(f"not a null model file: {difference}; bhlog kde fit makes one")
+    file.scan_contents()  # raises where looking at the footer's columns would end the process
     footer = file.metadata
     if footer.num_rows > _MOST_ROWS:
         raise CorruptKde(f"claims to hold {footer.num_rows:,} curves")
