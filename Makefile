@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 VENV4 := .venv4
-TESTS4 := $(patsubst %,tests/capture/%.py,routers/test_blocks4 test_patch test_recorder test_session \
-	tokens/test_generation tokens/test_identity tokens/test_loss)
+TESTS4 := $(patsubst %,tests/capture/%.py,routers/test_blocks4 test_devices test_patch \
+	test_recorder test_session tokens/test_generation tokens/test_identity tokens/test_loss)
 
 .PHONY: demo test test-transformers4 lint clean
 

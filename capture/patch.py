@@ -194,10 +194,10 @@ class RouterPatcher:
                         self._observer(router, self.recorder), steer=False
                     )
                 continue
-            E, device = router.n_experts, next(router.module.parameters()).device
+            E = router.n_experts
             null = None if kde is None else TorchNull(kde[router.layer], options.alpha, E)
             if collect_stats:
-                self.stats[router.layer] = LayerStats.empty(E, device)
+                self.stats[router.layer] = LayerStats.empty(E)
             skips = self._skips_unused(router)
             self._handles += router.attach(self._steerer(router, options, null, skips), steer=True)
 

@@ -1,6 +1,8 @@
 """Counts of experts selected, kept on the device while a model runs."""
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from capture.routers.routing import Choice
 
 @dataclass(eq=False)
 class LayerStats:
-    """Counts of one layer, kept on the model's device until they are read.
+    """Counts of one layer, kept on the device of the first tokens counted until they are read.
 
     Attributes:
         selected: (E + 1,) int64, tokens by n_selected.
@@ -19,11 +21,13 @@ class LayerStats:
 
     selected: Tensor
     load: Tensor
+    _placed: bool = False
+    _lock: Any = field(default_factory=threading.Lock)  # DataParallel counts in several threads
 
     @classmethod
-    def empty(cls, n_experts: int, device: torch.device) -> "LayerStats":
+    def empty(cls, n_experts: int) -> "LayerStats":
         """No token counted yet."""
-        zeros = torch.zeros(n_experts + 1, dtype=torch.int64, device=device)
+        zeros = torch.zeros(n_experts + 1, dtype=torch.int64)
         return cls(selected=zeros, load=zeros[1:].clone())
 
     @property
@@ -42,7 +46,13 @@ class LayerStats:
         """Count the rows of a forward that are kept (None: all)."""
         n, E = choice.n_selected, len(self.load)
         weight = torch.ones_like(n) if keep is None else keep.to(n.dtype)
-        self.selected.index_add_(0, n, weight)
         slots = torch.arange(choice.experts.shape[1], device=n.device)
         chosen = (slots < n[:, None]).to(n.dtype) * weight[:, None]
-        self.load.index_add_(0, choice.experts.clamp(max=E - 1).reshape(-1), chosen.reshape(-1))
+        experts = choice.experts.clamp(max=E - 1)
+        with self._lock:
+            if not self._placed:
+                self.selected, self.load = self.selected.to(n.device), self.load.to(n.device)
+                self._placed = True
+            home = self.selected.device
+            self.selected.index_add_(0, n.to(home), weight.to(home))
+            self.load.index_add_(0, experts.reshape(-1).to(home), chosen.reshape(-1).to(home))

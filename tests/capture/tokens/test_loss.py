@@ -1,5 +1,7 @@
 """The loss of each token against cross entropy of the model reading the sequence alone."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +132,19 @@ def test_loss_in_bfloat16_is_taken_in_float32(run):
         logits = model(ids).logits[0].float()
     truth = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
     close_to(read(run).nll[0], truth.tolist(), lambda position: True)
+
+
+def test_the_heads_output_is_not_kept_alive(model, run):
+    ids, mask = batch([8, 8])
+    gc.collect()
+    gc.disable()
+    try:
+        with observed(model, run):
+            heads = []
+            for _ in range(3):
+                output = model(ids, attention_mask=mask)
+                heads.append(weakref.ref(output.logits.untyped_storage()))
+                del output
+            assert [head() for head in heads] == [None] * 3
+    finally:
+        gc.enable()
