@@ -67,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except RouterLogError as error:
-        click.echo(f"bhlog: {error}", err=True)
+        from analysis.table import spelled_out
+
+        click.echo(f"bhlog: {spelled_out(str(error))}", err=True)
         sys.exit(1)
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers", "safetensors"):

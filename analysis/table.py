@@ -60,10 +60,20 @@ def cell(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.1f}"
+        return f"{value:,.1f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
     if isinstance(value, list):
         return " ".join(cell(item) for item in value)
-    return str(value)
+    return spelled_out(str(value))
+
+
+def spelled_out(text: str) -> str:
+    """Text with control characters spelled out: a log from a stranger must not steer a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in "\n\t\xa0" else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 @contextmanager

@@ -11,35 +11,29 @@
 -- Param   $top integer = 20  at most this many pairs per run and layer, by falling lift
 -- Returns one row per run, layer and pair of experts, first < second: tokens (that select both),
 --         coactivation_first = N(a, b) / N(a), coactivation_second = N(a, b) / N(b), lift
-WITH decision AS (
-    SELECT run, layer, experts
+WITH count_of_layer AS (
+    SELECT run, layer, count(*) AS tokens
+    FROM routing
+    GROUP BY run, layer
+),
+
+selection AS (
+    SELECT run, layer, experts, unnest(experts) AS a
     FROM routing
     WHERE $layer IS NULL OR layer = $layer
 ),
 
-count_of_layer AS (
-    SELECT run, layer, count(*) AS tokens
-    FROM decision
-    GROUP BY run, layer
-),
-
-count_of_expert AS (
-    SELECT run, layer, expert, count(*) AS n
-    FROM (SELECT run, layer, unnest(experts) AS expert FROM decision)
-    GROUP BY run, layer, expert
-),
-
 pair AS (
     SELECT run, layer, a, unnest(experts) AS b
-    FROM (SELECT run, layer, experts, unnest(experts) AS a FROM decision)
+    FROM selection
 ),
 
+-- an expert paired with itself gives N(a)
 count_of_pair AS (
     SELECT run, layer, a, b, count(*) AS n
     FROM pair
-    WHERE a < b
+    WHERE a <= b
     GROUP BY run, layer, a, b
-    HAVING count(*) >= $min_tokens
 )
 
 SELECT
@@ -53,7 +47,8 @@ SELECT
     p.n * t.tokens / (a.n * b.n) AS lift
 FROM count_of_pair AS p
 JOIN count_of_layer AS t USING (run, layer)
-JOIN count_of_expert AS a ON (a.run, a.layer, a.expert) = (p.run, p.layer, p.a)
-JOIN count_of_expert AS b ON (b.run, b.layer, b.expert) = (p.run, p.layer, p.b)
+JOIN count_of_pair AS a ON (a.run, a.layer, a.a, a.b) = (p.run, p.layer, p.a, p.a)
+JOIN count_of_pair AS b ON (b.run, b.layer, b.a, b.b) = (p.run, p.layer, p.b, p.b)
+WHERE p.a < p.b AND p.n >= $min_tokens
 QUALIFY row_number() OVER (PARTITION BY run, layer ORDER BY lift DESC, first, second) <= $top
 ORDER BY run, layer, lift DESC, first, second;

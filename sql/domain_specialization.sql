@@ -11,28 +11,34 @@
 -- Param   $k integer = NULL  only the first k choices count, by default all selected experts
 -- Param   $layer integer = NULL  only this layer
 -- Returns one row per run, layer, source and expert: specialization, even
-WITH decision AS (
-    SELECT run, layer, source, experts[1:coalesce($k, n_selected)] AS experts
+WITH source AS (
+    SELECT run, source, count(*) AS n_tokens
+    FROM tokens
+    WHERE source IS NOT NULL
+    GROUP BY run, source
+),
+
+choice AS (
+    SELECT
+        run,
+        layer,
+        source,
+        unnest(CASE WHEN $k IS NULL THEN experts ELSE experts[1:$k] END) AS expert
     FROM routing
     JOIN tokens USING (run, rank, sequence, position)
     WHERE source IS NOT NULL AND ($layer IS NULL OR layer = $layer)
 ),
 
-source AS (
-    SELECT run, layer, source, count(*) AS n, sum(len(experts)) AS n_choices
-    FROM decision
-    GROUP BY run, layer, source
-),
-
 count_of_expert AS (
     SELECT run, layer, source, expert, count(*) AS n
-    FROM (SELECT run, layer, source, unnest(experts) AS expert FROM decision)
+    FROM choice
     GROUP BY run, layer, source, expert
 ),
 
 expert AS (
-    SELECT run, n_experts, unnest(range(n_experts)) AS expert
-    FROM runs
+    SELECT run, layer, unnest(range(n_experts)) AS expert
+    FROM (SELECT run, n_experts, unnest(layers) AS layer FROM runs)
+    WHERE $layer IS NULL OR layer = $layer
 )
 
 SELECT
@@ -40,9 +46,9 @@ SELECT
     layer,
     source,
     expert,
-    coalesce(c.n, 0) / s.n AS specialization,
-    s.n_choices / s.n / n_experts AS even
-FROM source AS s
+    coalesce(n, 0) / n_tokens AS specialization,
+    avg(coalesce(n, 0)) OVER (PARTITION BY run, layer, source) / n_tokens AS even
+FROM source
 JOIN expert USING (run)
-LEFT JOIN count_of_expert AS c USING (run, layer, source, expert)
+LEFT JOIN count_of_expert USING (run, layer, source, expert)
 ORDER BY run, layer, source, expert;

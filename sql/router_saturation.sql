@@ -3,8 +3,8 @@
 --
 -- Router saturation (t) = mean over tokens of |E(t) and E(T)| / k, with E(t) the k experts that a
 -- token selects at checkpoint t and E(T) those at the last one. Muennighoff et al. (2024), OLMoE,
--- section 5.1. Where k varies by token it is the number selected at T. Tokens that only one run has
--- do not count.
+-- section 5.1. Where k varies by token it is the number selected at T. Tokens that only one run has,
+-- or for which none is selected at T, do not count.
 --
 -- Reads   routing (one row per run, token and layer), runs (one row per run)
 -- Needs   two runs
@@ -15,7 +15,7 @@
 WITH decision AS (
     SELECT layer, rank, sequence, position, experts
     FROM routing
-    WHERE run = coalesce($run, (SELECT first(run) FROM runs)) AND n_selected > 0
+    WHERE run = coalesce($run, (SELECT first(run) FROM runs))
 ),
 
 last_decision AS (

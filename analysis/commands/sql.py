@@ -165,13 +165,20 @@ def _answer(
 def _runs_and_query(arguments: tuple[str, ...]) -> tuple[list[str], str | None]:
     """Runs are folders and URIs; what has blanks and is no folder is the query, and comes last."""
     *runs, last = arguments or ("",)
-    if len(last.split()) < 2 or Path(last).exists():
+    if len(last.split()) < 2 or _exists(last):
         runs, query = [*runs, last], None
     else:
         query = last
     if not runs or not runs[0]:
         raise InvalidOption('name a run: bhlog sql RUN "SELECT ..."')
     return runs, query
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # longer than a name may be: a query
+        return False
 
 
 def _print_questions(result_format: str) -> None:

@@ -13,13 +13,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
 import duckdb
 import pyarrow as pa
 
-from analysis.database.functions import FUNCTIONS, Nulls, register_functions
+from analysis.database.functions import FUNCTIONS, register_functions
+from analysis.database.nulls import Nulls
 from analysis.database.run_files import SCHEME, RunFiles
 from analysis.database.views import VIEWS, create_views
 from analysis.log import Log
@@ -34,6 +36,9 @@ _COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 
 # How DuckDB words pages of a file that it cannot decode.
 _UNDECODED = re.compile(r"TProtocol|thrift|zstd|decompress|decode|corrupt|parquet", re.IGNORECASE)
+
+# Types that Arrow or polars cannot carry.
+_ONLY_DUCKDB = re.compile(r"INTERVAL|BIT|BLOB|UNION|TIME WITH TIME ZONE|BIGNUM|VARIANT")
 
 # DuckDB complains about connections that are open when Python ends.
 _open: "weakref.WeakSet[Database]" = weakref.WeakSet()
@@ -95,9 +100,13 @@ class Database:
     def batches(
         self, query: str, parameters: Mapping[str, Any] | None = None
     ) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-        """(schema, record batches) of a query's result, in flat memory; errors as sql has them."""
-        relation = self.sql(query, parameters)
+        """(schema, record batches) of a query's result, in flat memory; errors as sql has them.
+
+        Columns that share a name get a number, as in layer, layer_1; types that only DuckDB has,
+        such as INTERVAL, become text.
+        """
         with self.errors():
+            relation = _carried(self.sql(query, parameters))
             reader = relation.to_arrow_reader(1 << 14)
 
         def read() -> Iterator[pa.RecordBatch]:
@@ -278,6 +287,22 @@ def connect(
             connection.execute("SET enable_external_access = false")
             connection.execute("SET lock_configuration = true")
     return database
+
+
+def _carried(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
+    """The relation as Arrow can carry it: with distinct names, and text for DuckDB's own types."""
+    names: list[str] = []
+    for name in relation.columns:
+        twins = (f"{name}_{n}" for n in count(1))
+        names.append(name if name not in names else next(t for t in twins if t not in names))
+    foreign = [bool(_ONLY_DUCKDB.search(str(data_type))) for data_type in relation.types]
+    if names == relation.columns and not any(foreign):
+        return relation
+    columns = []
+    for at, (name, as_text) in enumerate(zip(names, foreign, strict=True), start=1):
+        column = duckdb.SQLExpression(f"#{at}")
+        columns.append((column.cast("VARCHAR") if as_text else column).alias(name))
+    return relation.select(*columns)
 
 
 def _no_such(kind: str, name: str, known: Iterable[str], near: str | None = None) -> str:

@@ -16,10 +16,9 @@ counts, and is needed only where runs with different ones are open. NULL in, NUL
 a finite logit, on which the rule cannot decide, is NULL too.
 """
 
-import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import duckdb
@@ -29,7 +28,8 @@ import pyarrow.compute as pc
 from duckdb.func import FunctionNullHandling, PythonUDFType
 from numpy.typing import NDArray
 
-from analysis.log import Log
+from analysis.database.lists import ListColumn, key_groups, list_elements, logit_groups
+from analysis.database.nulls import Nulls
 from capture.contract.bh import (
     BhOptions,
     Decisions,
@@ -41,7 +41,6 @@ from capture.contract.bh import (
     softmax_weights,
 )
 from capture.contract.errors import InvalidOption, KdeMismatch
-from capture.contract.kde import KdeModel
 
 FUNCTIONS = (
     "bh_count",
@@ -69,80 +68,10 @@ CREATE MACRO p_value(logit, layer, expert := NULL, run := NULL) AS
 _p_value(logit::FLOAT, run, layer::INTEGER, expert::INTEGER);
 CREATE MACRO softmax(logits, temperature := 1.0) AS
 _softmax(logits::FLOAT[], temperature::DOUBLE);
-CREATE MACRO router_entropy(logits) AS _router_entropy(logits::FLOAT[]);
-CREATE MACRO top_probability(logits) AS _top_probability(logits::FLOAT[]);
+CREATE MACRO router_entropy(logits) AS _certainty(logits::FLOAT[]).entropy;
+CREATE MACRO top_probability(logits) AS _certainty(logits::FLOAT[]).top_probability;
 CREATE MACRO n_shared(experts, others) AS _n_shared(experts::USMALLINT[], others::USMALLINT[]);
 """
-
-
-class Nulls:
-    """The null models that functions take p-values from, read when first needed.
-
-    Attributes:
-        runs: the open runs by name.
-        given: one null model in place of the runs' own, or None.
-    """
-
-    def __init__(self, runs: Mapping[str, Log], given: KdeModel | None = None) -> None:
-        self.runs = runs
-        self.given = given
-        self._thresholds: dict[tuple[Any, ...], NDArray[np.float32]] = {}
-
-    def of(self, run: str | None) -> KdeModel:
-        """The null model of a run, or for None the one that all open runs share.
-
-        Raises:
-            KdeMismatch: there is none, or the runs have different ones.
-        """
-        if self.given is not None:
-            return self.given
-        if run is None:
-            return self._shared
-        kde = self.runs[run].kde if run in self.runs else None
-        if kde is None:
-            raise KdeMismatch(
-                f"run '{run}' has no null model; fit one with bhlog kde fit RUN --out FILE and "
-                "give it with --kde FILE"
-                if run in self.runs
-                else f"no run '{run}' is open; runs: {', '.join(self.runs)}"
-            )
-        return kde
-
-    def has(self, run: str) -> bool:
-        """Whether there is a null model for a run."""
-        return self.given is not None or (run in self.runs and self.runs[run].kde is not None)
-
-    def thresholds(
-        self, run: str | None, layer: int, alpha: float, n_experts: int
-    ) -> NDArray[np.float32]:
-        """Thresholds of a layer at alpha, kept; see LayerNull.thresholds.
-
-        Raises:
-            KdeMismatch: no null model for that layer and number of experts.
-        """
-        key = (run, layer, alpha, n_experts)
-        if key not in self._thresholds:
-            kde = self.of(run)
-            kde.require((layer,), n_experts)
-            self._thresholds[key] = kde[layer].thresholds(alpha, n_experts)
-        return self._thresholds[key]
-
-    @cached_property
-    def _shared(self) -> KdeModel:
-        models = {
-            hashlib.sha256(log.kde.to_bytes()).hexdigest(): log.kde
-            for log in self.runs.values()
-            if log.kde is not None
-        }
-        if len(models) == 1:
-            return next(iter(models.values()))
-        raise KdeMismatch(
-            "the open runs have different null models: name the run, as in "
-            "bh_count(logits, layer, 0.05, run := run)"
-            if models
-            else "no open run has a null model; fit one with bhlog kde fit RUN --out FILE and give "
-            "it with --kde FILE"
-        )
 
 
 def register_functions(connection: duckdb.DuckDBPyConnection, nulls: Nulls) -> None:
@@ -154,8 +83,7 @@ def register_functions(connection: duckdb.DuckDBPyConnection, nulls: Nulls) -> N
         (_p_values, ["FLOAT[]", "VARCHAR", "INTEGER"], "DOUBLE[]"),
         (_p_value, ["FLOAT", "VARCHAR", "INTEGER", "INTEGER"], "DOUBLE"),
         (_softmax, ["FLOAT[]", "DOUBLE"], "FLOAT[]"),
-        (_router_entropy, ["FLOAT[]"], "DOUBLE"),
-        (_top_probability, ["FLOAT[]"], "DOUBLE"),
+        (_certainty, ["FLOAT[]"], "STRUCT(entropy DOUBLE, top_probability DOUBLE)"),
         (_n_shared, ["USMALLINT[]", "USMALLINT[]"], "INTEGER"),
     ]
     for function, parameters, result in functions:
@@ -208,7 +136,7 @@ def _bh_count(
 ) -> pa.Array:
     n_selected = np.zeros(len(logits), dtype=np.int32)
     decided = np.zeros(len(logits), dtype=np.bool_)
-    for key, rows, x in _groups(logits, run, layer, alpha, min_k, max_k):
+    for key, rows, x in logit_groups(logits, run, layer, alpha, min_k, max_k):
         if None in key[1:4]:
             continue
         decided[rows] = ~no_finite_logit(x)
@@ -238,8 +166,8 @@ def _bh_experts(
     min_k: pa.Array,
     max_k: pa.Array,
 ) -> pa.Array:
-    lists = _Lists(logits, np.uint16)
-    for key, rows, x in _groups(logits, run, layer, alpha, min_k, max_k):
+    lists = ListColumn(logits, np.uint16)
+    for key, rows, x in logit_groups(logits, run, layer, alpha, min_k, max_k):
         if None in key[1:4]:
             continue
         decisions = _decisions(nulls, _Rule(*key), x)
@@ -258,8 +186,8 @@ def _decisions(nulls: Nulls, rule: _Rule, logits: NDArray[np.float32]) -> Decisi
 
 
 def _p_values(nulls: Nulls, logits: pa.ListArray, run: pa.Array, layer: pa.Array) -> pa.Array:
-    lists = _Lists(logits, np.float64)
-    for (name, i), rows, x in _groups(logits, run, layer):
+    lists = ListColumn(logits, np.float64)
+    for (name, i), rows, x in logit_groups(logits, run, layer):
         if i is not None:
             lists.put(rows, nulls.of(name).p_value(i, x), x.shape[1])
     return lists.to_arrow()
@@ -271,7 +199,7 @@ def _p_value(
     p = np.full(len(logit), np.nan)
     known = np.zeros(len(logit), dtype=np.bool_)
     values = logit.to_numpy(zero_copy_only=False)
-    for (name, i), rows in _keys(len(logit), run, layer):
+    for (name, i), rows in key_groups(len(logit), run, layer):
         if i is None or (name is not None and not nulls.has(name)):
             continue
         kde = nulls.of(name)
@@ -280,7 +208,7 @@ def _p_value(
         if kde[i].pooled:
             p[rows] = kde[i].curves[0].p_value(values[rows])
             continue
-        for (e,), of_expert in _keys(len(logit), expert):
+        for (e,), of_expert in key_groups(len(logit), expert):
             both = np.intersect1d(np.arange(len(logit))[rows], np.arange(len(logit))[of_expert])
             if e is None or not 0 <= e < len(kde[i].curves):
                 raise KdeMismatch(
@@ -293,8 +221,8 @@ def _p_value(
 
 
 def _softmax(_: Nulls, logits: pa.ListArray, temperature: pa.Array) -> pa.Array:
-    lists = _Lists(logits, np.float32)
-    for (t,), rows, x in _groups(logits, temperature):
+    lists = ListColumn(logits, np.float32)
+    for (t,), rows, x in logit_groups(logits, temperature):
         if t is None:
             continue
         if not (np.isfinite(t) and t > 0):
@@ -306,36 +234,43 @@ def _softmax(_: Nulls, logits: pa.ListArray, temperature: pa.Array) -> pa.Array:
     return lists.to_arrow()
 
 
-def _router_entropy(_: Nulls, logits: pa.ListArray) -> pa.Array:
-    entropy = np.full(len(logits), np.nan)
-    for _key, rows, x in _groups(logits):
+def _certainty(_: Nulls, logits: pa.ListArray) -> pa.StructArray:
+    """Entropy and largest weight of the softmax: one pass for a query that asks for both."""
+    entropy, top = np.full((2, len(logits)), np.nan)
+    for _key, rows, x in logit_groups(logits):
         below, unnormalized = _exponentials(x)
         total = unnormalized.sum(axis=1, dtype=np.float64)
+        top[rows] = 1 / total
         # H = ln Z - sum(p * (x - max)); exp has made a logit this far below 0
-        below = np.maximum(below, np.float32(-200), out=below)
-        moment = np.einsum("te,te->t", unnormalized, below, dtype=np.float64)
-        entropy[rows] = np.log(total) - moment / total
-    return pa.array(entropy, from_pandas=True)
+        np.maximum(below, np.float32(-200), out=below)
+        entropy[rows] = np.log(total) - np.vecdot(unnormalized, below) / total
+    columns = [pa.array(values, from_pandas=True) for values in (entropy, top)]
+    return pa.StructArray.from_arrays(columns, ["entropy", "top_probability"])
 
 
-def _top_probability(_: Nulls, logits: pa.ListArray) -> pa.Array:
-    top = np.full(len(logits), np.nan)
-    for _key, rows, x in _groups(logits):
-        top[rows] = 1 / _exponentials(x)[1].sum(axis=1, dtype=np.float64)
-    return pa.array(top, from_pandas=True)
+# Arrays of this size are given back to the system each time and faulted in anew, which costs more
+# than what is done with them: each thread keeps its own.
+_scratch = threading.local()
 
 
 def _exponentials(logits: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(T, E) float32 x - max(x) and its exponential; NaN in rows without a finite logit."""
+    """(T, E) float32 x - max(x) and its exponential, valid until the thread's next call.
+
+    NaN in rows without a finite logit.
+    """
     keys = finite_keys(logits)
+    held = getattr(_scratch, "arrays", None)
+    if held is None or held.shape[1] < keys.size:
+        held = _scratch.arrays = np.empty((2, keys.size), np.float32)
+    below, unnormalized = held[:, : keys.size].reshape(2, *keys.shape)
     top = keys.max(axis=1, keepdims=True)
-    below = keys - np.where(np.isfinite(top), top, np.float32(np.nan))
-    return below, np.exp(below)
+    np.subtract(keys, np.where(np.isfinite(top), top, np.float32(np.nan)), out=below)
+    return below, np.exp(below, out=unnormalized)
 
 
 def _n_shared(_: Nulls, experts: pa.ListArray, others: pa.ListArray) -> pa.Array:
-    row, expert = _elements(experts)
-    other_row, other = _elements(others)
+    row, expert = list_elements(experts)
+    other_row, other = list_elements(others)
     width = 1 + max(expert.max(initial=0), other.max(initial=0))
     chosen = np.zeros(len(experts) * width, dtype=np.bool_)
     chosen[row * width + expert] = True
@@ -343,80 +278,3 @@ def _n_shared(_: Nulls, experts: pa.ListArray, others: pa.ListArray) -> pa.Array
     n = np.bincount(other_row[shared], minlength=len(experts))
     missing = pc.or_(experts.is_null(), others.is_null())
     return pa.array(n.astype(np.int32), mask=missing.to_numpy(zero_copy_only=False))
-
-
-def _elements(lists: pa.ListArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row and value of each element of a list column."""
-    rows = lists.value_parent_indices().to_numpy(zero_copy_only=False)
-    return rows.astype(np.int64), lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-class _Lists:
-    """A list column in the making: rows are put in any order, those never put are NULL."""
-
-    def __init__(self, logits: pa.ListArray, dtype: type[np.generic]) -> None:
-        self._sizes = np.zeros(len(logits), dtype=np.int64)
-        self._put = np.zeros(len(logits), dtype=np.bool_)
-        self._values = np.zeros((len(logits), 0), dtype=dtype)
-
-    def put(
-        self,
-        rows: Any,
-        values: NDArray[Any],
-        sizes: int | NDArray[Any],
-        known: bool | NDArray[np.bool_] = True,
-    ) -> None:
-        """Set rows to the first `sizes` of (T, K) values, or to NULL where they are not known."""
-        width = values.shape[1]
-        if width > self._values.shape[1]:
-            wider = np.zeros((len(self._sizes), width), dtype=self._values.dtype)
-            wider[:, : self._values.shape[1]] = self._values
-            self._values = wider
-        self._values[rows, :width] = values
-        self._sizes[rows] = sizes
-        self._put[rows] = known
-
-    def to_arrow(self) -> pa.ListArray:
-        width = self._values.shape[1]
-        inside = np.arange(width) < self._sizes[:, None]
-        values = self._values.ravel() if inside.all() else self._values[inside]
-        offsets = np.concatenate([[0], np.cumsum(self._sizes)]).astype(np.int32)
-        return pa.ListArray.from_arrays(
-            pa.array(offsets), pa.array(values), mask=pa.array(~self._put)
-        )
-
-
-def _groups(logits: pa.ListArray, *keys: pa.Array) -> Iterator[tuple[Any, Any, NDArray[Any]]]:
-    """(key, rows, (T, E) float32 logits) of each distinct key and number of experts.
-
-    Rows whose logits are NULL or empty are in no group.
-    """
-    lengths = logits.value_lengths()
-    offsets = logits.offsets.to_numpy()
-    flat = logits.values.to_numpy(zero_copy_only=False)
-    for (E, *key), rows in _keys(len(logits), lengths, *keys):
-        if E:
-            starts = offsets[:-1][rows]
-            if isinstance(rows, slice):
-                x = flat[starts[0] : starts[0] + len(starts) * E].reshape(len(starts), E)
-            else:
-                x = flat[starts[:, None] + np.arange(E)]
-            yield tuple(key), rows, x
-
-
-def _keys(n: int, *columns: pa.Array) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """(key, rows) of each distinct combination of values; rows is a slice when there is but one."""
-    if not n:
-        return
-    encoded = [column.dictionary_encode(null_encoding="encode") for column in columns]
-    values = [column.dictionary.to_pylist() for column in encoded]
-    if all(len(v) == 1 for v in values):
-        yield tuple(v[0] for v in values), slice(None)
-        return
-    code = np.zeros(n, dtype=np.int64)
-    for column, v in zip(encoded, values, strict=True):
-        code = code * len(v) + column.indices.to_numpy(zero_copy_only=False)
-    distinct, group = np.unique(code, return_inverse=True)
-    for g in range(len(distinct)):
-        rows = np.flatnonzero(group == g)
-        yield tuple(c[int(rows[0])].as_py() for c in encoded), rows

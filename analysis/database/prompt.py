@@ -19,6 +19,7 @@ from analysis.database.functions import FUNCTIONS
 from analysis.database.question import find_question, pairs, questions
 from analysis.database.result import print_result
 from analysis.database.views import VIEWS
+from analysis.table import spelled_out
 from capture.contract.errors import InvalidOption, RouterLogError
 
 HELP = """\
@@ -60,7 +61,8 @@ def run_prompt(
         prompt_continuation="   ...> ",
         **session,
     )
-    print(f"{', '.join(database.runs)}: {', '.join(VIEWS)}. Enter .help for help.")
+    runs = spelled_out(", ".join(database.runs))
+    print(f"{runs}: {', '.join(VIEWS)}. Enter .help for help.")
     while True:
         try:
             line = prompt.prompt("bhlog> ").strip()
@@ -75,7 +77,7 @@ def run_prompt(
         try:
             _answer(database, line, result_format, max_rows)
         except RouterLogError as error:
-            click.echo(f"bhlog: {error}", err=True)
+            click.echo(f"bhlog: {spelled_out(str(error))}", err=True)
         except KeyboardInterrupt:
             click.echo("bhlog: interrupted", err=True)
 

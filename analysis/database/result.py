@@ -2,15 +2,19 @@
 
 import io
 import json
+import math
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import IO
+from shutil import get_terminal_size
+from typing import IO, Any
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.cells import cell_len
 
 from analysis.table import cell, print_table
 from capture.contract.errors import InvalidOption
@@ -27,6 +31,8 @@ def print_result(
     Args:
         max_rows: tables and Markdown stop here; JSON and CSV print all rows, in flat memory.
 
+    A table wider than the terminal is printed row by row, a line for each column.
+
     Raises:
         InvalidOption: Parquet, which is for files.
     """
@@ -38,6 +44,8 @@ def print_result(
     shown, left_out = _first(schema, batches, max_rows)
     if result_format == "markdown":
         _write_markdown(shown, sys.stdout)
+    elif sys.stdout.isatty() and _width(shown) > get_terminal_size().columns:
+        _print_records(shown, get_terminal_size().columns)
     else:
         print_table(shown)
     return left_out
@@ -68,14 +76,14 @@ def write_result(
 
 
 def frame_of(batch: pa.RecordBatch | pa.Table) -> pl.DataFrame:
-    """A batch as polars; DuckDB's sums of integers, which are decimals, as integers."""
+    """A batch as polars; DuckDB's sums of integers, which come as decimals, as integers."""
     frame = pl.DataFrame(pl.from_arrow(batch))
     whole = [
         name
         for name, dtype in frame.schema.items()
         if isinstance(dtype, pl.Decimal) and dtype.scale == 0
     ]
-    return frame.with_columns(pl.col(name).cast(pl.Int64, strict=False) for name in whole)
+    return frame.with_columns(pl.col(name).cast(pl.Int128) for name in whole)
 
 
 class _Counted:
@@ -145,9 +153,28 @@ def _write_json(batches: Iterable[pa.RecordBatch], file: IO[str]) -> None:
     file.write("\n]\n")
 
 
+def _width(frame: pl.DataFrame) -> int:
+    """Columns of a terminal that print_table needs."""
+    widths = [
+        max([cell_len(name), *(cell_len(cell(value)) for value in frame[name])])
+        for name in frame.columns
+    ]
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _print_records(frame: pl.DataFrame, width: int) -> None:
+    names = max(map(cell_len, frame.columns))
+    for number, row in enumerate(frame.iter_rows(), start=1):
+        print(f"row {number:,}")
+        for name, value in zip(frame.columns, row, strict=True):
+            line = f"  {name:<{names}}  {cell(value)}"
+            print(textwrap.fill(line, max(width, names + 24), subsequent_indent=" " * (names + 4)))
+
+
 def _write_markdown(frame: pl.DataFrame, file: IO[str]) -> None:
     def line(cells: list[str]) -> str:
-        return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |\n"
+        texts = (text.replace("|", "\\|").replace("\n", "<br>") for text in cells)
+        return "| " + " | ".join(texts) + " |\n"
 
     numeric = [dtype.is_numeric() for dtype in frame.dtypes]
     file.write(line(frame.columns))
@@ -160,8 +187,24 @@ def _flat(frame: pl.DataFrame) -> pl.DataFrame:
     """Lists and structs as JSON text, which a cell of CSV can hold."""
     nested = [name for name, dtype in frame.schema.items() if dtype.is_nested()]
     return frame.with_columns(
-        pl.Series(
-            name, [None if v is None else json.dumps(v) for v in frame[name].to_list()], pl.String
-        )
+        pl.Series(name, [_json(value) for value in frame[name].to_list()], pl.String)
         for name in nested
     )
+
+
+def _json(value: Any) -> str | None:
+    """A value as JSON, None for NULL; NaN and infinities become null, as in _write_json."""
+    if value is None:
+        return None
+    try:
+        return json.dumps(value, default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,8 +1,9 @@
 """The views of runs for DuckDB's own shell, which has neither bhlog's functions nor its limits."""
 
+import glob
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -17,15 +18,18 @@ def shell_command(runs: Mapping[str, Log]) -> str:
 
 
 def shell_statements(runs: Mapping[str, Log]) -> str:
-    """SQL that creates the views over the runs' files; p_value is NULL there.
+    """SQL that creates the views over the runs' files, those that have files.
 
-    Run names and paths are the only values in it, and are quoted.
+    p_value is NULL there, and `shards` is left out. Names, paths and facts of
+    manifests are the only values in it, and are quoted. An object store is reached as the shell is
+    set up to reach it.
     """
     files = RunFiles(runs)
+    routing = _view("routing", [_rows(runs, files, name, "routing") for name in runs])
     statements = [
-        _view("routing", [_rows(runs, files, name, "routing") for name in runs]),
-        "CREATE MACRO p_value(logit, layer, expert, run) AS NULL::DOUBLE",
-        SELECTIONS.strip().rstrip(";"),
+        routing,
+        "CREATE MACRO p_value(logit, layer, expert, run) AS NULL::DOUBLE" if routing else "",
+        SELECTIONS.strip().rstrip(";") if routing else "",
         _view("tokens", [_rows(runs, files, name, "tokens") for name in runs]),
         _view("runs", [_run(row) for row in runs_table(runs).to_pylist()]),
         _view("kde", [_rows(runs, files, name, "kde.parquet") for name in runs]),
@@ -40,7 +44,7 @@ def _view(name: str, selects: list[str]) -> str:
 
 
 def _rows(runs: Mapping[str, Log], files: RunFiles, run: str, folder: str) -> str:
-    """A SELECT over the files of a run as they are now; "" if there are none."""
+    """A SELECT over the files of a run; "" if there are none."""
     paths = _paths(runs, files, run, folder)
     return (
         f"SELECT {_text(run)} AS run, * FROM read_parquet([{', '.join(map(_text, paths))}], "
@@ -62,17 +66,26 @@ def _replays(runs: Mapping[str, Log], files: RunFiles, run: str) -> str:
 
 
 def _paths(runs: Mapping[str, Log], files: RunFiles, run: str, folder: str) -> list[str]:
+    """What read_parquet takes: a pattern for the shards of a folder, as commands have a length."""
+    log = runs[run]
+    scheme = "" if log.is_local else log.path.partition("://")[0] + "://"
     start = f"{SCHEME}://{run}/"
-    given = runs[run].path
-    folder_of_run = given.rstrip("/") if "://" in given else str(Path(given).expanduser().resolve())
-    return [f"{folder_of_run}/{path.removeprefix(start)}" for path in files.listing(run, folder)]
+    patterns = []
+    for path in files.listing(run, folder):
+        inside, _, name = path.removeprefix(start).rpartition("/")
+        in_run = glob.escape(f"{log.location}/{inside}".rstrip("/"))
+        patterns.append(f"{scheme}{in_run}/{_SHARDS if inside else name}")
+    return list(dict.fromkeys(patterns))
 
 
-def _run(row: dict[str, object]) -> str:
+_SHARDS = "rank[0-9][0-9][0-9][0-9][0-9]-[0-9]*.parquet"
+
+
+def _run(row: dict[str, Any]) -> str:
+    row = {**row, "versions": dict(row["versions"])}
     columns = [
         f"{_literal(row[field.name])}::{_TYPES.get(field.type, 'VARCHAR')} AS {field.name}"
         for field in RUNS
-        if field.name != "versions"
     ]
     return "SELECT " + ", ".join(columns)
 
@@ -84,14 +97,19 @@ _TYPES = {
     pa.float64(): "DOUBLE",
     pa.bool_(): "BOOLEAN",
     pa.list_(pa.uint16()): "USMALLINT[]",
+    pa.map_(pa.string(), pa.string()): "MAP(VARCHAR, VARCHAR)",
 }
 
 
 def _literal(value: object) -> str:
     if value is None:
         return "NULL"
-    if isinstance(value, bool | int | float | list):
+    if isinstance(value, bool | int | float):
         return str(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    if isinstance(value, dict):
+        return f"map({_literal(list(value))}, {_literal(list(value.values()))})"
     return _text(str(value))
 
 

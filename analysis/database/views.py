@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 from analysis.database.run_files import RunFiles
 from analysis.log import Log
 from analysis.replay.decisions import SCHEMA as DECISIONS
-from capture.contract.kde import KDE_SCHEMA, KdeModel
+from capture.contract.kde import KdeModel
 from capture.contract.manifest import Totals
+from capture.contract.null_file import KDE_SCHEMA
 from capture.contract.schema import routing_schema, tokens_schema
 
 VIEWS = {
