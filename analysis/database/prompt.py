@@ -91,8 +91,8 @@ def history_path() -> Path:
 class SqlCompleter(Completer):
     """Completes keywords, functions, views and their columns, and the names of questions.
 
-    After `view.` it offers that view's columns; where the line names views, their columns come
-    before others.
+    After FROM and JOIN it offers views, after `view.` that view's columns; where the line names
+    views, their columns and no others.
     """
 
     def __init__(self, database: Database) -> None:
@@ -113,6 +113,9 @@ class SqlCompleter(Completer):
         if view in self._columns:
             yield from _matching(self._columns[view], word, f"column of {view}")
             return
+        if re.search(r"\b(FROM|JOIN)\s+\w*$", before, re.IGNORECASE):
+            yield from _matching(self._columns, word, "view")
+            return
         named = [name for name in self._columns if re.search(rf"\b{name}\b", document.text)]
         columns = dict.fromkeys(c for name in named or self._columns for c in self._columns[name])
         yield from _matching(columns, word, "column")
@@ -131,7 +134,10 @@ def _answer(database: Database, line: str, result_format: str, max_rows: int) ->
     if not line.startswith("."):
         _show(database, line, {}, result_format, max_rows)
         return
-    command, *words = shlex.split(line)
+    try:
+        command, *words = shlex.split(line)
+    except ValueError as error:
+        raise InvalidOption(f"cannot read {line!r}: {error}") from error
     if command == ".help":
         print(HELP)
     elif command == ".tables":

@@ -8,7 +8,7 @@ from statistics import correlation, mean, median_low, pstdev
 import pytest
 
 from analysis.database.database import connect
-from analysis.database.question import find_question, parse_question, questions
+from analysis.database.question import find_question, questions
 from analysis.database.views import VIEWS
 from analysis.log import open_log
 from capture.contract.bh import BhOptions
@@ -590,18 +590,6 @@ def test_what_a_run_lacks_is_said_in_a_line(tmp_path):
         ask(database, "loss_against_experts")
 
 
-def test_parameters_have_types_and_defaults():
-    question = find_question("coactivation")
-    assert question.values({}) == {"layer": None, "min_tokens": 10, "top": 20}
-    assert question.values({"layer": "3", "top": "5"})["layer"] == 3
-    with pytest.raises(InvalidOption, match="no parameter 'min_token'; did you mean 'min_tokens'"):
-        question.values({"min_token": "3"})
-    with pytest.raises(InvalidOption, match=r"\$layer takes an integer, got 'x'"):
-        question.values({"layer": "x"})
-    with pytest.raises(InvalidOption, match="it takes none"):
-        find_question("shard_sizes").values({"x": "1"})
-
-
 def test_a_question_of_ones_own_is_read_from_its_file(tmp_path, database):
     path = tmp_path / "mine.sql"
     path.write_text(
@@ -614,11 +602,3 @@ def test_a_question_of_ones_own_is_read_from_its_file(tmp_path, database):
     with pytest.raises(InvalidOption, match="needs a value for layer"):
         question.values({})
     assert database.sql(question.text, question.values({"layer": "2"})).fetchall() == [(480,)]
-    with pytest.raises(InvalidOption, match="did you mean 'coactivation'"):
-        find_question("coactivaton")
-    with pytest.raises(InvalidOption, match="cannot be read as a question"):
-        find_question(str(tmp_path / "absent.sql"))
-    with pytest.raises(InvalidOption, match="cannot read the parameter"):
-        parse_question("x", "-- Q?\n-- Param $x float = 1\nSELECT 1")
-    with pytest.raises(InvalidOption, match="needs 'luck'"):
-        parse_question("x", "-- Q?\n-- Needs luck\nSELECT 1")
