@@ -7,12 +7,13 @@ import click
 
 from analysis.commands.kde_calibration import check, compare
 from analysis.commands.kde_options import (
-    KERNELS,
-    bandwidth_option,
     check_figure,
     check_writable,
     load,
+    out_option,
+    save_model,
     trim_option,
+    with_fit_options,
     with_rows_options,
     write_figure,
 )
@@ -29,7 +30,8 @@ def kde() -> None:
     """Fit, inspect and check null models.
 
     A null model says how router logits of each layer are distributed; p-values come from its tail.
-    KDE is a file that `kde fit` wrote, or a folder of pickles of an older project.
+    KDE is a file that `kde fit` wrote, a run with a null model of its own, or a folder of pickles
+    of an older project.
     """
 
 
@@ -39,32 +41,8 @@ def kde() -> None:
     "  bhlog kde fit runs/a runs/b --trim-high 8 --keep-trim 0:0 --out null.parquet"
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--out", required=True, metavar="FILE", help="Where the null model is written.")
-@click.option("--kernel", type=click.Choice(KERNELS), default="gaussian", show_default=True)
-@click.option(
-    "--bandwidth",
-    type=bandwidth_option,
-    default="scott",
-    show_default=True,
-    metavar="RULE|LOGITS",
-    help="scott, silverman, isj, or the kernel's standard deviation in logits.",
-)
-@click.option(
-    "--trim-high",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Leave out each row's N largest logits.",
-    metavar="N",
-)
-@click.option(
-    "--trim-low",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Leave out each row's N smallest logits.",
-    metavar="N",
-)
+@out_option
+@with_fit_options(as_fitted=False)
 @click.option(
     "--null",
     type=click.Choice(("pooled", "expert")),
@@ -98,7 +76,6 @@ def fit(
 ) -> None:
     """Fit a null model from the logits of one run or several, in one pass."""
     from analysis.kde.fit import FitOptions, fit_kde
-    from analysis.kde.tables import curves_frame
     from analysis.log import open_log
 
     check_writable(out)
@@ -115,63 +92,46 @@ def fit(
             threads=threads,
             progress=progress,
         )
-    model.save(out)
-    print_frame(curves_frame(model), output_format, title=out)
+    save_model(model, out, output_format)
 
 
 @kde.command(
     epilog="\b\nexample:\n  bhlog kde refit null.parquet --bandwidth isj --out isj.parquet"
 )
 @click.argument("file", metavar="KDE")
-@click.option("--out", required=True, metavar="FILE", help="Where the null model is written.")
-@click.option("--kernel", type=click.Choice(KERNELS), help="(default: as fitted)")
-@click.option(
-    "--bandwidth",
-    type=bandwidth_option,
-    metavar="RULE|LOGITS",
-    help="scott, silverman, isj, or a number of logits (default: as fitted).",
-)
-@click.option(
-    "--trim-high", type=int, metavar="N", help="A level the file keeps (default: as fitted)."
-)
-@click.option(
-    "--trim-low", type=int, metavar="N", help="A level the file keeps (default: as fitted)."
-)
+@out_option
+@with_fit_options(as_fitted=True)
 @format_option
 def refit(file: str, out: str, output_format: str, **changes: Any) -> None:
     """Fit again from the histograms in a null model file, without reading a log."""
-    from analysis.kde.tables import curves_frame
-
     check_writable(out)
-    model = load(file).refit(**changes)
-    model.save(out)
-    print_frame(curves_frame(model), output_format, title=out)
+    save_model(load(file).refit(**changes), out, output_format)
 
 
 @kde.command(epilog="\b\nexample:\n  bhlog kde merge a.parquet b.parquet --out both.parquet")
 @click.argument("files", nargs=-1, required=True, metavar="KDE...")
-@click.option("--out", required=True, metavar="FILE", help="Where the null model is written.")
+@out_option
 @format_option
 def merge(files: tuple[str, ...], out: str, output_format: str) -> None:
     """Fit one null model from the histograms of several: of shards, ranks or runs."""
     from analysis.kde.refit import merge as merge_models
-    from analysis.kde.tables import curves_frame
 
     check_writable(out)
-    model = merge_models([load(file) for file in files])
-    model.save(out)
-    print_frame(curves_frame(model), output_format, title=out)
+    save_model(merge_models([load(file) for file in files]), out, output_format)
 
 
 @kde.command(
     epilog="\b\nexample:\n"
     "  bhlog kde show null.parquet\n"
-    "  bhlog kde show null.parquet --alpha 0.05 --experts 64"
+    "  bhlog kde show null.parquet --alpha 0.05 --figure tails.png"
 )
 @click.argument("file", metavar="KDE")
 @click.option("--alpha", type=float, metavar="A", help="Also show thresholds at this BH level.")
 @click.option(
-    "--experts", type=int, metavar="E", help="Experts per router, for thresholds of a pooled null."
+    "--experts",
+    type=click.IntRange(min=1),
+    metavar="E",
+    help="Experts per router, for thresholds (default: those it was fitted for).",
 )
 @click.option("--figure", metavar="FILE", help="Draw the tails, a panel a layer.")
 @format_option
@@ -185,21 +145,14 @@ def show(
     model = load(file)
     print_frame(curves_frame(model, alpha, experts), output_format, title=file)
     if figure:
-        from analysis.kde.figures import layer_page, plot_tail
+        from analysis.kde.figures import tail_page
 
-        page = layer_page(
-            sorted(model),
-            lambda layer, axes: plot_tail(model[layer], axes),
-            x="logit",
-            y="S(x)",
-            title=f"tails of {file}",
-        )
-        write_figure(page, figure)
+        write_figure(tail_page({file: model}), figure)
 
 
 @kde.command("import", epilog="\b\nexample:\n  bhlog kde import old/kde_models --out null.parquet")
 @click.argument("folder", metavar="DIR")
-@click.option("--out", required=True, metavar="FILE", help="Where the null model is written.")
+@out_option
 @click.option(
     "--variant",
     metavar="NAME",
@@ -211,15 +164,12 @@ def import_(folder: str, out: str, variant: str | None, output_format: str) -> N
 
     The reader admits numpy arrays and nothing else: a pickle that names anything else is refused.
     """
-    from analysis.kde.tables import curves_frame
     from capture.contract.pickles import load_kde_models
 
     check_writable(out)
     if not Path(folder).is_dir():
         raise InvalidOption(f"{folder}: no such folder; expected one with pickles of null models")
-    model = load_kde_models(folder, variant=variant)
-    model.save(out)
-    print_frame(curves_frame(model), output_format, title=out)
+    save_model(load_kde_models(folder, variant=variant), out, output_format)
 
 
 @kde.command(epilog="\b\nexample:\n  bhlog kde export null.parquet --out null.npz")
@@ -234,19 +184,11 @@ def export(file: str, out: str) -> None:
     tail_{layer}      (G,) P(logit > x)
     With a curve per expert: x_{layer}_{expert}, tail_{layer}_{expert}.
     """
-    import numpy as np
+    from analysis.kde.export import export_npz
 
     check_writable(out)
     model = load(file)
-    arrays: dict[str, Any] = {"layers": np.array(sorted(model))}
-    for layer, curve in model.curves:
-        name = f"{layer}" if curve.expert is None else f"{layer}_{curve.expert}"
-        arrays[f"x_{name}"] = curve.grid
-        arrays[f"tail_{name}"] = curve.tail
-    part = Path(out).with_name(Path(out).name + ".part")
-    with part.open("wb") as stream:
-        np.savez_compressed(stream, allow_pickle=False, **arrays)
-    part.replace(out)
+    export_npz(model, out)
     click.echo(f"wrote {out}: {len(model)} layers", err=True)
 
 

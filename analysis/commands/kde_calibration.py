@@ -1,29 +1,11 @@
 """`bhlog kde compare` and `bhlog kde check`."""
 
-from typing import Any
-
 import click
 
 from analysis.commands.kde_options import check_figure, load, with_rows_options, write_figure
 from analysis.table import format_option, print_frame, progress_bar
 
-# What `check` can draw: function of analysis.kde.figures, axes, title.
-CHECK_FIGURES = {
-    "qq": ("plot_qq", "expected -log10 p", "observed -log10 p", "p-values against uniform"),
-    "histogram": ("plot_histogram", "p", "density", "p-values against uniform"),
-    "experts": (
-        "plot_experts",
-        "share of rows with the expert in the top k",
-        "share of p at most 0.05",
-        "bias of the null by popularity of experts",
-    ),
-    "ranks": (
-        "plot_ranks",
-        "expected -log10 of the k-th smallest of uniform p-values",
-        "observed -log10 p",
-        "k-th smallest p-value of a row",
-    ),
-}
+CHECK_FIGURES = ("qq", "histogram", "experts", "ranks")  # names of analysis.kde.figures.CHECKS
 
 
 @click.command(
@@ -39,8 +21,7 @@ CHECK_FIGURES = {
     "--experts",
     type=click.IntRange(min=1),
     metavar="E",
-    help="Without a run, decide on rows of E logits drawn independently from what the first null "
-    "model was fitted from.",
+    help="Without a run, draw rows of E logits (default: those it was fitted for).",
 )
 @click.option("--min-k", type=int, default=0, show_default=True, help="Fewest experts a row gets.")
 @click.option("--max-k", type=int, help="Most experts a row gets (default: all).")
@@ -62,22 +43,35 @@ def compare(
     \b
     ks           largest difference of the tails
     wasserstein  area between the tails, in logits
-    experts_a/b  mean experts per row that BH selects at alpha; needs --run or --experts
+    experts_a/b  mean experts per row that BH selects at alpha
     """
+    from analysis.kde.comparison import DRAWN_ROWS
     from analysis.kde.comparison import compare as compare_models
     from analysis.log import open_log
+    from capture.contract.kde import layer_ranges
 
     check_figure(figure)
     first, second = load(a), load(b)
-    log = open_log(run) if run is not None else None
-    counted = log is not None or experts is not None or not (first.pooled and second.pooled)
-    if not counted:
-        click.echo("mean experts need --run RUN or --experts E: left out", err=True)
+    log = None if run is None else open_log(run)
+    known = log or experts or first.n_experts or second.n_experts
+    if not known:
+        click.echo("bhlog: mean experts need --run RUN or --experts E: left out", err=True)
+    elif log is None:
+        click.echo(
+            f"bhlog: mean experts of {DRAWN_ROWS:,} rows of independent logits, as {a} has them; "
+            "--run RUN takes real rows",
+            err=True,
+        )
+    only = sorted(set(first) ^ set(second))
+    if only:
+        click.echo(
+            f"bhlog: left out layers {layer_ranges(only)}, which one of them lacks", err=True
+        )
     with progress_bar("deciding", None) as progress:
         frame = compare_models(
             first,
             second,
-            alpha=alpha if counted else None,
+            alpha=alpha if known else None,
             n_experts=experts,
             log=log,
             min_k=min_k,
@@ -86,15 +80,9 @@ def compare(
         )
     print_frame(frame, output_format, title=f"a: {a}   b: {b}   alpha {alpha}")
     if figure:
-        from analysis.kde.figures import OTHER, layer_page, plot_tail
+        from analysis.kde.figures import tail_page
 
-        def both(layer: int, axes: Any) -> Any:
-            plot_tail(first[layer], axes, label=a)
-            return plot_tail(second[layer], axes, color=OTHER, label=b)
-
-        layers = sorted(set(first) & set(second))
-        page = layer_page(layers, both, x="logit", y="S(x)", title="tails of two null models")
-        write_figure(page, figure)
+        write_figure(tail_page({a: first, b: second}), figure)
 
 
 @click.command(
@@ -108,7 +96,7 @@ def compare(
 @click.option("--figure", metavar="FILE", help="Draw a panel a layer.")
 @click.option(
     "--draw",
-    type=click.Choice(tuple(CHECK_FIGURES)),
+    type=click.Choice(CHECK_FIGURES),
     default="qq",
     show_default=True,
     help="What the figure shows.",
@@ -155,12 +143,6 @@ def check(
     frame = expert_frame(checks) if by_expert else check_frame(checks)
     print_frame(frame, output_format, title=f"{file} on {run}")
     if figure:
-        from analysis.kde import figures as kde_figures
+        from analysis.kde.figures import check_page
 
-        name, x, y, title = CHECK_FIGURES[draw]
-        plot = getattr(kde_figures, name)
-        found = {each.layer: each for each in checks}
-        page = kde_figures.layer_page(
-            list(found), lambda layer, axes: plot(found[layer], axes), x=x, y=y, title=title
-        )
-        write_figure(page, figure)
+        write_figure(check_page(checks, draw), figure)

@@ -1,16 +1,17 @@
-"""What the `bhlog kde` commands share: options and their readers."""
+"""What the `bhlog kde` commands share: options, their readers, and where results go."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from analysis.table import print_frame
 from capture.contract.errors import InvalidOption
+from capture.contract.null import BANDWIDTH_RULES, KERNELS
 
 if TYPE_CHECKING:
     from capture.contract.kde import KdeModel
-
-KERNELS = ("gaussian", "epanechnikov", "tophat", "triangular", "none")
 
 
 def bandwidth_option(text: str) -> str | float:
@@ -18,22 +19,21 @@ def bandwidth_option(text: str) -> str | float:
     try:
         return float(text)
     except ValueError:
-        if text in ("scott", "silverman", "isj"):
+        if text in BANDWIDTH_RULES:
             return text
         raise click.BadParameter(
-            f"{text!r} is neither scott, silverman, isj nor a number"
+            f"{text!r} is neither {', '.join(BANDWIDTH_RULES)} nor a number"
         ) from None
 
 
 def layers_option(text: str) -> tuple[int, ...]:
     """Layers, from text such as 0-3,7."""
     layers: list[int] = []
-    try:
-        for part in text.split(","):
-            low, _, high = part.partition("-")
-            layers += range(int(low), int(high or low) + 1)
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a list of layers such as 0-3,7") from None
+    for part in text.split(","):
+        low, _, high = part.strip().partition("-")
+        if not (low.isdigit() and (high or low).isdigit() and int(low) <= int(high or low) < 65536):
+            raise click.BadParameter(f"{text!r} is not a list of layers such as 0-3,7")
+        layers += range(int(low), int(high or low) + 1)
     return tuple(layers)
 
 
@@ -65,16 +65,54 @@ rows_options = (
 
 def with_rows_options(command: Any) -> Any:
     """Add the options that say which rows of a run are read."""
-    for option in reversed(rows_options):
+    return _with(rows_options, command)
+
+
+def with_fit_options(*, as_fitted: bool) -> Callable[[Any], Any]:
+    """Add kernel, bandwidth and trimming; left out they are those of the model, if as_fitted."""
+
+    def option(name: str, default: Any, what: str, **kind: Any) -> Any:
+        if as_fitted:
+            return click.option(name, help=f"{what} (default: as fitted).", **kind)
+        return click.option(name, default=default, show_default=True, help=f"{what}.", **kind)
+
+    number: dict[str, Any] = {"type": click.IntRange(min=0), "metavar": "N"}
+    level = "; a level that the file keeps" if as_fitted else ""
+    bandwidth = "scott, silverman, isj, or the kernel's standard deviation in logits"
+    options = (
+        option("--kernel", "gaussian", "none is the empirical tail", type=click.Choice(KERNELS)),
+        option("--bandwidth", "scott", bandwidth, type=bandwidth_option, metavar="RULE|LOGITS"),
+        option("--trim-high", 0, f"Leave out each row's N largest logits{level}", **number),
+        option("--trim-low", 0, f"Leave out each row's N smallest logits{level}", **number),
+    )
+    return lambda command: _with(options, command)
+
+
+out_option = click.option(
+    "--out", required=True, metavar="FILE", help="Where the null model is written."
+)
+
+
+def _with(options: tuple[Any, ...], command: Any) -> Any:
+    for option in reversed(options):
         command = option(command)
     return command
 
 
+def save_model(model: "KdeModel", out: str, output_format: str) -> None:
+    """Write a null model and print a line per curve."""
+    from analysis.kde.tables import curves_frame
+
+    model.save(out)
+    print_frame(curves_frame(model), output_format, title=out)
+
+
 def load(file: str) -> "KdeModel":
-    """A null model from our file or from a folder of old pickles."""
+    """A null model from our file, from a run that has one, or from a folder of old pickles."""
     from capture.contract.pickles import load_kde_models
 
-    return load_kde_models(file)
+    own = Path(file) / "kde.parquet"
+    return load_kde_models(own if own.is_file() else file)
 
 
 def check_writable(out: str) -> None:
@@ -97,5 +135,7 @@ def check_figure(figure: str | None) -> None:
 
 def write_figure(page: Any, figure: str) -> None:
     """Save a page and say so on stderr."""
-    page.savefig(figure)
+    from analysis.kde.figures import save_figure
+
+    save_figure(page, figure)
     click.echo(f"wrote {figure}", err=True)

@@ -122,20 +122,22 @@ def plot_logits_against_p_values(
         layers: (N,), decoder layer of each row.
     """
     lowest = 1e-8
-    finite = np.isfinite(logits) & np.isfinite(p)
+    finite = np.flatnonzero((np.isfinite(logits) & np.isfinite(p)).ravel())
+    mixed = np.random.default_rng(0).permutation(finite)  # so that no layer covers the others
     colour = np.broadcast_to(layers[:, None], p.shape)
     norm = _layer_norm(layers)
     axes.scatter(
-        logits[finite],
-        np.maximum(p[finite], lowest),
-        c=colour[finite],
+        logits.ravel()[mixed],
+        np.maximum(p.ravel()[mixed], lowest),
+        c=colour.ravel()[mixed],
         s=3,
         cmap="viridis",
         norm=norm,
         linewidths=0,
     )
     axes.set_yscale("log")
-    axes.set(xlabel="router logit", ylabel="p-value", ylim=(lowest / 2, 2))
+    axes.set(xlabel="router logit", ylabel="p-value (those below 1e-8 at 1e-8)")
+    axes.set_ylim(lowest / 2, 2)
     axes.set_title(f"Logits against p-values, {len(p):,} sample rows")
     _layer_colorbar(axes, norm)
     return axes
@@ -202,7 +204,8 @@ def plot_mean_experts(axes: Axes, selected: NDArray[np.int64], layers: Sequence[
     axes.axhline(overall, color=RED, linestyle="--", label=f"mean of all layers {overall:.2f}")
     axes.set(xlabel="layer", ylabel="experts per token (n_selected)")
     axes.set(xlim=(min(layers) - 0.7, max(layers) + 0.7), ylim=(0, 1.3 * max(1, int(high.max()))))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_title("Experts per token by layer")
     axes.legend(loc="upper center", ncols=3, fontsize="small")
     return axes

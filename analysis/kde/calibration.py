@@ -62,9 +62,13 @@ class PValues:
 
     def share_below(self, level: float) -> float:
         """Share of p-values at most level; level itself when calibrated."""
+        return float(self.cdf(np.array(level)))
+
+    def cdf(self, p: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Share of p-values at most p, from lumps spread to their neighbours; NaN without any."""
         if not len(self.p):
-            return float("nan")
-        return float(np.interp(level, self.p, self.mid_cdf, left=0.0, right=1.0))
+            return np.full(p.shape, np.nan)
+        return np.interp(p, self.p, self.mid_cdf, left=0.0, right=1.0)
 
 
 @dataclass(frozen=True, eq=False)

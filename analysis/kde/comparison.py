@@ -37,7 +37,7 @@ def compare(
 
     Args:
         alpha: BH level for the mean experts.
-        n_experts: experts per router, where neither a log nor curves per expert tell.
+        n_experts: experts per router; None takes those of the log, or that a model was fitted for.
         log: rows to decide on. Without one, rows are drawn as if experts were independent, from
             the logits that the first model was fitted from.
         min_k, max_k: bounds on experts per row; the defaults show BH's own count.
@@ -66,8 +66,7 @@ def compare(
         if not layers:
             raise KdeMismatch(f"{log.path} has none of the layers {layer_ranges(a)}")
         n_experts = log.n_experts
-    for null in (a[layer] for layer in layers):
-        n_experts = n_experts or (None if null.pooled else len(null.curves))
+    n_experts = n_experts or a.n_experts or b.n_experts
     if n_experts is None:
         raise InvalidOption("mean experts need the number of experts: name a run or n_experts")
     options = BhOptions(alpha=alpha, min_k=min_k, max_k=max_k)

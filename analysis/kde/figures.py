@@ -1,6 +1,6 @@
 """Figures of null models: functions that take data and Axes, and the page of panels they share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from scipy.special import betaincinv
 
 from analysis.kde.calibration import LayerCheck, PValues
 from capture.contract.errors import InvalidOption
-from capture.contract.kde import LayerNull
+from capture.contract.kde import KdeModel, LayerNull
 
 INK = "#1f4e79"
 OTHER = "#c8553d"
@@ -61,12 +61,13 @@ def layer_page(
     figure.supylabel(y, fontsize=10)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     if len(labels) > 1:
+        longest = max(len(label) for label in labels)
         # With the title, above the panels: below them it would lie on the label of the x axis.
         legend = figure.legend(
             handles,
             labels,
             loc="outside upper center",
-            ncols=int(width / 1.1),
+            ncols=max(1, int(width / (0.5 + 0.07 * longest))),
             fontsize=9,
             frameon=False,
         )
@@ -74,6 +75,31 @@ def layer_page(
     else:
         figure.suptitle(title, fontsize=11)
     return figure
+
+
+def tail_page(models: Mapping[str, KdeModel]) -> Figure:
+    """The tails of one null model, or of two by their names, on the layers that all have."""
+    layers = sorted(set.intersection(*(set(model) for model in models.values())))
+
+    def draw(layer: int, axes: Axes) -> Axes:
+        for color, (name, model) in zip((INK, OTHER), models.items(), strict=False):
+            plot_tail(model[layer], axes, color=color, label=_last_of(name))
+        return axes
+
+    title = "tails of the null model" if len(models) == 1 else "tails of two null models"
+    return layer_page(layers, draw, x="logit x", y="S(x) = P(logit > x)", title=title)
+
+
+def check_page(checks: Sequence[LayerCheck], draw: str) -> Figure:
+    """One of CHECKS, a panel a layer."""
+    plot, x, y, title = CHECKS[draw]
+    found = {check.layer: check for check in checks}
+    return layer_page(list(found), lambda i, axes: plot(found[i], axes), x=x, y=y, title=title)
+
+
+def _last_of(name: str, most: int = 32) -> str:
+    """A name that fits in a legend: the end of a path tells more than its start."""
+    return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
 def _columns(n: int) -> int:
@@ -120,15 +146,13 @@ def plot_qq(found: LayerCheck, axes: Axes) -> Axes:
 
 
 def plot_histogram(found: LayerCheck, axes: Axes) -> Axes:
-    """Density of the p-values in even bins, against uniform."""
+    """Density of the p-values in even bins, against uniform; a lump is spread to its neighbours."""
     edges = np.linspace(0, 1, HISTOGRAM_BINS + 1)
-    weights = np.zeros(HISTOGRAM_BINS)
-    for values in found.by_expert:
-        weights += np.histogram(values.p, edges, weights=values.weight)[0]
-    density = weights / max(weights.sum(), 1e-300) * HISTOGRAM_BINS
+    density = np.diff(found.trimmed.cdf(edges)) * HISTOGRAM_BINS
     axes.stairs(density, edges, fill=True, color=PALE, label="p-values")
     axes.axhline(1, color=OTHER, linewidth=0.9, linestyle="--", label="uniform")
     axes.set_xlim(0, 1)
+    axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     _from_zero(axes, density)
     return axes
 
@@ -145,15 +169,35 @@ def plot_experts(found: LayerCheck, axes: Axes) -> Axes:
 def plot_ranks(found: LayerCheck, axes: Axes) -> Axes:
     """Quantiles of a row's k-th smallest p-value against those of the k-th of E uniform ones."""
     colors = colormaps["viridis"](np.linspace(0.1, 0.8, max(len(found.by_rank), 1)))
+    farthest = 0.0
     for color, (k, values) in zip(colors, found.by_rank.items(), strict=False):
         expected = betaincinv(k, found.n_experts - k + 1, values.mid_cdf)
         x, y = _thinned(-np.log10(expected), -np.log10(values.p))
         axes.plot(x, y, color=color, linewidth=1.2, label=f"k = {k}")
+        farthest = max(farthest, float(x.max(initial=0.0)))
     axes.axline((0, 0), slope=1, color=OTHER, linewidth=0.9, linestyle="--", label="uniform")
-    most = -np.log10(SMALLEST_SHOWN)
-    axes.set_xlim(0, most)
-    axes.set_ylim(0, most)
+    axes.set_xlim(0, max(axes.get_xlim()[1], 1.05 * farthest))  # panels share it
+    axes.set_ylim(0, -np.log10(SMALLEST_SHOWN))
     return axes
+
+
+# Pages of a check: what draws a panel, its axes, the title.
+CHECKS: dict[str, tuple[Callable[[LayerCheck, Axes], Axes], str, str, str]] = {
+    "qq": (plot_qq, "expected -log10 p", "observed -log10 p", "p-values against uniform"),
+    "histogram": (plot_histogram, "p-value", "density", "p-values against uniform"),
+    "experts": (
+        plot_experts,
+        "share of rows with the expert in the top k",
+        "share of p at most 0.05",
+        "bias of the null by popularity of experts",
+    ),
+    "ranks": (
+        plot_ranks,
+        "expected -log10 of the k-th smallest of uniform p-values",
+        "observed -log10 p",
+        "k-th smallest p-value of a row",
+    ),
+}
 
 
 def _from_zero(axes: Axes, values: NDArray[np.float64]) -> None:

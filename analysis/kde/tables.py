@@ -14,14 +14,22 @@ def curves_frame(
 
     Args:
         alpha: adds the thresholds t_1 and t_E at this BH level.
-        n_experts: experts per router; needed with alpha for a pooled model.
+        n_experts: experts per router; None takes what the model was fitted for.
 
     Raises:
-        InvalidOption: alpha outside (0, 1), or a pooled model without n_experts.
-        KdeMismatch: curves for other experts.
+        InvalidOption: alpha outside (0, 1), or the model does not tell its experts.
+        KdeMismatch: the model is for other experts.
     """
-    if alpha is not None and not 0 < alpha < 1:
-        raise InvalidOption(f"alpha must be between 0 and 1, got {alpha}")
+    E = model.n_experts if n_experts is None else n_experts
+    if alpha is not None:
+        if not 0 < alpha < 1:
+            raise InvalidOption(f"alpha must be between 0 and 1, got {alpha}")
+        if E is None:
+            raise InvalidOption(
+                "thresholds need the number of experts, which this null model does not tell: "
+                "add --experts E"
+            )
+        model.require(model, E)
     rows = []
     for layer, curve in model.curves:
         histogram = curve.histogram
@@ -43,15 +51,9 @@ def curves_frame(
             "grid_points": len(curve.tail),
             "dx": curve.dx,
         }
-        if alpha is not None:
-            experts = n_experts or (None if model.pooled else len(model[layer].curves))
-            if experts is None:
-                raise InvalidOption(
-                    "thresholds of a pooled null need the number of experts: add --experts E"
-                )
-            model[layer].require(experts)
-            t = curve.thresholds(alpha, experts)
-            row |= {"t_1": float(t[0]), f"t_{experts}": float(t[-1])}
+        if alpha is not None and E is not None:
+            t = curve.thresholds(alpha, E)
+            row |= {"t_1": float(t[0]), f"t_{E}": float(t[-1])}
         row["source"] = " ".join(_short(source) for source in curve.source) or None
         rows.append(row)
     schema = {"lowest": pl.Float64, "highest": pl.Float64, "kept": pl.String, "source": pl.String}

@@ -72,9 +72,8 @@ def test_refit_and_merge_equal_a_fit_from_scratch(bhlog, place):
 
 def test_show_gives_thresholds_and_a_figure(bhlog, place):
     code, out, err = bhlog(
-        "show", "a.parquet", "--alpha", "0.1", "--experts", "16", "--format", "csv",
-        "--figure", "tails.png",
-    )  # fmt: skip
+        "show", "a.parquet", "--alpha", "0.1", "--format", "csv", "--figure", "tails.png"
+    )
     assert code == 0
     assert out.splitlines()[0].split(",")[-3:] == ["t_1", "t_16", "source"]
     assert (place / "tails.png").read_bytes()[:4] == b"\x89PNG"
@@ -82,15 +81,29 @@ def test_show_gives_thresholds_and_a_figure(bhlog, place):
 
 
 def test_compare_prints_distances_and_mean_experts(bhlog, place):
-    code, out, err = bhlog("compare", "a.parquet", "b.parquet", "--format", "json")
-    assert code == 0
-    assert list(rows(out)[0]) == ["layer", "ks", "wasserstein"]
-    assert "--run RUN or --experts E" in err
-    for more in (("--run", "a"), ("--experts", "16", "--figure", "both.svg")):
+    for more, says in {
+        (): "bhlog: mean experts of 4,096 rows of independent logits, as a.parquet has them; "
+        "--run RUN takes real rows\n",
+        ("--run", "a", "--figure", "both.svg"): "wrote both.svg\n",
+    }.items():
         code, out, err = bhlog("compare", "a.parquet", "b.parquet", *more, "--format", "json")
         assert code == 0
-        assert list(rows(out)[0])[-2:] == ["experts_a", "experts_b"]
-        assert err == ("" if "--run" in more else "wrote both.svg\n")
+        assert list(rows(out)[0]) == ["layer", "ks", "wasserstein", "experts_a", "experts_b"]
+        assert err == says
+
+
+def test_compare_says_what_it_leaves_out(bhlog):
+    bhlog("fit", "a", "--layers", "0,4", "--out", "few.parquet")
+    code, out, err = bhlog("compare", "few.parquet", "a.parquet", "--run", "a", "--format", "json")
+    assert (code, [row["layer"] for row in rows(out)]) == (0, [0, 4])
+    assert err == "bhlog: left out layers 1, which one of them lacks\n"
+
+
+def test_a_run_with_a_null_model_stands_for_it(bhlog, place):
+    KdeModel.load(place / "a.parquet").save(place / "b" / "kde.parquet")
+    code, out, _ = bhlog("compare", "b", "a.parquet", "--format", "json")
+    (place / "b" / "kde.parquet").unlink()
+    assert (code, rows(out)[0]["ks"]) == (0, 0)
 
 
 @pytest.mark.parametrize("draw", ["qq", "histogram", "experts", "ranks"])
@@ -122,8 +135,15 @@ def test_import_and_export(bhlog, place):
         assert arrays["layers"].tolist() == [0, 3]
         assert arrays["tail_3"] == pytest.approx((1 - x) / 2)
         assert arrays["x_0"] == pytest.approx(x)
-    code, out, _ = bhlog("compare", "old", "old.parquet", "--format", "json")
-    assert (code, rows(out)[0]["ks"]) == (0, 0)
+    code, out, err = bhlog("compare", "old", "old.parquet", "--format", "json")
+    assert (code, list(rows(out)[0]), rows(out)[0]["ks"]) == (0, ["layer", "ks", "wasserstein"], 0)
+    assert "mean experts need --run RUN or --experts E" in err
+    code, _, err = bhlog("show", "old.parquet", "--alpha", "0.1")
+    assert (code, err.count("\n")) == (1, 1) and "add --experts E" in err
+    code, _, err = bhlog("refit", "old.parquet", "--kernel", "tophat", "--out", "x.parquet")
+    assert (code, err.count("\n")) == (1, 1) and "has no histogram" in err
+    code, _, err = bhlog("check", "old.parquet", "a")
+    assert (code, err.count("\n")) == (1, 1) and "layers 0, 3, but not 1, 4" in err
 
 
 def test_a_pickle_that_names_more_is_refused_with_what_it_named(bhlog, place):
@@ -148,14 +168,22 @@ MISTAKES = {
     "bandwidth": (("fit", "a", "--out", "x.parquet", "--bandwidth", "-1"), "bandwidth must be"),
     "not kept": (("refit", "a.parquet", "--out", "x.parquet", "--trim-high", "3"), "it keeps 0:0"),
     "no model": (("show", "nothing.parquet"), "nothing.parquet: cannot read"),
-    "no experts": (("show", "a.parquet", "--alpha", "0.1"), "add --experts"),
-    "alpha": (("show", "a.parquet", "--alpha", "3", "--experts", "4"), "alpha must be between"),
+    "experts": (
+        ("show", "a.parquet", "--alpha", "0.1", "--experts", "8"),
+        "for routers of 16 experts, but these have 8",
+    ),
+    "export": (("export", "a.parquet", "--out", "no/x.npz"), "its folder does not exist"),
+    "merge": (("merge", "a.parquet", "a/run.json", "--out", "x.parquet"), "not a null model file"),
+    "refit": (("refit", "nothing", "--out", "x.parquet"), "nothing: cannot read"),
+    "narrow": (("fit", "a", "--out", "x.parquet", "--bandwidth", "1e-9"), "between 0.001 and 64"),
+    "wide": (("refit", "a.parquet", "--out", "x.parquet", "--bandwidth", "1e9"), "between 0.001"),
+    "alpha": (("show", "a.parquet", "--alpha", "3"), "alpha must be between"),
     "figure": (("show", "a.parquet", "--figure", "x.doc"), "figures end in one of"),
     "not a model": (("check", "a/run.json", "a"), "a/run.json: not a null model file"),
     "no pickles": (("import", "a", "--out", "x.parquet"), "no distribution_model_layer"),
     "import a file": (("import", "a.parquet", "--out", "x.parquet"), "no such folder"),
     "compare alpha": (
-        ("compare", "a.parquet", "b.parquet", "--alpha", "1", "--experts", "4"),
+        ("compare", "a.parquet", "b.parquet", "--alpha", "1", "--run", "a"),
         "alpha must be between",
     ),
     "max_k": (
@@ -180,6 +208,8 @@ def test_a_mistake_is_one_clear_line(bhlog, place, mistake):
     ("option", "value", "message"),
     [
         ("--bandwidth", "wide", "neither scott, silverman, isj nor a number"),
+        ("--layers", "5-2", "not a list of layers such as 0-3,7"),
+        ("--layers", "0-99999999999", "not a list of layers such as 0-3,7"),
         ("--layers", "0;1", "not a list of layers such as 0-3,7"),
         ("--keep-trim", "8", "not a trimming level such as 0:8"),
         ("--threads", "0", "range x>=1"),

@@ -3,6 +3,7 @@ import pytest
 from matplotlib.figure import Figure
 from scipy.stats import beta, ks_2samp, kstest, norm, wasserstein_distance
 
+from analysis.commands.kde_calibration import CHECK_FIGURES
 from analysis.kde import figures as kde_figures
 from analysis.kde.calibration import PValues, check, check_frame, expert_frame
 from analysis.kde.comparison import compare
@@ -157,6 +158,8 @@ def test_without_a_run_rows_are_drawn_from_what_the_first_was_fitted_from(normal
     seen = compare(a, refit(a, trim_high=4), alpha=0.3, log=normal_log)
     # the rows of this run are independent draws themselves: 600 of them, against 4096
     assert drawn["experts_b"][0] == pytest.approx(seen["experts_b"][0], rel=0.15)
+    own = compare(a, refit(a, trim_high=4), alpha=0.3)
+    assert own.equals(drawn)  # a fitted model knows its experts
     from_tails = compare(null_normal(), null_normal(-1), alpha=0.3, n_experts=E)
     assert from_tails["experts_b"][0] > from_tails["experts_a"][0]
 
@@ -164,6 +167,8 @@ def test_without_a_run_rows_are_drawn_from_what_the_first_was_fitted_from(normal
 def test_what_cannot_be_compared_is_refused(normal_log):
     with pytest.raises(KdeMismatch, match="no layer in common: 0, 3 in the first, 1 in the second"):
         compare(null_normal(), normal_kde([1]))
+    with pytest.raises(KdeMismatch, match="routers of 16 experts, but these have 4"):
+        compare(fit_kde(normal_log), null_normal(), alpha=0.1, n_experts=4)
     with pytest.raises(InvalidOption, match="need the number of experts"):
         compare(null_normal(), null_normal(), alpha=0.1)
     with pytest.raises(InvalidOption, match="alpha must be between 0 and 1"):
@@ -180,18 +185,12 @@ def checks(normal_log):
     return check(fit_kde(normal_log), normal_log)
 
 
-@pytest.mark.parametrize("plot", ["plot_qq", "plot_histogram", "plot_experts", "plot_ranks"])
 @pytest.mark.parametrize("n", [1, 3, 16, 48])
-def test_a_page_has_a_panel_per_layer_and_the_plots_return_their_axes(checks, plot, n):
-    draw = getattr(kde_figures, plot)
+def test_a_page_has_a_panel_per_layer(n):
     drawn = []
-
-    def one(layer, axes):
-        drawn.append(layer)
-        assert draw(checks[layer % 2], axes) is axes
-        return axes
-
-    page = kde_figures.layer_page(list(range(n)), one, x="x", y="y", title=plot)
+    page = kde_figures.layer_page(
+        range(n), lambda layer, axes: drawn.append(layer) or axes, x="x", y="y", title="title"
+    )
     assert drawn == list(range(n))
     shown = [axes for axes in page.axes if axes.get_visible()]
     assert [axes.get_title() for axes in shown] == [f"layer {i}" for i in range(n)]
@@ -199,6 +198,36 @@ def test_a_page_has_a_panel_per_layer_and_the_plots_return_their_axes(checks, pl
     assert page.get_figwidth() <= 15
     columns = shown[0].get_gridspec().ncols
     assert page.get_figwidth() / columns >= 1.2
+
+
+def test_every_page_of_a_check_shows_what_was_found(checks):
+    assert tuple(kde_figures.CHECKS) == CHECK_FIGURES
+    for draw in CHECK_FIGURES:
+        page = kde_figures.check_page(checks, draw)
+        assert [axes.get_title() for axes in page.axes] == ["layer 0", "layer 3"]
+        assert page.get_supxlabel() and page.get_supylabel()
+    axes = kde_figures.plot_qq(checks[0], Figure().subplots())
+    assert len(axes.lines) == E + 2  # experts, all of them, uniform
+    axes = kde_figures.plot_ranks(checks[0], Figure().subplots())
+    assert [line.get_label() for line in axes.lines] == [
+        *(f"k = {k}" for k in (1, 2, 4, 8)),
+        "uniform",
+    ]
+    axes = kde_figures.plot_experts(checks[0], Figure().subplots())
+    popularity, share = axes.lines[0].get_data()
+    assert np.array_equal(popularity, checks[0].popularity)
+    assert share[2] == checks[0].by_expert[2].share_below(0.05)
+    axes = kde_figures.plot_histogram(checks[0], Figure().subplots())
+    density = axes.patches[0].get_data().values
+    assert density.sum() == pytest.approx(len(density), rel=1e-3)  # half a lump lies beyond 1
+    assert density[0] == pytest.approx(32 * checks[0].trimmed.share_below(1 / 32))
+
+
+def test_pages_of_tails_show_layers_that_all_models_have():
+    page = kde_figures.tail_page({"a" * 50: null_normal(), "b.parquet": normal_kde([3, 4])})
+    assert [axes.get_title() for axes in page.axes] == ["layer 3"]
+    labels = [text.get_text() for text in page.legends[0].get_texts()]
+    assert labels == ["…" + "a" * 31, "b.parquet"]
 
 
 def test_tails_are_drawn_for_pooled_and_expert_nulls(normal_log):
