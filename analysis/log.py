@@ -223,7 +223,7 @@ class Log:
         """
         needed = list(columns)
         if where is not None:
-            needed += [name for name in _condition(where)[1] if name not in needed]
+            needed += [name for name in condition_columns(where) if name not in needed]
         try:
             table = (shard or self.open_shard("routing", group.shard)).read_row_group(
                 group.index, columns=needed, use_threads=False
@@ -469,6 +469,15 @@ def _reached(path: str) -> Iterator[None]:
         reason = str(error).splitlines()[0]
         check = "; check the bucket, its endpoint and your credentials" if "://" in path else ""
         raise MissingRun(f"{path}: cannot be opened ({reason}){check}") from error
+
+
+def condition_columns(where: str) -> list[str]:
+    """Columns of the routing shards that a condition in SQL reads.
+
+    Raises:
+        InvalidOption: it cannot be read, or there is no such column.
+    """
+    return _condition(where)[1]
 
 
 def _condition(where: str) -> tuple[pl.Expr, list[str]]:

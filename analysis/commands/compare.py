@@ -125,7 +125,7 @@ def compare(
         _note_misses(overall, experts)
     if figure is not None:
         _draw(
-            log, policies, null, overall, figure, min_k=min_k, max_k=max_k,
+            log, policies, null, figure, min_k=min_k, max_k=max_k,
             layers=layers or None, where=where,
         )  # fmt: skip
 
@@ -193,7 +193,6 @@ def _draw(
     log: "Log",
     policies: "list[Policy]",
     null: "KdeModel | None",
-    overall: "pl.DataFrame",
     figure: str,
     *,
     min_k: int | None,
@@ -202,20 +201,10 @@ def _draw(
     where: str | None,
 ) -> None:
     from analysis.commands.kde_options import write_figure
-    from analysis.compare.cost_curves import cost_curves, curve_label
-    from analysis.compare.cost_figure import Mark, draw_comparison, shown_experts
+    from analysis.compare.cost_curves import cost_curves
+    from analysis.compare.cost_figure import draw_comparison
 
-    marks = [
-        Mark(str(policy), curve_label(policy), mean, kept)
-        for policy, (mean, kept) in zip(
-            policies, overall.select("mean_experts", "probability_kept").iter_rows(), strict=True
-        )
-    ]
-    most = shown_experts([mark.mean_experts for mark in marks], log.n_experts)
     curves = cost_curves(
-        log, policies, kde=null, most_experts=most, min_k=min_k, max_k=max_k, layers=layers,
-        where=where,
-    )  # fmt: skip
-    write_figure(
-        draw_comparison(curves, marks, title=f"Policies at equal cost: {log.name}"), figure
+        log, policies, kde=null, min_k=min_k, max_k=max_k, layers=layers, where=where
     )
+    write_figure(draw_comparison(curves, title=f"Policies at equal cost: {log.name}"), figure)

@@ -7,18 +7,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.log import Log, RowGroup, layer_of, logits_of
+from analysis.log import Log, layer_of, logits_of
 from analysis.policy import Policy, Rows
+from analysis.replay.ranked import block_rows
 from analysis.replay.replay import Replay, p_values_of
+from analysis.spread import draw, groups_by_layer, quotas, spread
 from capture.contract.bh import BhOptions
 from capture.contract.kde import KdeModel
 
 COLUMNS = ("layer", "logits", "experts", "forward", "rank")
-BLOCK_ROWS = 2048
 
-MOST_VALUES = 2_000_000  # logits of a sample: about 50 MB with ranks, probabilities and p-values
+MOST_VALUES = 2_000_000  # logits of a sample: about 90 MB with ranks, probabilities and p-values
 MOST_ROWS = 4_000  # rows of a layer in a sample
-MOST_GROUPS = 8  # row groups that a layer's sample comes from
 
 
 class Blocks:
@@ -28,35 +28,49 @@ class Blocks:
         log: the run.
         policies: what the rows are for; p-values are there only if one of them tests.
         kde: null model; None takes the run's own, or its empirical p-values.
+        where: which rows it will get.
+
+    Attributes:
+        empirical: whether p-values rank whole batches, which are in whole row groups.
 
     Raises:
         KdeMismatch: a policy tests p-values and there is no null model, or one for other layers.
-        InvalidOption: empirical p-values of a log that does not hold whole batches.
+        InvalidOption: empirical p-values, but rows are not whole batches.
     """
 
-    def __init__(self, log: Log, policies: Sequence[Policy], kde: KdeModel | None) -> None:
+    def __init__(
+        self,
+        log: Log,
+        policies: Sequence[Policy],
+        kde: KdeModel | None,
+        where: str | None = None,
+    ) -> None:
         self._kde: KdeModel | None = None
-        self._empirical = False
+        self.empirical = False
         if any(policy.tests for policy in policies):
             options = log.manifest.routing.options or BhOptions()
             if kde is not None:
                 options = replace(options, p_values="kde")
-            rule = Replay(log, [options], kde)  # checks all that p-values need
-            self._empirical = rule.empirical
-            self._kde = None if self._empirical else kde or log.kde
+            rule = Replay(log, [options], kde, where=where)  # checks all that p-values need
+            self.empirical = rule.empirical
+            self._kde = None if self.empirical else kde or log.kde
         self._thresholds: dict[int, dict[float, NDArray[np.float32]]] = {}
 
     def of(self, batch: pa.RecordBatch) -> Iterator[Rows]:
         """The rows of a batch of one layer that has the COLUMNS, in order."""
-        p = p_values_of(batch, None) if self._empirical else None
-        for start in range(0, batch.num_rows, BLOCK_ROWS):
-            rows = np.arange(start, min(start + BLOCK_ROWS, batch.num_rows))
-            yield self._rows(batch.slice(start, len(rows)), None if p is None else p[rows])
+        p = p_values_of(batch, None) if self.empirical else None
+        size = block_rows(batch.column("logits").type.list_size)
+        for start in range(0, batch.num_rows, size):
+            part = None if p is None else p[start : start + size]
+            yield self._rows(batch.slice(start, size), part)
 
-    def drawn(self, batch: pa.RecordBatch, rows: NDArray[np.int64]) -> Rows:
-        """Some rows of a batch."""
-        p = p_values_of(batch, None)[rows] if self._empirical else None
-        return self._rows(batch.take(pa.array(rows)), p)
+    def drawn(self, parts: Sequence[tuple[pa.RecordBatch, NDArray[np.int64]]]) -> Rows:
+        """Some rows of batches of one layer, together."""
+        p = None
+        if self.empirical:
+            p = np.concatenate([p_values_of(batch, None)[rows] for batch, rows in parts])
+        batches = [batch.take(pa.array(rows)) for batch, rows in parts]
+        return self._rows(pa.concat_batches(batches), p)
 
     def _rows(self, batch: pa.RecordBatch, p: NDArray[np.float64] | None) -> Rows:
         layer = layer_of(batch)
@@ -74,7 +88,7 @@ class Sample:
     """Rows drawn at random from row groups spread over the log, as many of each layer.
 
     Attributes:
-        parts: Rows of one layer each.
+        parts: Rows of a layer, for each layer that has some.
         whole: whether these are all the rows.
     """
 
@@ -82,10 +96,10 @@ class Sample:
     whole: bool
 
     def __len__(self) -> int:
-        return sum(len(rows.logits) for rows in self.parts)
+        return sum(len(rows) for rows in self.parts)
 
 
-def draw(
+def draw_sample(
     log: Log,
     blocks: Blocks,
     *,
@@ -95,22 +109,23 @@ def draw(
 ) -> Sample:
     """Draw at most MOST_ROWS rows of each layer and MOST_VALUES logits in all."""
     rng = np.random.default_rng(seed)
-    by_layer: dict[int, list[RowGroup]] = {}
-    for group in log.row_groups(layers):
-        by_layer.setdefault(group.layer, []).append(group)
-    most = max(1, min(MOST_ROWS, MOST_VALUES // (max(1, len(by_layer)) * log.n_experts)))
+    by_layer = groups_by_layer(log, layers)
+    most = max(1, min(MOST_ROWS, MOST_VALUES // (len(by_layer) * log.n_experts)))
     parts, whole = [], True
     for groups in by_layer.values():
-        places = np.unique(np.linspace(0, len(groups) - 1, MOST_GROUPS).astype(int))
-        chosen = [groups[place] for place in places]
-        available = sum(group.rows for group in chosen)
+        chosen = spread(groups)
         whole &= len(chosen) == len(groups)
-        for group in chosen:
+        drawn = []
+        for group, quota in zip(chosen, quotas(chosen, most), strict=True):
             batch = log.read(group, COLUMNS, where)
-            quota = -(-most * group.rows // max(1, available))
-            if batch.num_rows > quota:
-                whole = False
-            take = np.sort(rng.permutation(batch.num_rows)[:quota])
-            if len(take):
-                parts.append(blocks.drawn(batch, take))
+            whole &= batch.num_rows <= quota
+            if batch.num_rows:
+                drawn.append((batch, draw(batch.num_rows, quota, rng)))
+        if drawn:
+            parts.append(blocks.drawn(drawn))
     return Sample(tuple(parts), whole)
+
+
+def no_rows(log: Log, where: str | None) -> str:
+    """What to say of a log without rows, or without any that match."""
+    return f"{log.path}: no rows" + ("" if where is None else f" where {where}")

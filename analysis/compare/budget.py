@@ -7,18 +7,19 @@ from typing import Self
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from analysis.compare.blocks import COLUMNS, Blocks, Sample, draw
+from analysis.compare.blocks import COLUMNS, Blocks, Sample, draw_sample, no_rows
 from analysis.log import Log, Progress
 from analysis.policy import Policy
 from capture.contract.errors import InvalidOption
 from capture.contract.kde import KdeModel
 
-TOLERANCE = 0.002  # experts per token
+TOLERANCE = 0.001  # experts per token
 HALVINGS = 40
 SPREAD = 4.0  # about the standard deviation of n_selected, for a first bracket
-CANDIDATES = 12  # values of a policy counted in one pass
-MOST_PASSES = 4
+FIRST_CANDIDATES = 4  # values of a policy counted in the first pass
+MOST_PASSES = 5
 
 
 def match_experts(
@@ -36,8 +37,8 @@ def match_experts(
     """Each policy at the value whose mean experts per token over the rows comes nearest `experts`.
 
     A bounded sample says about where the value lies; passes over the log that only count experts,
-    at several values of every policy at once, settle it to TOLERANCE. A log that fits the sample
-    needs none. A family with steps (top-k, Higher Criticism) or whose count jumps, and one that
+    at some values of every policy at once, settle it to TOLERANCE. A log that fits the sample needs
+    none. A family with steps (top-k, Higher Criticism) or whose count jumps, and one that
     cannot reach the budget, is left at its nearest value: look at the mean.
 
     Args:
@@ -52,10 +53,10 @@ def match_experts(
             f"a budget must be from 0 to the model's {log.n_experts} experts, got {experts:g}"
         )
     min_k, max_k = default_bounds(log, min_k, max_k)
-    blocks = Blocks(log, policies, kde)
-    sample = draw(log, blocks, layers=layers, where=where)
+    blocks = Blocks(log, policies, kde, where)
+    sample = draw_sample(log, blocks, layers=layers, where=where)
     if not len(sample):
-        raise InvalidOption(f"{log.path}: no rows to count experts of")
+        raise InvalidOption(no_rows(log, where))
     searches = [
         _Search(bounded(policy, log.n_experts, min_k, max_k), experts, sample)
         for policy in policies
@@ -122,8 +123,7 @@ class _Search:
             return sampled[at]
 
         if sample.whole:
-            for position in _around(mean, experts):
-                mean(position)
+            _around(mean, experts)
             self.known = sampled
             return
         slack = 5 * SPREAD / np.sqrt(len(sample))
@@ -137,24 +137,35 @@ class _Search:
 
     def candidates(self) -> list[Policy]:
         """Policies to be counted next; none when nothing can be gained."""
-        if self.known:
-            if self._gap(self.best) <= TOLERANCE:
-                return []
-            self._narrow()
-        positions = np.linspace(self._left, self._right, CANDIDATES).tolist()
-        for position in positions:
+        if not self.known:
+            positions = np.linspace(self._left, self._right, FIRST_CANDIDATES)
+        elif self._gap(self.best) <= TOLERANCE:
+            return []
+        else:
+            positions = self._near_the_goal()
+        wanted: dict[Policy, None] = {}
+        for position in positions.tolist():
             self._positions.setdefault(self._at(position), position)
-        wanted = {self._at(position): None for position in positions}
+            wanted[self._at(position)] = None
         return [candidate for candidate in wanted if candidate not in self.known]
 
-    def _narrow(self) -> None:
-        """Move the ends to the nearest known means on either side of the budget."""
-        width = self._right - self._left
-        below = [self._positions[p] for p, mean in self.known.items() if mean < self.experts]
-        above = [self._positions[p] for p, mean in self.known.items() if mean >= self.experts]
-        # the sample misled where one side is empty: look further out
-        self._left = max(below) if below else max(0.0, min(above) - 8 * width)
-        self._right = min(above) if above else min(1.0, max(below) + 8 * width)
+    def _near_the_goal(self) -> NDArray[np.float64]:
+        """Positions where the mean should reach the budget, by the nearest known ones.
+
+        In the middle too: where the mean jumps, only halving comes nearer.
+        """
+        means = sorted((self._positions[policy], mean) for policy, mean in self.known.items())
+        below = [(position, mean) for position, mean in means if mean < self.experts]
+        above = [(position, mean) for position, mean in means if mean >= self.experts]
+        if not below or not above:  # the sample misled: look further out
+            reach = 8 * max(1e-3, self._right - self._left)
+            left, right = means[0][0], means[-1][0]
+            left, right = (left - reach, left) if above else (right, right + reach)
+            return np.clip(np.linspace(left, right, FIRST_CANDIDATES), 0, 1)
+        (left, low), (right, high) = below[-1], above[0]
+        goal = left + (right - left) * (self.experts - low) / (high - low)
+        step = 0.02 * (right - left)
+        return np.clip([goal - step, goal, goal + step, (left + right) / 2], left, right)
 
     def _gap(self, policy: Policy) -> float:
         return abs(self.known[policy] - self.experts)
@@ -191,7 +202,10 @@ def _around(mean: Callable[[float], float], goal: float) -> tuple[float, float]:
         return right, right
     for _ in range(HALVINGS):
         middle = (left + right) / 2
-        if mean(middle) >= goal:
+        found = mean(middle)
+        if abs(found - goal) < TOLERANCE / 10:
+            return middle, middle
+        if found >= goal:
             right = middle
         else:
             left = middle

@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from typing import Self
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from analysis.compare.blocks import COLUMNS, Blocks
+from analysis.compare.blocks import COLUMNS, Blocks, no_rows
 from analysis.compare.budget import default_bounds, match_experts
 from analysis.log import Log, Progress, layer_of
-from analysis.policy import Choice, Policy, Ranking, Rows, parse_policy
-from analysis.replay.summary import LayerSummary, overlap_sums, summary_frame
+from analysis.policy import Policy, parse_policy
+from analysis.replay.summary import LayerSummary, summary_frame
 from capture.contract.errors import InvalidOption
 from capture.contract.kde import KdeModel
 
@@ -62,7 +61,7 @@ def compare(
             progress=progress,
         )  # fmt: skip
     bounds = [policy.bounds(log.n_experts, min_k, max_k) for policy in wanted]
-    blocks = Blocks(log, wanted, kde)
+    blocks = Blocks(log, wanted, kde, where)
     top_k = log.manifest.model.top_k
     total = log.fold(
         lambda: _Summaries(blocks, wanted, bounds, top_k),
@@ -73,7 +72,7 @@ def compare(
         progress=progress,
     )
     if not total.layers:
-        raise InvalidOption(f"{log.path}: no rows to compare policies on")
+        raise InvalidOption(no_rows(log, where))
     frames = []
     for i, (policy, (low, high)) in enumerate(zip(wanted, bounds, strict=True)):
         parts = {layer: summaries[i] for layer, summaries in total.layers.items()}
@@ -108,15 +107,18 @@ class _Summaries:
             layer_of(batch), [LayerSummary(E) for _ in self.policies]
         )
         for rows in self.blocks.of(batch):
-            overlaps: dict[int, _Overlap] = {}  # by ranking: most policies share one
             for policy, (low, high), summary in zip(
                 self.policies, self.bounds, summaries, strict=True
             ):
                 choice = policy.decide(rows, min_k=low, max_k=high)
-                key = id(choice.ranking)
-                if key not in overlaps:
-                    overlaps[key] = _Overlap(rows, choice.ranking, self.top_k)
-                _count(summary, choice, overlaps[key])
+                summary.add(
+                    rows,
+                    choice.n_selected,
+                    choice.n_rejected,
+                    choice.chosen,
+                    top_k=self.top_k,
+                    by_logit=choice.follows_logits,
+                )
 
     def merge(self, other: Self) -> None:
         for layer, summaries in other.layers.items():
@@ -125,42 +127,3 @@ class _Summaries:
             else:
                 for mine, theirs in zip(self.layers[layer], summaries, strict=True):
                     mine.merge(theirs)
-
-
-class _Overlap:
-    """Where the native and the logged experts of T rows stand in a ranking.
-
-    The native top-k are the first by falling logit, ties to the lower index.
-    """
-
-    def __init__(self, rows: Rows, ranking: Ranking, top_k: int) -> None:
-        T = len(rows.logits)
-        self.top_k = np.full(T, top_k)
-        row = np.arange(T)[:, None]
-        self.native = ranking.place[row, rows.by_logit.order[:, :top_k]]  # (T, top_k)
-        assert rows.logged is not None
-        self.n_logged = rows.logged.value_lengths().to_numpy(zero_copy_only=False)
-        self.row = np.repeat(np.arange(T), self.n_logged)
-        self.logged = ranking.place[self.row, rows.logged.flatten().to_numpy()]
-
-    def with_native(self, n: np.ndarray) -> np.ndarray:
-        """(2,) sums of Jaccard and recall of the first n of each row with the native experts."""
-        return overlap_sums((self.native < n[:, None]).sum(axis=1), n, self.top_k)
-
-    def with_logged(self, n: np.ndarray) -> np.ndarray:
-        """(2,) sums of Jaccard and recall with the logged experts."""
-        both = np.bincount(self.row[self.logged < n[self.row]], minlength=len(n))
-        return overlap_sums(both, n, self.n_logged)
-
-
-def _count(summary: LayerSummary, choice: Choice, overlap: _Overlap) -> None:
-    """Add T rows to a summary."""
-    n, n_rejected = choice.n_selected, choice.n_rejected
-    summary.add(
-        n,
-        none_rejected=0 if n_rejected is None else int((n_rejected == 0).sum()),
-        load=choice.chosen.sum(axis=0),
-        kept=float(choice.ranking.cumulative[np.arange(len(n)), n].sum()),
-        native=overlap.with_native(n),
-        logged=overlap.with_logged(n),
-    )

@@ -1,12 +1,12 @@
 """Cost curves: the probability that each family of policies keeps at every number of experts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.compare.blocks import Blocks, Sample, draw
+from analysis.compare.blocks import Blocks, Sample, draw_sample, no_rows
 from analysis.compare.budget import bounded, default_bounds
 from analysis.log import Log
 from analysis.policy import Policy
@@ -15,6 +15,7 @@ from capture.contract.errors import InvalidOption
 from capture.contract.kde import KdeModel
 
 MOST_POINTS = 48  # of a curve
+ROOM = 1.75  # curves go on to so many times the experts of the dearest policy
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +23,7 @@ class CostCurve:
     """One family of policies over its parameter.
 
     Attributes:
-        label: name of the family, with its options.
+        label: the family's text; see Policy.family.
         mean_experts: (N,), rising.
         probability_kept: (N,), mean softmax probability of the chosen experts.
     """
@@ -31,26 +32,47 @@ class CostCurve:
     mean_experts: NDArray[np.float64]
     probability_kept: NDArray[np.float64]
 
-    def at(self, mean_experts: NDArray[np.float64]) -> NDArray[np.float64]:
+    def at(self, mean_experts: NDArray[np.float64] | float) -> NDArray[np.float64]:
         """Probability kept at other means, interpolated; NaN beyond the ends."""
-        return np.interp(
+        kept = np.interp(
             mean_experts, self.mean_experts, self.probability_kept, left=np.nan, right=np.nan
         )
+        return np.asarray(kept)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where one policy lies.
+
+    Attributes:
+        text: the policy.
+        label: of the curve it is on.
+        mean_experts, probability_kept: over the rows of the curves.
+    """
+
+    text: str
+    label: str
+    mean_experts: float
+    probability_kept: float
 
 
 @dataclass(frozen=True, eq=False)
 class CostCurves:
-    """The curves of a comparison.
+    """The curves of a comparison, all from the same rows.
 
     Attributes:
         native: top-k from 1 to all experts, without bounds.
         curves: of the families asked for, each once; top-k is in `native` alone.
+        marks: the policies asked for.
+        most_experts: where the curves may end: beyond the dearest policy.
         rows: how many rows they come from.
         whole: whether these are all the rows.
     """
 
     native: CostCurve
     curves: tuple[CostCurve, ...]
+    marks: tuple[Mark, ...]
+    most_experts: float
     rows: int
     whole: bool
 
@@ -60,7 +82,6 @@ def cost_curves(
     policies: Sequence[Policy],
     *,
     kde: KdeModel | None = None,
-    most_experts: float | None = None,
     min_k: int | None = None,
     max_k: int | None = None,
     layers: Sequence[int] | None = None,
@@ -69,7 +90,7 @@ def cost_curves(
     """Curves of the policies' families, from a bounded sample of the log.
 
     Args:
-        most_experts: curves need not go on beyond it; None is all experts.
+        policies: at least one.
         min_k, max_k, layers, where: see analysis.compare.compare.compare.
 
     Raises:
@@ -78,31 +99,26 @@ def cost_curves(
     """
     min_k, max_k = default_bounds(log, min_k, max_k)
     E = log.n_experts
-    sample = draw(log, Blocks(log, policies, kde), layers=layers, where=where)
+    sample = draw_sample(log, Blocks(log, policies, kde, where), layers=layers, where=where)
     if not len(sample):
-        raise InvalidOption(f"{log.path}: no rows to draw")
-    kinds: dict[str, Policy] = {}
+        raise InvalidOption(no_rows(log, where))
+    marks: list[Mark] = []
+    families: dict[str, Policy] = {}
     for policy in policies:
+        at = bounded(policy, E, min_k, max_k)
+        marks.append(Mark(str(policy), policy.family, *_point(at, sample)))
         if policy.name != TopK.name:
-            kinds.setdefault(curve_label(policy), bounded(policy, E, min_k, max_k))
-    most = E if most_experts is None else most_experts
-    counts = [_point(TopK(k, min_k=1, max_k=E), sample) for k in range(1, E + 1)]
+            families.setdefault(policy.family, at)
+    most = min(E, max(4.0, ROOM * max(mark.mean_experts for mark in marks)))
+    native = [_point(TopK(k, min_k=1, max_k=E), sample) for k in range(1, E + 1)]
     return CostCurves(
-        native=_curve("top-k", counts),
-        curves=tuple(_trace(label, policy, sample, most) for label, policy in kinds.items()),
+        native=_curve(TopK.name, native),
+        curves=tuple(_trace(label, policy, sample, most) for label, policy in families.items()),
+        marks=tuple(marks),
+        most_experts=most,
         rows=len(sample),
         whole=sample.whole,
     )
-
-
-def curve_label(policy: Policy) -> str:
-    """The policy's text without its parameter: policies of one label lie on one curve."""
-    options = [
-        f"{option.name.rstrip('_')}={getattr(policy, option.name):g}"
-        for option in fields(policy)
-        if option.name != policy.parameter and getattr(policy, option.name) != option.default
-    ]
-    return ", ".join([policy.name, *options])
 
 
 def _trace(label: str, policy: Policy, sample: Sample, most_experts: float) -> CostCurve:
@@ -138,7 +154,6 @@ def _point(policy: Policy, sample: Sample) -> tuple[float, float]:
     experts, kept = 0, 0.0
     for rows in sample.parts:
         choice = policy.decide(rows)
-        n = choice.n_selected
-        experts += int(n.sum())
-        kept += float(choice.ranking.cumulative[np.arange(len(n)), n].sum())
+        experts += int(choice.n_selected.sum())
+        kept += float(rows.kept(choice.chosen).sum(dtype=np.float64))
     return experts / len(sample), kept / len(sample)

@@ -6,14 +6,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.log import Log, RowGroup
+from analysis.log import Log
 from analysis.replay.replay import COLUMNS, Replay, p_values_of
+from analysis.spread import draw, groups_by_layer, quotas, spread
 from capture.contract.bh import BhOptions
 from capture.contract.kde import KdeModel
 
 MOST_VALUES = 4_000_000  # logits kept over all layers: about 50 MB with their p-values
 MOST_ROWS = 2_000  # rows kept of a layer
-MOST_GROUPS = 8  # row groups read of a layer, spread over the log
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +48,8 @@ def sample_rows(
 ) -> list[LayerSample]:
     """Draw rows of each layer with their p-values and decisions; layers without rows are left out.
 
-    At most MOST_ROWS rows of a layer and MOST_VALUES logits in all, from at most MOST_GROUPS row
-    groups of a layer: a long log costs little more than a short one.
+    At most MOST_ROWS rows of a layer and MOST_VALUES logits in all, from a few row groups of a
+    layer: a long log costs little more than a short one.
 
     Args:
         options: alpha, bounds, and whether p-values are empirical.
@@ -62,17 +62,11 @@ def sample_rows(
     null = None if rule.empirical else kde or log.kde
     rng = np.random.default_rng(seed)
     most = max(1, min(MOST_ROWS, MOST_VALUES // (len(log.layers) * log.n_experts)))
-    by_layer: dict[int, list[RowGroup]] = {layer: [] for layer in log.layers}
-    for group in log.row_groups():
-        if group.rows:
-            by_layer[group.layer].append(group)
     samples = []
-    for layer, groups in by_layer.items():
-        chosen = _spread(groups)
-        available = sum(group.rows for group in chosen)
+    for layer, groups in groups_by_layer(log).items():
+        chosen = spread(groups)
         parts = []
-        for group in chosen:
-            quota = -(-most * group.rows // available)
+        for group, quota in zip(chosen, quotas(chosen, most), strict=True):
             batch = log.read(group, [*COLUMNS, "sequence", "position"])
             batch = _drawn(batch, quota, rng, whole_forwards=rule.empirical)
             decided = rule.decide(batch)
@@ -85,7 +79,7 @@ def sample_rows(
                 decided.n_rejected[0],
                 decided.n_selected[0],
             )
-            take = _some(len(p), quota, rng)
+            take = draw(len(p), quota, rng)
             parts.append([column[take] for column in part])
         if parts:
             sequence, position, logits, p, n_rejected, n_selected = (
@@ -97,26 +91,14 @@ def sample_rows(
     return samples
 
 
-def _spread(groups: list[RowGroup]) -> list[RowGroup]:
-    """At most MOST_GROUPS of the groups, evenly spaced."""
-    if len(groups) <= MOST_GROUPS:
-        return groups
-    return [groups[i] for i in np.linspace(0, len(groups) - 1, MOST_GROUPS).astype(int)]
-
-
 def _drawn(
     batch: pa.RecordBatch, quota: int, rng: np.random.Generator, *, whole_forwards: bool
 ) -> pa.RecordBatch:
     """Rows drawn at random: `quota` of them, or whole forwards that hold at least as many."""
     if not whole_forwards:
-        return batch.take(pa.array(_some(batch.num_rows, quota, rng)))
+        return batch.take(pa.array(draw(batch.num_rows, quota, rng)))
     forward = batch.column("forward").to_numpy()
     numbers, rows = np.unique(forward, return_counts=True)
     order = rng.permutation(len(numbers))
     enough = int(np.searchsorted(np.cumsum(rows[order]), quota)) + 1
     return batch.filter(pa.array(np.isin(forward, numbers[order[:enough]])))
-
-
-def _some(n: int, quota: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Indices of at most `quota` of n rows, rising."""
-    return np.sort(rng.choice(n, min(n, quota), replace=False))

@@ -2,6 +2,6 @@
 
 from analysis.policy.policy import Choice, Policy
 from analysis.policy.registry import families, parse_policy
-from analysis.policy.rows import Ranking, Rows
+from analysis.policy.rows import Rows
 
-__all__ = ["Choice", "Policy", "Ranking", "Rows", "families", "parse_policy"]
+__all__ = ["Choice", "Policy", "Rows", "families", "parse_policy"]

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from analysis.policy.policy import Policy, unit_value
 from analysis.policy.rows import Rows, last_passing
-from capture.contract.bh import count_rejected, critical_values, decide_by_expert
+from capture.contract.bh import critical_values, decide_by_expert
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Bh(Policy):
     alpha: float
     name: ClassVar[str] = "bh"
     parameter: ClassVar[str] = "alpha"
+    example: ClassVar[float] = 0.3
     tests: ClassVar[bool] = True
 
     def count(self, rows: Rows) -> NDArray[np.integer]:
@@ -38,11 +39,11 @@ class Bh(Policy):
 
 
 def step_up(rows: Rows, alpha: float) -> NDArray[np.integer]:
-    """(T,) n_rejected by the one decision rule, whatever p-values come from."""
+    """(T,) n_rejected by the one decision rule, wherever p-values come from."""
     if rows.p_follows_logits:
-        return count_rejected(rows.sorted_keys, rows.thresholds(alpha))
+        return rows.n_rejected(rows.thresholds(alpha))
     if rows.null is not None:
         thresholds = rows.thresholds(alpha)
         E = rows.n_experts
-        return decide_by_expert(rows.logits, thresholds, rows.p, min_k=0, max_k=E).n_rejected
+        return decide_by_expert(rows.keys, thresholds, rows.p, min_k=0, max_k=E).n_rejected
     return last_passing(rows.sorted_p <= critical_values(alpha, rows.n_experts))

@@ -13,9 +13,10 @@ from analysis.policy.rows import Rows
 
 @dataclass(frozen=True)
 class By(Policy):
-    """BH at alpha / c(E), c(E) = 1 + 1/2 + ... + 1/E:
+    """BH at the smaller level alpha / c(E), c(E) = 1 + 1/2 + ... + 1/E.
 
-    n = max {k : p_(k) <= k * alpha / (E * c(E))}, 0 if there is none. At E = 64, c is 4.74.
+    n = max {k : p_(k) <= k * alpha / (E * c(E))}, 0 if there is none. At E = 64, c is 4.74. It
+    chooses what BH at that level chooses, so on a curve of costs the two are one.
 
     Attributes:
         alpha: level, 0 < alpha < 1.
@@ -27,6 +28,7 @@ class By(Policy):
     alpha: float
     name: ClassVar[str] = "by"
     parameter: ClassVar[str] = "alpha"
+    example: ClassVar[float] = 0.3
     tests: ClassVar[bool] = True
 
     def count(self, rows: Rows) -> NDArray[np.integer]:

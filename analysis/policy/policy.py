@@ -2,12 +2,13 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.policy.rows import Ranking, Rows
+from analysis.policy.rows import Rows
 from capture.contract.bh import BhOptions
 from capture.contract.errors import InvalidOption
 
@@ -17,36 +18,39 @@ class Choice:
     """What a policy chose for T rows.
 
     Attributes:
-        ranking: experts in order of preference; the first n_selected of a row are chosen.
-        n_selected: (T,) uint16, after the bounds.
-        n_rejected: (T,) uint16, before the bounds; None if the policy is no test.
+        rows: what it was chosen for.
+        n_selected: (T,) int64, after the bounds.
+        n_rejected: (T,) int64, before the bounds; None if the policy is no test.
     """
 
-    ranking: Ranking
-    n_selected: NDArray[np.uint16]
-    n_rejected: NDArray[np.uint16] | None
+    rows: Rows
+    n_selected: NDArray[np.int64]
+    n_rejected: NDArray[np.int64] | None
 
     @property
-    def order(self) -> NDArray[np.uint16]:
-        """(T, E): experts from the first choice on."""
-        return self.ranking.order
+    def follows_logits(self) -> bool:
+        """Whether experts are chosen by falling logit; else by rising p-value."""
+        return self.n_rejected is None or self.rows.p_follows_logits
 
-    @property
+    @cached_property
     def chosen(self) -> NDArray[np.bool_]:
         """(T, E): whether each expert is chosen."""
-        return np.asarray(self.ranking.place < self.n_selected[:, None])
+        if self.follows_logits:
+            return self.rows.chosen(self.n_selected)
+        return self.rows.chosen_by_p(self.n_selected)
 
 
 @dataclass(frozen=True)
 class Policy(ABC):
     """A rule that chooses the first `count` experts of each row, between min_k and max_k.
 
-    A family is a file of this folder with a frozen dataclass that sets `name` and `parameter` and
-    has `count` and `value_at`. The first field is the parameter.
+    A family is a file of this folder with a frozen dataclass that sets `name`, `parameter` and
+    `example` and has `count` and `value_at`. The first line of its docstring says what it chooses.
 
     Attributes:
         name: of the family, as in bh:0.3.
         parameter: the field that decides how many experts it takes.
+        example: a usual value of it.
         tests: whether it tests p-values: then it ranks experts by p-value, and its count is
             n_rejected. Other policies rank by logit.
         min_k, max_k: bounds of this policy alone; None takes those of the comparison.
@@ -54,6 +58,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     parameter: ClassVar[str]
+    example: ClassVar[float]
     tests: ClassVar[bool] = False
     min_k: int | None = field(default=None, kw_only=True)
     max_k: int | None = field(default=None, kw_only=True)
@@ -109,20 +114,27 @@ class Policy(ABC):
         A row without a finite logit keeps the experts that were logged.
         """
         low, high = self.bounds(rows.n_experts, min_k, max_k)
-        count = self.count(rows).astype(np.uint16)
+        count = self.count(rows).astype(np.int64)
         count[rows.undecided] = 0
-        n_selected = np.clip(count, np.uint16(low), np.uint16(high))
-        n_selected[rows.undecided] = rows.n_logged
-        ranking = rows.by_p if self.tests else rows.by_logit
-        return Choice(ranking, n_selected, count if self.tests else None)
+        n_selected = rows.n_selected(count, low, high)
+        return Choice(rows, n_selected, count if self.tests else None)
+
+    @property
+    def family(self) -> str:
+        """Its text without the parameter: hc, or storey,lambda=0.8."""
+        return ",".join([self.name, *self._options])
 
     def __str__(self) -> str:
-        text = f"{self.name}:{_number(self.value)}"
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if option.name != self.parameter and value != option.default:
-                text += f",{option.name.rstrip('_')}={_number(value)}"
-        return text
+        return ",".join([f"{self.name}:{_number(self.value)}", *self._options])
+
+    @property
+    def _options(self) -> list[str]:
+        """Fields other than the parameter that are not at their default, as texts."""
+        return [
+            f"{option.name.rstrip('_')}={_number(getattr(self, option.name))}"
+            for option in fields(self)
+            if option.name != self.parameter and getattr(self, option.name) != option.default
+        ]
 
 
 def require_unit(name: str, value: float) -> None:

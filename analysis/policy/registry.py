@@ -2,11 +2,10 @@
 
 import inspect
 import pkgutil
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from importlib import import_module
-from pathlib import Path
-from typing import Any
+from typing import get_type_hints
 
 from analysis.policy.policy import Policy
 from capture.contract.errors import InvalidOption
@@ -15,7 +14,7 @@ from capture.contract.errors import InvalidOption
 def families() -> dict[str, type[Policy]]:
     """Policy families by name: the classes defined in the files of this folder."""
     found: dict[str, type[Policy]] = {}
-    for entry in pkgutil.iter_modules([str(Path(__file__).parent)]):
+    for entry in pkgutil.iter_modules(import_module("analysis.policy").__path__):
         module = import_module(f"analysis.policy.{entry.name}")
         for kind in vars(module).values():
             if not (isinstance(kind, type) and issubclass(kind, Policy)):
@@ -30,7 +29,7 @@ def parse_policy(text: str, *, open_value: bool = False) -> Policy:
 
     Args:
         open_value: whether the value may be left out, because it is to be solved for; the policy
-            then has one in the middle of its range.
+            then has the family's example.
 
     Raises:
         InvalidOption: no such policy or option, or a value that is missing or out of range.
@@ -41,16 +40,33 @@ def parse_policy(text: str, *, open_value: bool = False) -> Policy:
     head, *rest = (part.strip() for part in text.split(","))
     name, colon, value = (part.strip() for part in head.partition(":"))
     known = families()
+    if not name:
+        raise InvalidOption(f"policy '{text}': expected NAME:VALUE, such as bh:0.3")
     if name not in known:
         near = get_close_matches(name.lower(), known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"policies: {', '.join(known)}"
-        raise InvalidOption(f"no policy '{name}' in '{text}'; {hint}")
+        raise InvalidOption(f"policy '{text}': no policy '{name}'; {hint}")
     kind = known[name]
-    options: dict[str, Field[Any]] = {f.name.rstrip("_"): f for f in fields(kind)}
+    options = {field.name.rstrip("_"): field for field in fields(kind)}
+    types = get_type_hints(kind)
     parameter = options[kind.parameter]
     values: dict[str, float] = {}
+
+    def read(key: str, value: str) -> None:
+        field = options[key]
+        if field.name in values:
+            raise InvalidOption(f"policy '{text}': {key} is given twice")
+        integer = types[field.name] in (int, int | None)
+        try:
+            values[field.name] = int(value) if integer else float(value)
+        except ValueError:
+            expected = "a whole number" if integer else "a number"
+            raise InvalidOption(
+                f"policy '{text}': {key} must be {expected}, got '{value}'"
+            ) from None
+
     if colon:
-        values[parameter.name] = _read(text, kind.parameter, value, parameter)
+        read(kind.parameter, value)
     for part in rest:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
@@ -59,28 +75,15 @@ def parse_policy(text: str, *, open_value: bool = False) -> Policy:
             near = get_close_matches(key, options, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"options: {', '.join(options)}"
             raise InvalidOption(f"policy '{text}': no option '{key}'; {hint}")
-        if options[key].name in values:
-            raise InvalidOption(f"policy '{text}': {key} is given twice")
-        values[options[key].name] = _read(text, key, value, options[key])
+        read(key, value)
     if parameter.name not in values and parameter.default is MISSING:
-        middle = kind.value_at(0.5, 64)
         if not open_value:
             raise InvalidOption(
-                f"policy '{text}': {kind.parameter} is missing, as in {name}:{middle:.3g}; or let "
-                "it be solved for a budget of experts per token"
+                f"policy '{text}': {kind.parameter} is missing, as in {name}:{kind.example:g}; or "
+                "give a budget of experts per token to solve it for"
             )
-        values[parameter.name] = middle
+        values[parameter.name] = kind.example
     try:
         return kind(**values)  # type: ignore[arg-type]
     except InvalidOption as error:
         raise InvalidOption(f"policy '{text}': {error}") from error
-
-
-def _read(text: str, key: str, value: str, option: "Field[Any]") -> float:
-    """A number of the option's type."""
-    integer = option.type in (int, int | None)
-    try:
-        return int(value) if integer else float(value)
-    except ValueError:
-        kind = "a whole number" if integer else "a number"
-        raise InvalidOption(f"policy '{text}': {key} must be {kind}, got '{value}'") from None

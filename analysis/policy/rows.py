@@ -1,4 +1,4 @@
-"""Rows as policies see them: logits, ranks, probabilities and p-values, each computed once."""
+"""Rows as policies see them: ranked, with probabilities and p-values, each computed once."""
 
 from functools import cached_property
 
@@ -6,41 +6,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from capture.contract.bh import finite_keys, no_finite_logit, p_value_order
+from analysis.replay.ranked import RankedRows
+from capture.contract.bh import p_value_order
 from capture.contract.errors import KdeMismatch
 from capture.contract.null import LayerNull
 
-
-class Ranking:
-    """Experts of T rows in order of preference.
-
-    Attributes:
-        order: (T, E) uint16, experts from the first choice on.
-        probability: (T, E) float64, softmax probability of the experts in that order.
-    """
-
-    def __init__(self, order: NDArray[np.uint16], probability: NDArray[np.float64]) -> None:
-        self.order, self.probability = order, probability
-
-    @cached_property
-    def place(self) -> NDArray[np.uint16]:
-        """(T, E): place of each expert in the order, from 0."""
-        T, E = self.order.shape
-        place = np.empty((T, E), dtype=np.uint16)
-        ranks = np.broadcast_to(np.arange(E, dtype=np.uint16), (T, E))
-        place[np.arange(T)[:, None], self.order] = ranks
-        return place
-
-    @cached_property
-    def cumulative(self) -> NDArray[np.float64]:
-        """(T, E + 1): softmax probability of the first k experts, k = 0..E."""
-        T, E = self.order.shape
-        sums = np.zeros((T, E + 1))
-        np.cumsum(self.probability, axis=1, out=sums[:, 1:])
-        return sums
+PIECE = 1 << 16  # p-values computed at once: a null model makes many arrays of them
 
 
-class Rows:
+class Rows(RankedRows):
     """T rows of one layer.
 
     Args:
@@ -62,49 +36,41 @@ class Rows:
         logged: pa.ListArray | None = None,
         thresholds: dict[float, NDArray[np.float32]] | None = None,
     ) -> None:
-        self.logits, self.null, self.logged = logits, null, logged
+        if logged is None:
+            nothing = np.zeros(len(logits) + 1, dtype=np.int32)
+            logged = pa.ListArray.from_arrays(pa.array(nothing), pa.array([], pa.uint16()))
+        super().__init__(logits, logged)
+        self.logits, self.null = logits, null
         self._given_p = p
         self._thresholds = {} if thresholds is None else thresholds
-        self.undecided = np.flatnonzero(no_finite_logit(logits))
-        self.n_logged = np.zeros(len(self.undecided), dtype=np.uint16)
-        self._kept: list[list[int]] = [[] for _ in self.undecided]
-        if logged is not None and len(self.undecided):
-            self._kept = logged.take(pa.array(self.undecided)).to_pylist()
-            self.n_logged = np.array([len(experts) for experts in self._kept], dtype=np.uint16)
+
+    def __len__(self) -> int:
+        return len(self.keys)
 
     @property
     def n_experts(self) -> int:
         """Experts per router."""
-        return int(self.logits.shape[1])
-
-    @cached_property
-    def keys(self) -> NDArray[np.float32]:
-        """(T, E) logits, those that are not finite as -inf."""
-        return finite_keys(self.logits)
+        return int(self.keys.shape[1])
 
     @cached_property
     def n_finite(self) -> NDArray[np.int64]:
         """(T,): finite logits of each row."""
-        return np.asarray(np.isfinite(self.logits).sum(axis=1))
-
-    @cached_property
-    def by_logit(self) -> Ranking:
-        """Experts by falling logit, ties to the lower index."""
-        return self._ranking(self._falling)
-
-    @cached_property
-    def sorted_keys(self) -> NDArray[np.float32]:
-        """(T, E) keys, each row falling."""
-        return np.take_along_axis(self.keys, self._falling, axis=1)
+        return np.asarray((self.keys > -np.inf).sum(axis=1))
 
     @cached_property
     def probability(self) -> NDArray[np.float64]:
-        """(T, E) softmax over all experts, in order of falling logit; 0 where not finite."""
-        keys = self.sorted_keys.astype(np.float64)
-        top = keys[:, :1]
-        weight = np.exp(keys - np.where(np.isfinite(top), top, 0.0))
-        total = weight.sum(axis=1, keepdims=True)
-        return np.asarray(weight / np.where(total > 0, total, 1.0))
+        """(T, E) softmax over all experts, falling; 0 where the logit is not finite."""
+        probability = self.rising[:, ::-1].astype(np.float64)
+        probability -= np.where(self.rising[:, -1:] == -np.inf, 0.0, probability[:, :1])
+        np.exp(probability, out=probability)
+        total = probability.sum(axis=1, keepdims=True)
+        probability /= np.where(total > 0, total, 1.0)
+        return probability
+
+    @cached_property
+    def cumulative_probability(self) -> NDArray[np.float64]:
+        """(T, E) softmax probability of the first k experts by falling logit, k = 1..E."""
+        return np.cumsum(self.probability, axis=1)
 
     @property
     def p_follows_logits(self) -> bool:
@@ -113,33 +79,31 @@ class Rows:
 
     @cached_property
     def p(self) -> NDArray[np.float64]:
-        """(T, E) p-values of the experts.
+        """(T, E) p-values of the experts; infinite where the logit is not finite.
 
         Raises:
             KdeMismatch: there is neither a null model nor p-values.
         """
-        if self._given_p is not None:
-            return self._given_p
-        if self.null is None:
-            raise KdeMismatch("p-values need a null model; name one with --kde FILE")
-        return self.null.p_value(self.logits)
-
-    @cached_property
-    def by_p(self) -> Ranking:
-        """Experts by rising p-value, ties to the larger logit, then to the lower index."""
-        if self.p_follows_logits:
-            return self.by_logit
-        return self._ranking(p_value_order(self.keys, self.p))
+        p = self._given_p
+        if p is None:
+            if self.null is None:
+                raise KdeMismatch("p-values need a null model; name one with --kde FILE")
+            p = self.null.p_value(self.logits)
+        return np.where(self.keys == -np.inf, np.inf, p)
 
     @cached_property
     def sorted_p(self) -> NDArray[np.float64]:
-        """(T, E) p-values in the order of by_p; infinite where the logit is not finite."""
-        if self.p_follows_logits:
-            assert self.null is not None
-            p = self.null.p_value(self.sorted_keys)
-            return np.where(self.sorted_keys == -np.inf, np.inf, p)
-        p = np.where(np.isfinite(self.logits), self.p, np.inf)
-        return np.take_along_axis(p, self.by_p.order.astype(np.int64), axis=1)
+        """(T, E) p-values, rising; infinite where the logit is not finite."""
+        if not self.p_follows_logits:
+            return np.sort(self.p, axis=1)
+        assert self.null is not None
+        p = np.empty(self.keys.shape)
+        size = max(1, PIECE // self.n_experts)
+        for start in range(0, len(p), size):
+            falling = self.rising[start : start + size, ::-1]
+            p[start : start + size] = self.null.p_value(falling)
+        p[self.rising[:, ::-1] == -np.inf] = np.inf
+        return p
 
     def thresholds(self, alpha: float) -> NDArray[np.float32]:
         """Thresholds of the null model at alpha; see LayerNull.thresholds."""
@@ -148,18 +112,25 @@ class Rows:
             self._thresholds[alpha] = self.null.thresholds(alpha, self.n_experts)
         return self._thresholds[alpha]
 
-    @cached_property
-    def _falling(self) -> NDArray[np.int64]:
-        return np.argsort(-self.keys, axis=1, kind="stable")
+    def chosen_by_p(self, n_selected: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(T, E): the first n_selected experts of each row by rising p-value.
 
-    def _ranking(self, by: NDArray[np.int64]) -> Ranking:
-        order = by.astype(np.uint16)
-        for row, experts in zip(self.undecided, self._kept, strict=True):
-            order[row] = [*experts, *np.setdiff1d(np.arange(self.n_experts), experts)]
-        if by is self._falling:
-            return Ranking(order, self.probability)
-        places = self.by_logit.place[np.arange(len(order))[:, None], order]
-        return Ranking(order, np.take_along_axis(self.probability, places.astype(np.int64), 1))
+        Ties go to the larger logit, then to the lower index.
+        """
+        if self.p_follows_logits:
+            return self.chosen(n_selected)
+        chosen: NDArray[np.bool_] = self._place_by_p < n_selected[:, None]
+        chosen[self.undecided] = self.logged[self.undecided]
+        return chosen
+
+    @cached_property
+    def _place_by_p(self) -> NDArray[np.uint16]:
+        """(T, E): place of each expert in the order by p-value, from 0."""
+        order = p_value_order(self.keys, self.p)
+        place = np.empty(order.shape, dtype=np.uint16)
+        ranks = np.arange(self.n_experts, dtype=np.uint16)
+        np.put_along_axis(place, order, np.broadcast_to(ranks, order.shape), axis=1)
+        return place
 
 
 def last_passing(passes: NDArray[np.bool_]) -> NDArray[np.int64]:

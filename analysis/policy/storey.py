@@ -8,17 +8,19 @@ from numpy.typing import NDArray
 
 from analysis.policy.policy import Policy, require_unit, unit_value
 from analysis.policy.rows import Rows, last_passing
+from capture.contract.bh import critical_values
 
 
 @dataclass(frozen=True)
 class Storey(Policy):
-    """BH at alpha / pi0, pi0 the row's estimated share of experts that follow the null:
+    """BH at the larger level alpha / pi0, pi0 the row's estimated share of null experts.
 
     pi0 = min(1, (1 + #{i : p_i > lambda}) / (E * (1 - lambda))),
     n = max {k : p_(k) <= k * alpha / (E * pi0)}, 0 if there is none.
 
     Never fewer experts than BH at the same alpha. An expert whose logit is not finite counts as
-    one above lambda.
+    one above lambda. The paper's proof of control also wants the selected p-values to be at most
+    lambda; as in other software that is not asked here, or lambda would cap the experts.
 
     Attributes:
         alpha: level, 0 < alpha < 1.
@@ -33,6 +35,7 @@ class Storey(Policy):
     lambda_: float = 0.5
     name: ClassVar[str] = "storey"
     parameter: ClassVar[str] = "alpha"
+    example: ClassVar[float] = 0.3
     tests: ClassVar[bool] = True
 
     def check(self) -> None:
@@ -43,7 +46,7 @@ class Storey(Policy):
         p, E = rows.sorted_p, rows.n_experts
         above = (p > self.lambda_).sum(axis=1, keepdims=True)
         pi0 = np.minimum(1.0, (1 + above) / (E * (1 - self.lambda_)))  # (T, 1)
-        return last_passing(p <= np.arange(1, E + 1) * (self.alpha / (E * pi0)))
+        return last_passing(p <= critical_values(self.alpha, E) / pi0)
 
     @staticmethod
     def value_at(position: float, n_experts: int) -> float:

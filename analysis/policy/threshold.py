@@ -25,6 +25,7 @@ class Threshold(Policy):
     q: float
     name: ClassVar[str] = "threshold"
     parameter: ClassVar[str] = "q"
+    example: ClassVar[float] = 0.02
 
     def count(self, rows: Rows) -> NDArray[np.integer]:
         return np.asarray((rows.probability >= self.q).sum(axis=1))

@@ -29,14 +29,15 @@ class TopP(Policy):
     p: float
     name: ClassVar[str] = "topp"
     parameter: ClassVar[str] = "p"
+    example: ClassVar[float] = 0.5
 
     def check(self) -> None:
         if not 0 < self.p <= 1:
             raise InvalidOption(f"p must be above 0 and at most 1, got {self.p:g}")
 
     def count(self, rows: Rows) -> NDArray[np.integer]:
-        short = rows.by_logit.cumulative < self.p  # (T, E + 1), from k = 0 on
-        return np.asarray(np.minimum(short.sum(axis=1), rows.n_finite))
+        short = rows.cumulative_probability < self.p  # (T, E)
+        return np.asarray(np.minimum(1 + short.sum(axis=1), rows.n_finite))
 
     @staticmethod
     def value_at(position: float, n_experts: int) -> float:

@@ -40,6 +40,7 @@ class RankedRows:
         self.n_logged = logged.value_lengths().to_numpy(zero_copy_only=False)
         self._logged_experts = logged.flatten().to_numpy()
         self._weights: dict[float, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+        self._packed_first: dict[int, NDArray[np.uint64]] = {}
 
     def n_rejected(self, thresholds: NDArray[np.float32]) -> NDArray[np.int64]:
         """(T,) raw BH counts: the largest k whose k-th largest logit reaches t_k; 0 if none does.
@@ -78,7 +79,7 @@ class RankedRows:
             chosen[self.undecided] = self.logged[self.undecided]
         return chosen
 
-    def kept(self, chosen: NDArray[np.bool_], temperature: float) -> NDArray[np.float32]:
+    def kept(self, chosen: NDArray[np.bool_], temperature: float = 1.0) -> NDArray[np.float32]:
         """(T,) float32: softmax(logits / temperature) summed over the chosen experts.
 
         0 in a row without a finite logit.
@@ -99,6 +100,12 @@ class RankedRows:
         weight, total = self._weights[temperature]
         kept: NDArray[np.float32] = np.einsum("ij,ij->i", weight, chosen.view(np.int8)) / total
         return kept
+
+    def packed_first(self, k: int) -> NDArray[np.uint64]:
+        """The first k experts of each row, as bits; see packed."""
+        if k not in self._packed_first:
+            self._packed_first[k] = packed(self.first(k))
+        return self._packed_first[k]
 
     @cached_property
     def logged(self) -> NDArray[np.bool_]:

@@ -9,9 +9,9 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.log import Log, Progress, layer_of, logits_of
-from analysis.replay.ranked import RankedRows, block_rows, packed, popcount
-from analysis.replay.summary import LayerSummary, overlap_sums, summary_frame
+from analysis.log import Log, Progress, condition_columns, layer_of, logits_of
+from analysis.replay.ranked import RankedRows, block_rows
+from analysis.replay.summary import LayerSummary, summary_frame
 from capture.contract.bh import (
     BhOptions,
     count_rejected,
@@ -26,6 +26,7 @@ from capture.contract.errors import InvalidOption, KdeMismatch
 from capture.contract.kde import KdeModel, LayerNull
 
 COLUMNS = ("layer", "logits", "experts", "forward", "rank")
+_OF_A_FORWARD = {"forward", "layer", "phase", "rank"}  # the same in all rows of a layer's batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,18 +66,24 @@ class Replay:
         log: the run to replay.
         settings: BH options, one for each replay; all with the same p_values.
         kde: null model; None takes the run's own.
+        where: which rows it will get; see Log.fold.
 
     Attributes:
         columns: what it reads of a log.
 
     Raises:
-        InvalidOption: no setting, a bound above the number of experts, or empirical p-values of a
-            log that does not hold whole batches.
+        InvalidOption: no setting, a bound above the number of experts, or empirical p-values, but
+            rows are not whole batches.
         KdeMismatch: no null model, or one for other layers or experts.
     """
 
     def __init__(
-        self, log: Log, settings: Sequence[BhOptions], kde: KdeModel | None = None
+        self,
+        log: Log,
+        settings: Sequence[BhOptions],
+        kde: KdeModel | None = None,
+        *,
+        where: str | None = None,
     ) -> None:
         if not settings:
             raise InvalidOption("replay needs at least one alpha")
@@ -88,7 +95,7 @@ class Replay:
         self.columns: tuple[str, ...] = ("layer", "logits", "experts")
         if self.empirical:
             self.columns = COLUMNS
-            _require_whole_batches(log)
+            _require_whole_batches(log, where)
             return
         if self._kde is None:
             self._kde = log.kde
@@ -245,7 +252,7 @@ def replay(
     Raises:
         InvalidOption, KdeMismatch: see Replay.
     """
-    rule = Replay(log, settings, kde)
+    rule = Replay(log, settings, kde, where=where)
     top_k = log.manifest.model.top_k
     total = log.fold(
         lambda: _Summaries(rule, top_k),
@@ -287,21 +294,15 @@ class _Summaries:
         parts = self.layers.setdefault(layer, [LayerSummary(E) for _ in self.rule.settings])
         by_logit = self.rule.by_logit(layer)
         for ranked, choices in self.rule.choices(batch):
-            native = None if by_logit else packed(ranked.first(self.top_k))
             for options, part, choice in zip(self.rule.settings, parts, choices, strict=True):
-                n, chosen = choice.n_selected, choice.chosen
-                bits = packed(chosen)
-                # by falling logit the native experts come first, so counting is enough
-                with_native = (
-                    np.minimum(n, self.top_k) if native is None else popcount(bits & native)
-                )
                 part.add(
-                    n,
-                    none_rejected=int((choice.n_rejected == 0).sum()),
-                    load=chosen.sum(axis=0, dtype=np.uint32),
-                    kept=float(ranked.kept(chosen, options.temperature).sum(dtype=np.float64)),
-                    native=overlap_sums(with_native, n, self.top_k),
-                    logged=overlap_sums(popcount(bits & ranked.packed_logged), n, ranked.n_logged),
+                    ranked,
+                    choice.n_selected,
+                    choice.n_rejected,
+                    choice.chosen,
+                    top_k=self.top_k,
+                    by_logit=by_logit,
+                    temperature=options.temperature,
                 )
 
     def merge(self, other: Self) -> None:
@@ -345,10 +346,17 @@ def padded_experts(experts: pa.ListArray, width: int) -> NDArray[np.uint16]:
     return result
 
 
-def _require_whole_batches(log: Log) -> None:
+def _require_whole_batches(log: Log, where: str | None) -> None:
     manifest = log.manifest
     if manifest.sample_every > 1 or manifest.totals.dropped:
         raise InvalidOption(
             f"{log.path}: empirical p-values rank whole batches, but tokens were left out of this "
             "log (sampled or dropped); replay it with a null model: --kde FILE"
+        )
+    cutting = [] if where is None else sorted(set(condition_columns(where)) - _OF_A_FORWARD)
+    if cutting:
+        raise InvalidOption(
+            f"{log.path}: empirical p-values rank whole batches, but a condition on "
+            f"{', '.join(cutting)} leaves out parts of them; ask for whole ones by "
+            f"{', '.join(sorted(_OF_A_FORWARD))}, or take a null model: --kde FILE"
         )

@@ -7,6 +7,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from analysis.replay.ranked import RankedRows, packed, popcount
+
 
 class LayerSummary:
     """Counts of one layer under one setting; adding rows and merging commute.
@@ -30,27 +32,36 @@ class LayerSummary:
 
     def add(
         self,
+        rows: RankedRows,
         n_selected: NDArray[np.integer],
+        n_rejected: NDArray[np.integer] | None,
+        chosen: NDArray[np.bool_],
         *,
-        none_rejected: int,
-        load: NDArray[np.integer],
-        kept: float,
-        native: NDArray[np.float64],
-        logged: NDArray[np.float64],
+        top_k: int,
+        by_logit: bool,
+        temperature: float = 1.0,
     ) -> None:
         """Count T rows.
 
         Args:
             n_selected: (T,).
-            none_rejected, load, kept, native, logged: of these rows, as the attributes; see
-                overlap_sums.
+            n_rejected: (T,); None if nothing was tested.
+            chosen: (T, E), n_selected of each row.
+            by_logit: whether they are the first by falling logit.
+            temperature: of the softmax.
         """
-        self.selected += np.bincount(n_selected, minlength=len(self.selected))
-        self.load += load
-        self.none_rejected += none_rejected
-        self.kept += kept
-        self.native += native
-        self.logged += logged
+        n, bits = n_selected, packed(chosen)
+        self.selected += np.bincount(n, minlength=len(self.selected))
+        self.load += chosen.sum(axis=0, dtype=np.uint32)
+        if n_rejected is not None:
+            self.none_rejected += int((n_rejected == 0).sum())
+        self.kept += float(rows.kept(chosen, temperature).sum(dtype=np.float64))
+        # by falling logit the native experts come first, so counting is enough
+        with_native = (
+            np.minimum(n, top_k) if by_logit else popcount(bits & rows.packed_first(top_k))
+        )
+        self.native += overlap_sums(with_native, n, top_k)
+        self.logged += overlap_sums(popcount(bits & rows.packed_logged), n, rows.n_logged)
 
     def merge(self, other: "LayerSummary") -> None:
         """Add the rows of another summary."""
