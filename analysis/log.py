@@ -2,8 +2,10 @@
 
 import atexit
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +19,12 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from capture.contract.bh import Renormalize
 from capture.contract.errors import (
     CorruptManifest,
     CorruptShard,
     InvalidOption,
+    KdeMismatch,
     MissingRun,
     RouterLogError,
 )
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
     from analysis.replay.profile import Profile
 
 Progress = Callable[[int], None]  # called with the number of rows just read
+
+PIECE_LOGITS = 1 << 19  # read and folded at a time: 2 MiB, which stay in the cache
 
 
 class Accumulator(Protocol):
@@ -132,6 +138,21 @@ class Log:
                 data = stream.read()
         return KdeModel.from_bytes(data, f"{self.path}/kde.parquet")
 
+    def null_model(self, kde: KdeModel | None = None) -> KdeModel:
+        """This null model, or the run's own for None, checked against the run.
+
+        Raises:
+            KdeMismatch: there is none, or it is for other layers or experts.
+        """
+        model = kde or self.kde
+        if model is None:
+            raise KdeMismatch(
+                f"{self.path} has no null model of its own; name one: fit it with "
+                f"bhlog kde fit {self.path} --out null.parquet, then give it with --kde"
+            )
+        model.require(self.layers, self.n_experts)
+        return model
+
     def files(self, folder: str = "") -> dict[str, int]:
         """Bytes of each file in the run's folder or in one of its folders, by name, sorted."""
         selector = pafs.FileSelector(f"{self._root}/{folder}", allow_not_found=True)
@@ -221,26 +242,43 @@ class Log:
         Raises:
             CorruptShard: its pages cannot be decoded.
         """
-        needed = list(columns)
-        if where is not None:
-            needed += [name for name in condition_columns(where) if name not in needed]
-        try:
-            table = (shard or self.open_shard("routing", group.shard)).read_row_group(
-                group.index, columns=needed, use_threads=False
-            )
-        except (pa.ArrowException, OSError) as error:
-            raise CorruptShard(
-                f"{self.path}/routing/{group.shard}: row group {group.index} cannot be read "
-                f"({str(error).splitlines()[0]}); restore the file, or move it away to read the "
-                "rest"
-            ) from error
-        if where is not None:
-            table = table.filter(_matches(table, where)).select(list(columns))
-        batches = table.combine_chunks().to_batches()
+        pieces = self.pieces(group, columns, where, most_rows=group.rows, shard=shard)
+        table = pa.Table.from_batches(pieces).combine_chunks()
+        batches = table.to_batches()
         if batches:
             batch: pa.RecordBatch = batches[0]
             return batch
         return pa.RecordBatch.from_pylist([], schema=table.schema)
+
+    def pieces(
+        self,
+        group: RowGroup,
+        columns: Sequence[str],
+        where: str | None = None,
+        *,
+        most_rows: int,
+        shard: pq.ParquetFile | None = None,
+    ) -> Iterator[pa.RecordBatch]:
+        """The same in pieces read from at most this many rows, which may all fail to match."""
+        needed = list(columns)
+        if where is not None:
+            needed += [name for name in condition_columns(where) if name not in needed]
+        shard = shard or self.open_shard("routing", group.shard)
+        read = shard.iter_batches(max(1, most_rows), [group.index], needed, use_threads=False)
+        while True:
+            try:
+                batch = next(read, None)
+            except (pa.ArrowException, OSError) as error:
+                raise CorruptShard(
+                    f"{self.path}/routing/{group.shard}: row group {group.index} cannot be read "
+                    f"({str(error).splitlines()[0]}); restore the file, or move it away to read "
+                    "the rest"
+                ) from error
+            if batch is None:
+                return
+            if where is not None:
+                batch = batch.filter(_matches(batch, where)).select(list(columns))
+            yield batch
 
     def batches(
         self,
@@ -260,43 +298,58 @@ class Log:
         *,
         layers: Iterable[int] | None = None,
         where: str | None = None,
+        whole_groups: bool = False,
         threads: int | None = None,
         progress: Progress | None = None,
     ) -> A:
         """Run an accumulator over the log on all cores and return it, merged in log order.
 
-        Memory stays flat: a thread holds one row group at a time.
+        Memory stays flat: a thread holds one piece of a row group at a time, small enough for the
+        cache, and few accumulators wait to be merged.
 
         Args:
             make: gives a fresh accumulator; one is made per stretch of the log.
             columns: what `update` reads; "layer" is always there.
             layers, where: which rows; see row_groups and read.
+            whole_groups: whether `update` needs the rows of a row group at once, as empirical
+                p-values do.
             threads: how many work at once; None means one a core.
         """
         needed = ["layer", *(name for name in columns if name != "layer")]
         threads = threads or os.cpu_count() or 1
         groups = list(self.row_groups(layers))
+        piece = max(1, PIECE_LOGITS // self.n_experts)
+        stopped = threading.Event()
 
         def work(stretch: Sequence[RowGroup]) -> A:
             part, name, shard = make(), "", None
             for group in stretch:
                 if group.shard != name:
                     name, shard = group.shard, self.open_shard("routing", group.shard)
-                batch = self.read(group, needed, where, shard=shard)
-                if batch.num_rows:
-                    part.update(batch)
-                if progress is not None:
-                    progress(group.rows)
+                most = group.rows if whole_groups else piece
+                done = 0
+                for batch in self.pieces(group, needed, where, most_rows=most, shard=shard):
+                    if stopped.is_set():
+                        return part
+                    if batch.num_rows:
+                        part.update(batch)
+                    if progress is not None:
+                        progress(min(most, group.rows - done))
+                    done += most
             return part
 
         total = make()
         with ThreadPoolExecutor(threads) as pool:
-            jobs = [pool.submit(work, stretch) for stretch in _stretches(groups, 8 * threads)]
+            jobs: deque[Future[A]] = deque()
             try:
-                for job in jobs:
-                    total.merge(job.result())
+                for stretch in _stretches(groups, 8 * threads):
+                    jobs.append(pool.submit(work, stretch))
+                    if len(jobs) == 2 * threads:
+                        total.merge(jobs.popleft().result())
+                while jobs:
+                    total.merge(jobs.popleft().result())
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                stopped.set()
                 raise
         return total
 
@@ -325,24 +378,47 @@ class Log:
         min_k: int | None = None,
         max_k: int | None = None,
         temperature: float | None = None,
+        renormalize: Renormalize | None = None,
         layers: Iterable[int] | None = None,
         where: str | None = None,
+        out: str | Path | None = None,
     ) -> pl.DataFrame:
         """Summary of the decisions at other settings, for each alpha and layer and overall.
 
-        Args: what is None is as in the run; see analysis.replay.replay.settings_of and replay.
+        Args: what is None is as in the run; see analysis.replay.replay.settings_of and replay. With
+            `out`, every decision is written too; see analysis.replay.decisions.write_decisions.
         """
+        from analysis.replay.decisions import write_decisions
         from analysis.replay.replay import replay, settings_of
 
-        alphas = [alpha] if isinstance(alpha, int | float) else alpha
-        settings = settings_of(self, alphas, min_k=min_k, max_k=max_k, temperature=temperature)
+        settings = settings_of(
+            self,
+            [alpha] if isinstance(alpha, int | float) else alpha,
+            min_k=min_k,
+            max_k=max_k,
+            temperature=temperature,
+            renormalize=renormalize,
+        )
+        if out is not None:
+            if layers is not None or where is not None:
+                raise InvalidOption("out holds every row of the log: leave layers and where out")
+            write_decisions(self, settings, out, kde=kde)
         return replay(self, settings, kde=kde, layers=layers, where=where)
 
-    def profile(self, kde: KdeModel | None = None, **options: Any) -> "Profile":
+    def profile(
+        self,
+        kde: KdeModel | None = None,
+        *,
+        alphas: Sequence[float] | None = None,
+        kept: bool = False,
+        layers: Iterable[int] | None = None,
+        where: str | None = None,
+    ) -> "Profile":
         """Experts at every alpha of a grid, from one pass; see replay.profile.profile_log."""
-        from analysis.replay.profile import profile_log
+        from analysis.replay.profile import GRID, profile_log
 
-        return profile_log(self, kde, **options)
+        grid = GRID if alphas is None else alphas
+        return profile_log(self, kde, alphas=grid, kept=kept, layers=layers, where=where)
 
     def check_layers(self, layers: Iterable[int] | None) -> set[int]:
         """The layers asked for as a set, all of the run's for None.
@@ -496,9 +572,9 @@ def _condition(where: str) -> tuple[pl.Expr, list[str]]:
     return expression, names
 
 
-def _matches(table: pa.Table, where: str) -> pa.Array:
+def _matches(rows: pa.RecordBatch, where: str) -> pa.Array:
     expression, names = _condition(where)
-    frame = pl.DataFrame(pl.from_arrow(table.select(names)))
+    frame = pl.DataFrame(pl.from_arrow(rows.select(names)))
     try:
         mask = frame.select(expression.alias("mask"))["mask"]
     except pl.exceptions.PolarsError as error:

@@ -1,5 +1,6 @@
 """`bhlog replay`, `sweep` and `fidelity`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -10,8 +11,11 @@ from capture.contract.errors import InvalidOption
 if TYPE_CHECKING:
     import polars as pl
 
+    from analysis.replay.profile import Profile
+    from capture.contract.bh import Renormalize
     from capture.contract.kde import KdeModel
 
+RENORMALIZE: "dict[str, Renormalize]" = {"model": "model", "yes": True, "no": False}
 DEFAULT_ALPHAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SHORT = (
     "alpha",
@@ -31,7 +35,9 @@ SHORT = (
 
 @click.command(
     epilog="\b\nexamples:\n  bhlog replay runs/demo/bh-0.3 --alpha 0.1 --alpha 0.3\n"
-    "  bhlog replay runs/demo/native --kde runs/demo/null.parquet --alpha 0.3 --max-k 16"
+    "  bhlog replay runs/demo/native --kde runs/demo/null.parquet --alpha 0.3 --max-k 16\n"
+    "  bhlog replay runs/demo/bh-0.3 --alpha 0.1 --out runs/demo/bh-0.3/replay\n"
+    '  bhlog sql runs/demo/bh-0.3 "SELECT replay, avg(n_selected) FROM replays GROUP BY replay"'
 )
 @click.argument("run")
 @click.option(
@@ -46,10 +52,20 @@ SHORT = (
 @click.option("--min-k", type=int, help="Fewest experts a token (default: as in the run, or 1).")
 @click.option("--max-k", type=int, help="Most experts a token (default: as in the run, or all).")
 @click.option("--temperature", type=float, help="Of the weights (default: as in the run, or 1).")
+@click.option(
+    "--renormalize",
+    type=click.Choice([*RENORMALIZE]),
+    help="Whether written weights sum to 1 (default: as in the run, or as the model does).",
+)
 @click.option("--layer", "layers", type=int, multiple=True, help="Only this layer; repeatable.")
 @click.option("--where", metavar="SQL", help="Only rows that match: \"phase = 'decode'\".")
 @click.option("--all-columns", is_flag=True, help="Print every column of the summary.")
-@click.option("--out", metavar="DIR", help="Also write every decision, as Parquet shards in DIR.")
+@click.option(
+    "--out",
+    metavar="DIR",
+    help="Also write every decision, as Parquet shards in DIR; RUN/replay is where "
+    "bhlog sql finds them, as the table replays.",
+)
 @format_option
 def replay(
     run: str,
@@ -58,6 +74,7 @@ def replay(
     min_k: int | None,
     max_k: int | None,
     temperature: float | None,
+    renormalize: str | None,
     layers: tuple[int, ...],
     where: str | None,
     all_columns: bool,
@@ -75,7 +92,14 @@ def replay(
 
     log = open_log(run)
     null = _null_model(kde)
-    settings = settings_of(log, alphas, min_k=min_k, max_k=max_k, temperature=temperature)
+    settings = settings_of(
+        log,
+        alphas,
+        min_k=min_k,
+        max_k=max_k,
+        temperature=temperature,
+        renormalize=None if renormalize is None else RENORMALIZE[renormalize],
+    )
     if out is not None and (layers or where):
         raise InvalidOption("--out writes every row of the log: leave --layer and --where out")
     if out is not None:
@@ -92,9 +116,11 @@ def replay(
 
 @click.command(
     epilog="\b\nexamples:\n  bhlog sweep runs/demo/bh-0.3\n"
-    "  bhlog sweep runs/demo/native --kde runs/demo/null.parquet --target-experts 4 --max-k 16"
+    "  bhlog sweep runs/demo/native --kde runs/demo/null.parquet --target-experts 4 --max-k 16\n"
+    "  bhlog sweep runs/demo/bh-0.3 --save bh.profile\n"
+    "  bhlog sweep bh.profile --target-experts 4 --per-layer"
 )
-@click.argument("run")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option(
     "--alpha",
     "alphas",
@@ -105,46 +131,74 @@ def replay(
 @click.option("--kde", metavar="FILE", help="Null model (default: the run's own).")
 @click.option("--min-k", type=int, default=1, show_default=True, help="Fewest experts a token.")
 @click.option("--max-k", type=int, help="Most experts a token (default: all).")
+@click.option("--layer", "layers", type=int, multiple=True, help="Only this layer; repeatable.")
+@click.option("--where", metavar="SQL", help="Only rows that match: \"phase = 'decode'\".")
 @click.option(
     "--target-experts",
     type=float,
     metavar="K",
-    help="Print the alpha that gives K experts a token, per layer and overall.",
+    help="Print the alpha that gives K experts a token, for each layer and for all together.",
+)
+@click.option(
+    "--per-layer",
+    is_flag=True,
+    help="With --target-experts: share K experts a token among the layers, so that as much of the "
+    "router's probability as possible is kept.",
+)
+@click.option(
+    "--kept",
+    is_flag=True,
+    help="Count the probability that experts keep too, at about twice the cost; --per-layer does, "
+    "a profile that is to answer it must.",
 )
 @click.option("--save", metavar="FILE", help="Keep the profile, which answers without the log.")
 @format_option
 def sweep(
-    run: str,
+    runs: tuple[str, ...],
     alphas: tuple[float, ...],
     kde: str | None,
     min_k: int,
     max_k: int | None,
+    layers: tuple[int, ...],
+    where: str | None,
     target_experts: float | None,
+    per_layer: bool,
+    kept: bool,
     save: str | None,
     output_format: str,
 ) -> None:
-    """Mean experts per token at many alphas, from one pass over the log."""
-    import polars as pl
+    """Mean experts per token at many alphas, from one pass over the log.
 
-    from analysis.log import open_log
-    from analysis.replay.profile import GRID, profile_log
+    RUN is a run's folder, or a profile that --save kept, which answers at once; several count
+    together.
+    """
+    from functools import reduce
 
-    log = open_log(run)
-    grid = sorted({*GRID, *alphas})
-    with progress_bar("sweep", log.manifest.totals.rows or None) as advance:
-        profile = profile_log(log, _null_model(kde), alphas=grid, progress=advance)
+    from analysis.commands.kde_options import check_writable
+    from analysis.replay.profile import Profile
+
+    if per_layer and target_experts is None:
+        raise InvalidOption("--per-layer shares a budget: give it with --target-experts K")
+    if save is not None:
+        check_writable(save)
+    null = _null_model(kde)
+    profiles = [_profile(run, alphas, kept or per_layer, null, layers, where) for run in runs]
+    profile = reduce(Profile.merge, profiles)
     if save is not None:
         profile.save(save)
-    if target_experts is None:
-        frame = profile.frame(alphas or DEFAULT_ALPHAS, min_k=min_k, max_k=max_k)
-        print_frame(frame, output_format)
+        click.echo(f"wrote {save}", err=True)
+    if target_experts is not None:
+        print_frame(_targets(profile, target_experts, min_k, max_k, per_layer), output_format)
         return
-    rows = []
-    for layer in [*sorted(profile.counts), None]:
-        alpha = profile.alpha_for(target_experts, min_k=min_k, max_k=max_k, layer=layer)
-        mean = profile.mean_experts(alpha, min_k=min_k, max_k=max_k, layer=layer)
-        rows.append({"layer": layer, "alpha": alpha, "mean_experts": mean})
-    print_frame(pl.DataFrame(rows, infer_schema_length=None), output_format)
+    off = [alpha for alpha in alphas if alpha not in profile.alphas]
+    if off:
+        click.echo(
+            f"bhlog: {', '.join(f'{alpha:g}' for alpha in off)} is between two alphas of the "
+            "profile: what the lower one gives",
+            err=True,
+        )
+    frame = profile.frame(alphas or _within(profile), min_k=min_k, max_k=max_k)
+    print_frame(frame, output_format)
 
 
 @click.command(
@@ -161,13 +215,73 @@ def fidelity(native: str, bh: str, output_format: str) -> None:
     from analysis.log import open_log
     from analysis.replay.fidelity import fidelity as compare
 
-    print_frame(compare(open_log(native), open_log(bh)), output_format)
+    logs = open_log(native), open_log(bh)
+    rows = sum(log.manifest.totals.rows for log in logs)
+    with progress_bar("compare", rows or None) as advance:
+        frame = compare(*logs, progress=advance)
+    print_frame(frame, output_format)
+
+
+def _profile(
+    run: str,
+    alphas: tuple[float, ...],
+    kept: bool,
+    null: "KdeModel | None",
+    layers: tuple[int, ...],
+    where: str | None,
+) -> "Profile":
+    """The profile of a run, or the one in a file."""
+    from analysis.log import open_log
+    from analysis.replay.profile import GRID, Profile, profile_log
+
+    if Path(run).is_file():
+        if null is not None or layers or where is not None:
+            raise InvalidOption(
+                f"{run}: a profile that is made already; --kde, --layer and --where need a run"
+            )
+        return Profile.load(run)
+    log = open_log(run)
+    with progress_bar("sweep", log.manifest.totals.rows or None) as advance:
+        return profile_log(
+            log,
+            null,
+            alphas=sorted({*GRID, *alphas}),
+            kept=kept,
+            layers=layers or None,
+            where=where,
+            progress=advance,
+        )
+
+
+def _within(profile: "Profile") -> list[float]:
+    """The default alphas that the profile can answer at; its own if it can at none."""
+    inside = [alpha for alpha in DEFAULT_ALPHAS if alpha >= profile.alphas[0]]
+    return inside or profile.alphas.tolist()
+
+
+def _targets(
+    profile: "Profile", experts: float, min_k: int, max_k: int | None, per_layer: bool
+) -> "pl.DataFrame":
+    """The alphas that give a number of experts, layer by layer and over all (layer null)."""
+    import polars as pl
+
+    shared = profile.alphas_for(experts, min_k=min_k, max_k=max_k) if per_layer else None
+    rows: list[dict[str, float | None]] = []
+    for layer in (*profile.layers, None):
+        alpha = shared or profile.alpha_for(experts, min_k=min_k, max_k=max_k, layer=layer)
+        mean = profile.mean_experts(alpha, min_k=min_k, max_k=max_k, layer=layer)
+        one = alpha if isinstance(alpha, float) else None if layer is None else alpha[layer]
+        rows.append({"layer": layer, "alpha": one, "mean_experts": mean})
+        if profile.kept is not None:
+            share = profile.probability_kept(alpha, min_k=min_k, max_k=max_k, layer=layer)
+            rows[-1]["probability_kept"] = share
+    return pl.DataFrame(rows, infer_schema_length=None)
 
 
 def _null_model(path: str | None) -> "KdeModel | None":
-    from capture.contract.kde import KdeModel
+    from analysis.commands.kde_options import load
 
-    return None if path is None else KdeModel.load(path)
+    return None if path is None else load(path)
 
 
 def _shortened(frame: "pl.DataFrame", whole: bool) -> "pl.DataFrame":

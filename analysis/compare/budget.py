@@ -70,6 +70,7 @@ def match_experts(
             COLUMNS,
             layers=layers,
             where=where,
+            whole_groups=blocks.empirical,
             progress=progress,
         )
         means = iter(counted.totals / counted.rows)

@@ -68,6 +68,7 @@ def compare(
         COLUMNS,
         layers=layers,
         where=where,
+        whole_groups=blocks.empirical,
         threads=threads,
         progress=progress,
     )

@@ -1,21 +1,36 @@
 """Replayed decisions as Parquet shards, row-aligned with the log they came from."""
 
+import hashlib
+import os
+import shutil
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from analysis.log import Log, Progress
-from analysis.replay.replay import COLUMNS, Replay
-from capture.contract.bh import BhOptions, Decisions, finite_keys, softmax_weights
-from capture.contract.errors import RunExists
+from analysis.replay.replay import COLUMNS, Replay, Replayed
+from capture.contract.bh import (
+    BhOptions,
+    Decisions,
+    finite_keys,
+    no_finite_logit,
+    softmax_weights,
+)
+from capture.contract.errors import InvalidOption, RouterLogError, RunExists
 from capture.contract.kde import KdeModel
 from capture.contract.manifest import ModelInfo
 from capture.contract.schema import list_type
-from capture.contract.shard import write_shard
+from capture.contract.shard import open_part, seal, sync_folder
 
 _KEYS = ("layer", "sequence", "position", "rank")
+_COLUMNS = (*dict.fromkeys([*_KEYS, *COLUMNS, "weights"]),)
+_PIECE_LOGITS = 1 << 20  # of a row group, decided at a time
+_MOST_FILES = 256  # open at a time
 SCHEMA = pa.schema(
     [
         pa.field("layer", pa.uint16(), nullable=False),
@@ -30,11 +45,21 @@ SCHEMA = pa.schema(
 )
 
 
-def setting_name(options: BhOptions, n_experts: int) -> str:
-    """Name of a replay's folder, told from its settings: alpha-0.3_k-1-16."""
+def setting_name(options: BhOptions, n_experts: int, null: str | None = None) -> str:
+    """Name of a replay's folder, told from its settings: alpha-0.3_k-1-16.
+
+    Args:
+        null: where p-values come from, unless from the run's own null model.
+    """
     low, high = options.bounds(n_experts)
-    name = f"alpha-{options.alpha:g}_k-{low}-{high}"
-    return name if options.temperature == 1.0 else f"{name}_t-{options.temperature:g}"
+    parts = [f"alpha-{float(options.alpha)}", f"k-{low}-{high}"]
+    if options.temperature != 1:
+        parts.append(f"t-{float(options.temperature)}")
+    if options.renormalize != "model":
+        parts.append("renormalized" if options.renormalize else "not-renormalized")
+    if null is not None:
+        parts.append(null)
+    return "_".join(parts)
 
 
 def write_decisions(
@@ -43,57 +68,123 @@ def write_decisions(
     out: str | Path,
     *,
     kde: KdeModel | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Write the decisions of a replay: OUT/NAME/rank00000-00000.parquet for each setting.
 
-    A file has the rows of the routing shard of the same name, in the same order.
+    A file has the rows of the routing shard of the same name, in the same order. A folder gets its
+    name when it is whole; until then it is in OUT/.part. Memory stays flat.
+
+    Weights follow the model's formula as far as the manifest tells it, in float32: a softmax or
+    sigmoid of each logit, divided by its sum where the model does so, times its scale. Models that
+    compute weights in bfloat16 round them further. A row without a finite logit keeps the logged
+    experts and weights.
 
     Returns:
         The folder of each setting.
 
     Raises:
         RunExists: a folder is there already.
+        InvalidOption: a setting is there twice, the model has a formula of its own, or OUT cannot
+            be written.
         InvalidOption, KdeMismatch: see Replay.
     """
+    if "://" in str(out):
+        raise InvalidOption(f"{out}: decisions are written to a folder on this machine")
     rule = Replay(log, settings, kde)
-    folders = [Path(out) / setting_name(options, log.n_experts) for options in settings]
+    model = log.manifest.model
+    if model.scoring not in ("softmax", "sigmoid"):
+        raise InvalidOption(
+            f"{log.path}: the weights of {model.class_name} follow a formula ({model.scoring}) "
+            "that the run does not hold, so decisions cannot be written; the summary needs none"
+        )
+    null = _null_name(log, rule, kde)
+    names = [setting_name(options, log.n_experts, null) for options in settings]
+    if len({*names}) < len(names):
+        raise InvalidOption("a setting is asked for twice: write each replay once")
+    folders = [Path(out) / name for name in names]
     for folder in folders:
         if folder.exists():
             raise RunExists(f"{folder}: this replay is there already; remove it or choose --out")
-    for folder in folders:
-        folder.mkdir(parents=True)
-    model = log.manifest.model
-    columns = [*dict.fromkeys([*_KEYS, *COLUMNS])]
-    for name in log.shards:
-        tables: list[list[pa.Table]] = [[] for _ in settings]
-        for group in log.row_groups():
-            if group.shard != name:
-                continue
-            batch = log.read(group, columns)
-            replayed = rule.decide(batch)
-            for i, options in enumerate(settings):
-                decisions = Decisions(
-                    replayed.order, replayed.n_selected[i], replayed.n_rejected[i]
-                )
-                tables[i].append(_table(batch, replayed.logits, decisions, options, model))
-            if progress is not None:
-                progress(group.rows)
-        for folder, groups in zip(folders, tables, strict=True):
-            write_shard(folder / name, groups)
+    parts = [Path(out) / ".part" / name for name in names]
+    try:
+        for part in parts:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        _write_shards(log, rule, parts, threads, progress)
+        for part, folder in zip(parts, folders, strict=True):
+            part.rename(folder)
+        sync_folder(Path(out))
+    except RouterLogError:  # some are OSErrors too
+        raise
+    except OSError as error:
+        raise InvalidOption(f"{out}: cannot write there ({error.strerror or error})") from error
+    finally:
+        for part in parts:
+            shutil.rmtree(part, ignore_errors=True)
+        with suppress(OSError):  # not there, or in use by another replay
+            (Path(out) / ".part").rmdir()
     return folders
 
 
+def _null_name(log: Log, rule: Replay, kde: KdeModel | None) -> str | None:
+    """How a folder's name tells the null model, unless it is the run's own."""
+    if rule.empirical:
+        return "empirical"
+    if kde is None:
+        return None
+    sha256 = hashlib.sha256(kde.to_bytes()).hexdigest()
+    return None if sha256 == log.manifest.routing.kde_sha256 else f"kde-{sha256[:8]}"
+
+
+def _write_shards(
+    log: Log, rule: Replay, parts: Sequence[Path], threads: int | None, progress: Progress | None
+) -> None:
+    """Write the shards of every setting, several at once."""
+    stopped = threading.Event()
+
+    def write(name: str) -> None:
+        shard = log.open_shard("routing", name)
+        with ExitStack() as stack:
+            files = [stack.enter_context(open_part(part / name, SCHEMA)) for part in parts]
+            for group in log.groups_of(name, shard):
+                most = group.rows if rule.empirical else max(1, _PIECE_LOGITS // log.n_experts)
+                for batch in log.pieces(group, _COLUMNS, most_rows=most, shard=shard):
+                    if stopped.is_set():
+                        return
+                    replayed = rule.decide(batch)
+                    for i, write_group in enumerate(files):
+                        write_group(_table(batch, replayed, i, rule.settings[i], log))
+                    if progress is not None:
+                        progress(batch.num_rows)
+        for part in parts:
+            seal((part / name).with_name(name + ".part"))
+
+    # each thread holds a file open for each setting
+    threads = min(threads or os.cpu_count() or 1, max(1, _MOST_FILES // len(parts)))
+    with ThreadPoolExecutor(threads) as pool:
+        jobs = [pool.submit(write, name) for name in log.shards]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def _table(
-    batch: pa.RecordBatch,
-    logits: np.ndarray,
-    decisions: Decisions,
-    options: BhOptions,
-    model: ModelInfo,
+    batch: pa.RecordBatch, replayed: Replayed, setting: int, options: BhOptions, log: Log
 ) -> pa.Table:
+    decisions = Decisions(
+        replayed.order, replayed.n_selected[setting], replayed.n_rejected[setting]
+    )
     chosen = np.arange(decisions.order.shape[1]) < decisions.n_selected[:, None]
     offsets = pa.array(np.concatenate([[0], np.cumsum(decisions.n_selected)]), pa.int32())
-    weights = replayed_weights(logits, decisions, options, model)
+    weights = replayed_weights(replayed.logits, decisions, options, log.manifest.model)
+    for row in np.flatnonzero(no_finite_logit(replayed.logits)):
+        weights[row, : decisions.n_selected[row]] = batch.column("weights")[row].as_py()
     columns = {
         **{name: batch.column(name) for name in _KEYS},
         "experts": pa.ListArray.from_arrays(

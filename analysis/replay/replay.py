@@ -14,6 +14,7 @@ from analysis.replay.ranked import RankedRows, block_rows
 from analysis.replay.summary import LayerSummary, summary_frame
 from capture.contract.bh import (
     BhOptions,
+    Renormalize,
     count_rejected,
     decide_by_expert,
     decide_by_p_value,
@@ -22,7 +23,7 @@ from capture.contract.bh import (
     no_finite_logit,
     p_value_order,
 )
-from capture.contract.errors import InvalidOption, KdeMismatch
+from capture.contract.errors import InvalidOption
 from capture.contract.kde import KdeModel, LayerNull
 
 COLUMNS = ("layer", "logits", "experts", "forward", "rank")
@@ -65,7 +66,7 @@ class Replay:
     Args:
         log: the run to replay.
         settings: BH options, one for each replay; all with the same p_values.
-        kde: null model; None takes the run's own.
+        kde: null model; None takes the run's own, or empirical p-values if the settings say so.
         where: which rows it will get; see Log.fold.
 
     Attributes:
@@ -90,25 +91,22 @@ class Replay:
         self.settings = tuple(settings)
         self.n_experts = log.n_experts
         self._bounds = [options.bounds(self.n_experts) for options in self.settings]
-        self.empirical = self.settings[0].p_values == "empirical"
+        self.empirical = kde is None and self.settings[0].p_values == "empirical"
         self._kde = kde
         self.columns: tuple[str, ...] = ("layer", "logits", "experts")
         if self.empirical:
             self.columns = COLUMNS
             _require_whole_batches(log, where)
             return
-        if self._kde is None:
-            self._kde = log.kde
-        if self._kde is None:
-            raise KdeMismatch(
-                f"{log.path} has no null model of its own; name one: fit it with "
-                f"bhlog kde fit {log.path} --out null.parquet, then give it with --kde"
-            )
-        self._kde.require(log.layers, self.n_experts)
-        self._thresholds = {
-            layer: [self._kde[layer].thresholds(o.alpha, self.n_experts) for o in self.settings]
-            for layer in log.layers
-        }
+        self._kde = log.null_model(kde)
+        self._thresholds = {layer: self._of_settings(self._kde[layer]) for layer in log.layers}
+
+    def _of_settings(self, null: LayerNull) -> list[NDArray[np.float32]]:
+        """Thresholds of a layer under each setting."""
+        alphas = [options.alpha for options in self.settings]
+        if null.pooled:
+            return [*null.curves[0].threshold_grid(np.array(alphas), self.n_experts)]
+        return [null.thresholds(alpha, self.n_experts) for alpha in alphas]
 
     def by_logit(self, layer: int) -> bool:
         """Whether experts of the layer rank by logit: one null curve for all of them."""
@@ -209,11 +207,12 @@ def settings_of(
     min_k: int | None = None,
     max_k: int | None = None,
     temperature: float | None = None,
+    renormalize: Renormalize | None = None,
 ) -> tuple[BhOptions, ...]:
     """Options for a replay at these alphas; what is None is as in the run.
 
     A native run has no BH options of its own: then min_k is 1, max_k is all experts, the
-    temperature 1, and p-values come from a null model.
+    temperature 1, weights are renormalized as the model does, and p-values come from a null model.
     """
     options = log.manifest.routing.options or BhOptions()
     return tuple(
@@ -223,6 +222,7 @@ def settings_of(
             min_k=options.min_k if min_k is None else min_k,
             max_k=options.max_k if max_k is None else max_k,
             temperature=options.temperature if temperature is None else temperature,
+            renormalize=options.renormalize if renormalize is None else renormalize,
         )
         for alpha in alphas
     )
@@ -250,7 +250,7 @@ def replay(
         in analysis.replay.summary.
 
     Raises:
-        InvalidOption, KdeMismatch: see Replay.
+        InvalidOption, KdeMismatch: see Replay; or no row matches.
     """
     rule = Replay(log, settings, kde, where=where)
     top_k = log.manifest.model.top_k
@@ -259,9 +259,12 @@ def replay(
         rule.columns,
         layers=layers,
         where=where,
+        whole_groups=rule.empirical,
         threads=threads,
         progress=progress,
     )
+    if not total.layers:
+        raise InvalidOption(f"{log.path}: no rows to replay" + (f" where {where}" if where else ""))
     frames = []
     for i, options in enumerate(settings):
         low, high = options.bounds(log.n_experts)

@@ -25,9 +25,12 @@ def verify_replay(log: Log, progress: Progress | None = None) -> pl.DataFrame:
     Raises:
         InvalidOption: the run's experts are not decided by its logits alone.
     """
+    options = log.manifest.routing.options
+    rule = None if options is None else Replay(log, [options])
     total = log.fold(
-        lambda: _Comparison(log),
+        lambda: _Comparison(rule, log.manifest.model.top_k),
         ("layer", "sequence", "position", *COLUMNS[1:], "n_selected", "n_rejected"),
+        whole_groups=rule is not None and rule.empirical,
         progress=progress,
     )
     rows = [
@@ -41,10 +44,8 @@ def verify_replay(log: Log, progress: Progress | None = None) -> pl.DataFrame:
 class _Comparison:
     """Counts rows whose replayed decision differs from the logged one."""
 
-    def __init__(self, log: Log) -> None:
-        options = log.manifest.routing.options
-        self.rule = None if options is None else Replay(log, [options])
-        self.top_k = log.manifest.model.top_k
+    def __init__(self, rule: Replay | None, top_k: int) -> None:
+        self.rule, self.top_k = rule, top_k
         self.layers: dict[int, tuple[int, int, str | None]] = {}
 
     def update(self, batch: pa.RecordBatch) -> None:

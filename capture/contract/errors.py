@@ -33,6 +33,10 @@ class CorruptKde(RouterLogError):
     """A null model file cannot be read or breaks an invariant of the null model."""
 
 
+class CorruptProfile(RouterLogError):
+    """A profile file cannot be read or breaks an invariant of a profile."""
+
+
 class KdeMismatch(RouterLogError):
     """The null model does not cover the layers or experts it is used for, or is not there."""
 

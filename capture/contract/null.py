@@ -107,7 +107,7 @@ class NullCurve:
         return self._reaching(critical_values(np.asarray(alphas)[:, None], n_experts))
 
     def _reaching(self, critical: NDArray[np.float64]) -> NDArray[np.float32]:
-        """The smallest float32 logits with p-values at most these, which rise along the last axis."""
+        """The smallest logits with p-values at most these, which rise along the last axis."""
         last = len(self.tail) - 1
         right = np.searchsorted(-self.tail, -critical, side="left")  # first node with S <= c
         inside = np.clip(right, 1, last)

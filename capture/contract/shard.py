@@ -1,7 +1,8 @@
 """Shards: Parquet files that are whole once they have their final name."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -37,7 +38,18 @@ def write_part(path: Path, groups: Iterable[pa.Table]) -> Path:
     """Write and sync the shard that is to become `path` under a temporary name; return that."""
     tables = iter(groups)
     first = next(tables)
-    schema = first.schema
+    with open_part(path, first.schema) as write:
+        for group in chain([first], tables):
+            write(group)
+    return path.with_name(path.name + ".part")
+
+
+@contextmanager
+def open_part(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """A function that writes the next row group of the shard that is to become `path`.
+
+    The file has a temporary name, is synced at the end, and removed if anything fails.
+    """
     part = path.with_name(path.name + ".part")
     split = [name for name in _SPLIT if name in schema.names]
     dictionary = [name for name in schema.names if name not in split]
@@ -53,14 +65,12 @@ def write_part(path: Path, groups: Iterable[pa.Table]) -> Path:
                 write_statistics=dictionary,
                 write_page_checksum=True,
             ) as writer:
-                for group in chain([first], tables):
-                    writer.write_table(group, row_group_size=max(1, group.num_rows))
+                yield lambda group: writer.write_table(group, row_group_size=max(1, group.num_rows))
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    return part
 
 
 def seal(part: Path) -> None:
