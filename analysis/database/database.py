@@ -35,7 +35,10 @@ _EXPLAIN = re.compile(r"\s*EXPLAIN\s+(ANALYZE\s+)?(\([^()]*\)\s*)?", re.IGNORECA
 _COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 
 # How DuckDB words pages of a file that it cannot decode.
-_UNDECODED = re.compile(r"TProtocol|thrift|zstd|decompress|decode|corrupt|parquet", re.IGNORECASE)
+_UNDECODED = re.compile(
+    r"TProtocol|TType|know what type|Python file|thrift|zstd|decompress|decode|corrupt|parquet",
+    re.IGNORECASE,
+)
 
 # Types that Arrow or polars cannot carry.
 _ONLY_DUCKDB = re.compile(r"INTERVAL|BIT|BLOB|UNION|TIME WITH TIME ZONE|BIGNUM|VARIANT")
@@ -172,6 +175,9 @@ class Database:
         """The first shard that cannot be read whole: DuckDB does not always name it."""
         for log in self.runs.values():
             try:
+                for folder, names in (("routing", log.shards), ("tokens", log.token_shards)):
+                    for name in names:
+                        log.open_shard(folder, name)
                 for group in log.row_groups():
                     log.read(group, routing_schema(0).names)
                 log.tokens()
@@ -193,7 +199,7 @@ class Database:
         if function:
             near = re.search(r'Did you mean "([^"]+)"', text)
             return _no_such("function", function[1], FUNCTIONS, near[1] if near else None)
-        return re.sub(r"^[A-Z]\w* Error: ", "", " ".join(lines))
+        return re.sub(r"^([A-Z]\w* )+Error: ", "", " ".join(lines))
 
     def _check_reads(self, query: str) -> None:
         with self.errors():
@@ -223,7 +229,9 @@ class _Errors:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, (duckdb.Error, pa.ArrowException)):
+        if isinstance(error, RouterLogError):
+            return
+        if isinstance(error, (duckdb.Error, pa.ArrowException, OSError)):  # OSError: from a stream
             raise self.database.translated(error) from error
 
 

@@ -80,6 +80,9 @@ def key_groups(n: int, *columns: pa.Array) -> Iterator[tuple[tuple[Any, ...], An
 
 
 def list_elements(lists: pa.ListArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row and value of each element of a list column."""
-    rows = lists.value_parent_indices().to_numpy(zero_copy_only=False)
-    return rows.astype(np.int64), lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+    """Row and value of each element of a list column that is not NULL."""
+    rows, values = lists.value_parent_indices(), lists.flatten()
+    if values.null_count:
+        rows, values = rows.filter(values.is_valid()), values.drop_null()
+    arrays = (column.to_numpy(zero_copy_only=False).astype(np.int64) for column in (rows, values))
+    return next(arrays), next(arrays)

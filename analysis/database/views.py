@@ -8,13 +8,14 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from analysis.database.run_files import RunFiles
+from analysis.database.run_files import SCHEME, RunFiles
 from analysis.log import Log
 from analysis.replay.decisions import SCHEMA as DECISIONS
+from capture.contract.errors import CorruptManifest, CorruptShard
 from capture.contract.kde import KdeModel
 from capture.contract.manifest import Totals
 from capture.contract.null_file import KDE_SCHEMA
-from capture.contract.schema import routing_schema, tokens_schema
+from capture.contract.schema import routing_schema, schema_difference, tokens_schema
 
 VIEWS = {
     "routing": "a row per token and layer",
@@ -40,8 +41,8 @@ SELECT
     k::USMALLINT AS k,
     experts[k] AS expert,
     weights[k] AS weight,
-    logits[experts[k] + 1] AS logit,
-    p_value(logits[experts[k] + 1], layer, experts[k], run) AS p_value,
+    logits[experts[k]::INTEGER + 1] AS logit,
+    p_value(logits[experts[k]::INTEGER + 1], layer, experts[k], run) AS p_value,
     rank
 FROM (SELECT *, unnest(range(1, len(experts) + 1)) AS k FROM routing);
 """
@@ -85,8 +86,21 @@ def create_views(
 
 
 def runs_table(runs: Mapping[str, Log]) -> pa.Table:
-    """A row per run: its manifest, flattened."""
-    return pa.Table.from_pylist([_run_row(name, log) for name, log in runs.items()], RUNS)
+    """A row per run: its manifest, flattened.
+
+    Raises:
+        CorruptManifest: a field is not of its kind.
+    """
+    tables = [RUNS.empty_table()]
+    for name, log in runs.items():
+        try:
+            tables.append(pa.Table.from_pylist([_run_row(name, log)], RUNS))
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            reason = str(error).splitlines()[0]
+            raise CorruptManifest(
+                f"{log.path}: a field of its manifest is not of its kind ({reason})"
+            ) from error
+    return pa.concat_tables(tables)
 
 
 RUNS = pa.schema(
@@ -156,7 +170,7 @@ def _create_rows(
         paths = list(files.listing(name, folder))
         if paths:
             log.open_shard(folder, paths[0].rpartition("/")[2])
-            relations.append(_read(connection, paths, run=name))
+            relations.append(_read(connection, paths, schema.names, run=name))
     if not relations:
         relations = [_empty(connection, pa.schema([pa.field("run", pa.string()), *schema]))]
     _union(relations).create_view(folder)
@@ -182,15 +196,28 @@ def _create_replays(
     connection: duckdb.DuckDBPyConnection, files: RunFiles, runs: Mapping[str, Log]
 ) -> None:
     relations = []
-    for name in runs:
+    for name, log in runs.items():
         of_replay: dict[str, list[str]] = {}
         for path in files.listing(name, "replay"):
             of_replay.setdefault(path.split("/")[-2], []).append(path)
         for replay, paths in of_replay.items():
-            relations.append(_read(connection, paths, run=name, replay=replay))
+            inside = paths[0].removeprefix(f"{SCHEME}://{name}/")
+            _check_decisions(log, inside)
+            relations.append(_read(connection, paths, DECISIONS.names, run=name, replay=replay))
     if not relations:
         relations = [_empty(connection, _REPLAYS)]
-    _union(relations).select(*_REPLAYS.names).create_view("replays")
+    _union(relations).create_view("replays")
+
+
+def _check_decisions(log: Log, path: str) -> None:
+    try:
+        found = pq.read_schema(log.open_file(path))
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CorruptShard(f"{log.path}/{path}: cannot be read ({reason}); move it away") from error
+    difference = schema_difference(found, DECISIONS)
+    if difference:
+        raise CorruptShard(f"{log.path}/{path}: {difference}; bhlog replay --out writes others")
 
 
 def _create_shards(
@@ -210,24 +237,27 @@ def _create_shards(
     for folder in ("routing", "tokens"):
         paths = [row["path"] for row in listed if row["folder"] == folder]
         relation = (
-            _read(connection, paths, path=duckdb.ColumnExpression("filename"))
+            _read(connection, paths, [], path=duckdb.ColumnExpression("filename"))
             if paths
             else _empty(connection, pa.schema([("path", pa.string())]))
         )
-        relation.select("path").create_view(f"_{folder}_paths")
+        relation.create_view(f"_{folder}_paths")
     connection.execute(_SHARDS)
 
 
 def _read(
-    connection: duckdb.DuckDBPyConnection, paths: list[str], **columns: str | duckdb.Expression
+    connection: duckdb.DuckDBPyConnection,
+    paths: list[str],
+    names: list[str],
+    **columns: str | duckdb.Expression,
 ) -> duckdb.DuckDBPyRelation:
-    """Rows of Parquet files, after columns with the same value in all rows."""
+    """These columns of Parquet files and no others, after columns that are the same in all rows."""
     first = [
         (duckdb.ConstantExpression(value) if isinstance(value, str) else value).alias(name)
         for name, value in columns.items()
     ]
     relation = connection.read_parquet(paths, hive_partitioning=False)
-    return relation.select(*first, duckdb.StarExpression())
+    return relation.select(*first, *map(duckdb.ColumnExpression, names))
 
 
 def _empty(connection: duckdb.DuckDBPyConnection, schema: pa.Schema) -> duckdb.DuckDBPyRelation:

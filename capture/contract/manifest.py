@@ -155,7 +155,7 @@ class Manifest:
                 )
             model, routing = data["model"], data["routing"]
             options = routing["options"]
-            return cls(
+            manifest = cls(
                 **{
                     **data,
                     "model": ModelInfo(**{**model, "layers": tuple(model["layers"])}),
@@ -164,10 +164,31 @@ class Manifest:
                     "shards": tuple(ShardEntry(**entry) for entry in data["shards"]),
                 }
             )
-        except (ValueError, TypeError, KeyError, AttributeError, RouterLogError) as error:
+            manifest._check_counts()
+            return manifest
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+            RouterLogError,
+        ) as error:
             raise CorruptManifest(
                 f"{name}: not a manifest of a bhlog run ({type(error).__name__}: {error})"
             ) from error
+
+    def _check_counts(self) -> None:
+        """Numbers that readers build arrays and tables by: a manifest may come from a stranger."""
+        model, totals = asdict(self.model), asdict(self.totals)
+        small = {"n_experts": model["n_experts"], "top_k": model["top_k"]}
+        small |= {f"layer {i}": layer for i, layer in enumerate(model["layers"])}
+        for limit, counts in ((2**16, small), (2**63, totals)):
+            for name, count in counts.items():
+                if type(count) is not int or not 0 <= count < limit:
+                    raise CorruptManifest(f"{name} is {count!r}, expected 0 to {limit - 1}")
+        if not isinstance(self.versions, dict):
+            raise CorruptManifest(f"versions is {self.versions!r}, expected names and versions")
 
     def write(self, folder: Path, rank: int = 0) -> None:
         """Write the manifest of one rank into the run's folder, whole or not at all."""
