@@ -2,6 +2,7 @@
 
 import click
 
+from analysis.commands.kde_options import load
 from analysis.table import format_option, print_frame, progress_bar
 
 
@@ -16,7 +17,8 @@ from analysis.table import format_option, print_frame, progress_bar
 @click.option(
     "--kde",
     metavar="FILE",
-    help="Null model for p-values (default: the run's own, or its empirical p-values).",
+    help="Null model for p-values, or a run that has one (default: the run's own, or its "
+    "empirical p-values).",
 )
 @click.option(
     "--alpha",
@@ -43,7 +45,6 @@ def plot(
 
     from analysis.figures.drawing import FIGURES, draw_figures
     from analysis.log import open_log
-    from capture.contract.kde import KdeModel
 
     if listing:
         rows = [
@@ -55,7 +56,7 @@ def plot(
     if run is None:
         raise click.UsageError("name the run to draw, or --list")
     log = open_log(run)
-    null = None if kde is None else KdeModel.load(kde)
+    null = None if kde is None else load(kde)
     left_out: dict[str, list[str]] = {}  # figures by reason
     with progress_bar("plot", len(figures) or len(FIGURES), unit="figures") as advance:
         paths = draw_figures(

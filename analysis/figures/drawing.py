@@ -129,8 +129,8 @@ def draw_figures(
             near = get_close_matches(name, FIGURES, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"figures: {', '.join(FIGURES)}"
             raise InvalidOption(f"no figure '{name}'; {hint}")
-    folder = _folder(log, out)
     data = RunData(log, kde, alpha)
+    folder = _folder(log, out)
     paths = []
     for name in dict.fromkeys(FIGURES if names is None else names):
         figure = Figure(figsize=(7, 4.5), layout="constrained")

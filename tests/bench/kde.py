@@ -7,12 +7,12 @@ memory and 16 layers in a log. Peers get the same logits:
 KDEpy.FFTKDE all of them; scipy and scikit-learn, whose cost is n times grid points, as many as they
 can do in seconds, extrapolated. Errors are of S(x) against a direct float64 sum wherever it is at
 least 1e-8, on 320,000 logits in float32; a peer's density is summed from the right, which is the
-best it can do. Modes take turns; times are medians. Prints one JSON line.
+best it can do. Modes take turns; times are the least of each, which other work on the machine moves
+least. Prints one JSON line.
 """
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 import tracemalloc
@@ -47,13 +47,13 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def medians(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median time of each, taking turns."""
+def least(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Shortest time of each, taking turns."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
             taken[name].append(seconds(work))
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return {name: min(times) for name, times in taken.items()}
 
 
 def fit(values: NDArray[np.float32], threads: int = 1) -> NullCurve:
@@ -124,7 +124,7 @@ def in_memory(
         "bhlog_float32": lambda: fit(plain, threads),
         "KDEpy.FFTKDE": lambda: FFTKDE(bw=h).fit(values).evaluate(x),
     }
-    times = medians(works, 5)
+    times = least(works, 7)
     n_slow, points = 20_000, np.linspace(x[0], x[-1], 200)
     few = values[:: len(values) // n_slow][:n_slow].astype(np.float64)
     scale = len(values) / n_slow * grid / len(points)
@@ -134,7 +134,7 @@ def in_memory(
         "scipy.gaussian_kde": lambda: slow(points),
         "sklearn.KernelDensity": lambda: tree.score_samples(points[:, None]),
     }
-    times |= {name: t * scale for name, t in medians(peers, 3).items()}
+    times |= {name: t * scale for name, t in least(peers, 3).items()}
     return {
         "logits": len(values),
         "grid_points": grid,
@@ -162,7 +162,7 @@ def from_log(log: Log, threads: int) -> dict[str, Any]:
     options = FitOptions()
     histograms = count(options).histograms()
     model = fit_histograms(histograms, options, source=["bench"])
-    times = medians(
+    times = least(
         {
             "read": lambda: log.fold(Reading, ["logits"], threads=threads),
             "count": lambda: count(options),
@@ -173,7 +173,7 @@ def from_log(log: Log, threads: int) -> dict[str, Any]:
             "refit": lambda: refit(model, bandwidth="silverman"),
             "refit_isj": lambda: refit(model, bandwidth="isj"),
         },
-        7,
+        9,
     )
     return {
         "rows": sum(group.rows for group in log.row_groups()),

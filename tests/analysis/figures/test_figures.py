@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib.figure import Figure
 
-from analysis.cli import main
 from analysis.figures import figures
 from analysis.figures import sample as sample_module
 from analysis.figures.drawing import FIGURES, SEED_FIGURES, draw_figures
@@ -348,50 +347,3 @@ def test_the_sweep_is_what_replay_counts(run, monkeypatch, tmp_path):
     for j in (0, 20, 40):
         frame = log.replay(drawn["alphas"][j]).drop_nulls("layer")
         assert drawn["mean"][:, j].tolist() == pytest.approx(frame["mean_experts"].to_list())
-
-
-def call(capsys, *arguments):
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in arguments])
-    return end.value.code, *capsys.readouterr()
-
-
-def test_bhlog_plot_prints_the_files(run, tmp_path, capsys):
-    code, out, err = call(
-        capsys, "plot", run, "sweep", "sources", "--out", tmp_path, "--format", "csv"
-    )
-    assert (code, err) == (0, "")
-    assert out.splitlines() == ["figure", f"{tmp_path}/sweep.png", f"{tmp_path}/sources.png"]
-
-
-def test_bhlog_plot_says_once_why_figures_are_left_out(native, tmp_path, capsys):
-    code, _, err = call(capsys, "plot", native, "--out", tmp_path)
-    assert code == 0
-    lines = err.splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith(
-        "bhlog: left out p_values, step_up, logits_p_values, passing_rate, sweep: "
-    )
-
-
-def test_bhlog_plot_lists_figures_without_a_run(capsys):
-    code, out, _ = call(capsys, "plot", "--list")
-    assert code == 0
-    assert [line.split()[0] for line in out.splitlines()[1:]] == list(FIGURES)
-    assert call(capsys, "plot")[0] == 2
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["nothing"],
-        ["RUN", "heatmap"],
-        ["RUN", "--kde", "nothing.parquet"],
-        ["RUN", "--alpha", "0"],
-        ["RUN", "--out", "/dev/null/figures"],
-    ],
-)
-def test_a_mistake_is_one_line(run, capsys, arguments):
-    code, out, err = call(capsys, "plot", *[run if a == "RUN" else a for a in arguments])
-    assert (code, out) == (1, "")
-    assert err.startswith("bhlog: ") and err.count("\n") == 1
