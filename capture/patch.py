@@ -18,10 +18,11 @@ from capture.recorder import Recorder
 from capture.routers.family import Router, find_routers, model_info
 from capture.routers.routing import (
     TorchNull,
-    choose,
     empirical_order,
     finite_keys,
     pad,
+    select,
+    weigh,
 )
 from capture.routers.stats import LayerStats
 from capture.tokens.generation import watch_generation
@@ -275,7 +276,7 @@ class RouterPatcher:
     ) -> Any:
         min_k, max_k = options.bounds(router.n_experts)
         renormalize = options.renormalizes(router.norm_topk_prob)
-        floor, scale = router.floor, router.scale
+        weighing = router.weighing(renormalize)
         stats = self.stats.get(router.layer)
 
         @_eager
@@ -286,27 +287,18 @@ class RouterPatcher:
             scored = keys
             if logits.requires_grad:
                 scored = torch.where(keys.isfinite(), logits.float(), -torch.inf)
+            scores = router.scores(
+                scored, options.temperature, logits.dtype, renormalize=renormalize
+            )
             forward = getattr(self._thread, "forward", None)
             keep = None if forward is None else forward.keep.reshape(-1).to(keys.device)
+            own = scores, own_experts, own_weights
             if null is not None:
-                order, n_rejected = null.order(keys)
+                choice = null.select(keys, *own, min_k=min_k, max_k=max_k)
             else:
-                order, n_rejected = empirical_order(keys, options.alpha, keep)
-            choice = choose(
-                keys,
-                order,
-                n_rejected,
-                router.scores(scored, options.temperature, logits.dtype, renormalize=renormalize),
-                own_experts,
-                own_weights,
-                min_k=min_k,
-                max_k=max_k,
-                renormalize=renormalize,
-                over_chosen=router.over_chosen(renormalize),
-                eps=router.family.eps,
-                floor=floor,
-                scale=scale,
-            )
+                ranked = empirical_order(keys, options.alpha, keep)
+                choice = select(keys, *ranked, *own, min_k=min_k, max_k=max_k)
+            choice = weigh(choice, weighing)
             weights = choice.weights.to(own_weights.dtype)
             if stats is not None:
                 stats.add(choice, keep)

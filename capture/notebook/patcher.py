@@ -16,10 +16,12 @@ from capture.notebook.logger import BHRoutingLogger
 from capture.patch import RouterPatcher
 from capture.routers.routing import (
     TorchNull,
-    choose,
+    Weighing,
     empirical_order,
     empirical_p_values,
     finite_keys,
+    select,
+    weigh,
 )
 
 
@@ -142,9 +144,8 @@ def benjamini_hochberg_routing(
     # a row without a finite logit has no router to fall back to: its first experts, equal weights
     own = order[:, :max_k]
     even = torch.full(own.shape, 1 / max_k, device=keys.device)
-    choice = choose(
-        keys, order, n_rejected, scores, own, even, min_k=min_k, max_k=max_k, renormalize=True
-    )
+    choice = select(keys, order, n_rejected, scores, own, even, min_k=min_k, max_k=max_k)
+    choice = weigh(choice, Weighing(renormalize=True))
     slots = torch.arange(max_k, device=keys.device) < choice.n_selected[:, None]
     weights = torch.zeros_like(keys).scatter_add(1, choice.experts, choice.weights * slots)
     experts = torch.where(slots, choice.experts, -1)
@@ -160,6 +161,7 @@ def benjamini_hochberg_routing(
                     weights=choice.weights[rows],
                     n_selected=choice.n_selected[rows],
                     n_rejected=choice.n_rejected[rows],
+                    decided=choice.decided[rows],
                 ),
                 routing=routing,
                 kde=kde_models,

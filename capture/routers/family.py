@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from capture.contract.errors import UnsupportedModel
 from capture.contract.manifest import ModelInfo
 from capture.routers.registry import BLOCKS, FAMILIES, UNREADABLE, Family
+from capture.routers.routing import Weighing
 
 
 class Removable(Protocol):
@@ -76,6 +77,20 @@ class Router:
         """Smallest sum that weights are divided by."""
         return 0.0 if self.family.floor is None else float(self._attribute(self.family.floor))
 
+    def weighing(self, renormalize: bool) -> Weighing:
+        """How it makes weights of scores.
+
+        Args:
+            renormalize: whether weights are made to sum to 1.
+        """
+        return Weighing(
+            renormalize,
+            over_chosen=self.over_chosen(renormalize),
+            eps=self.family.eps,
+            floor=self.floor,
+            scale=self.scale,
+        )
+
     def over_chosen(self, renormalize: bool) -> bool:
         """Whether its weights are a softmax over the chosen experts' logits alone."""
         return renormalize and self.scoring == "softmax" and self.family.over == "chosen"
@@ -83,7 +98,7 @@ class Router:
     def scores(
         self, keys: Tensor, temperature: float, dtype: torch.dtype, *, renormalize: bool
     ) -> Tensor:
-        """(T, E) what `choose` weighs experts by: their scores, or logits if over_chosen.
+        """(T, E) what experts are weighed by: their scores, or logits if over_chosen.
 
         Args:
             keys: (T, E) float32, non-finite logits as -inf.

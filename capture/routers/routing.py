@@ -4,12 +4,13 @@ Compares the same float32 thresholds with the same float32 logits as contract.bh
 with the offline replay bit for bit. Nothing here waits for the device.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from capture.contract.kde import LayerNull
+from capture.kernels.loading import kernels
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,15 +20,35 @@ class Choice:
     Attributes:
         experts: (T, K) int64; beyond n_selected the experts next in order, or the number of
             experts as a sentinel, see `pad`.
-        weights: (T, K) float32, 0 beyond n_selected.
+        weights: (T, K) in the dtype of the model's scores, 0 beyond n_selected.
         n_selected: (T,) int64.
         n_rejected: (T,) int64, raw BH count before the bounds.
+        decided: (T,) bool, rows with a finite logit; others keep the router's own choice.
     """
 
     experts: Tensor
     weights: Tensor
     n_selected: Tensor
     n_rejected: Tensor
+    decided: Tensor
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How scores of the chosen experts become their weights.
+
+    Attributes:
+        renormalize: whether they are divided by their sum.
+        over_chosen: whether weights are the softmax over the chosen experts' scores.
+        eps, floor: that sum is at least floor, and eps is added to it.
+        scale: factor on the weights, after renormalizing.
+    """
+
+    renormalize: bool
+    over_chosen: bool = False
+    eps: float = 0.0
+    floor: float = 0.0
+    scale: float = 1.0
 
 
 class TorchNull:
@@ -63,6 +84,59 @@ class TorchNull:
         n_reached = (reached[:, :, None] <= ranks).sum(dim=1)  # (T, E)
         p = torch.stack([_p_value(keys[:, i], *curve) for i, curve in enumerate(curves)], dim=1)
         return p_value_order(keys, p), _last_rank(n_reached >= ranks + 1)
+
+    def select(
+        self,
+        keys: Tensor,
+        scores: Tensor,
+        own_experts: Tensor,
+        own_weights: Tensor,
+        *,
+        min_k: int,
+        max_k: int,
+    ) -> Choice:
+        """Choose each row's experts; see `select`. On CUDA with Triton it is one kernel."""
+        fused = None
+        if keys.is_cuda and self._null.pooled and not scores.requires_grad:
+            fused = kernels()
+        if fused is None:
+            order, n_rejected = self.order(keys)
+            return select(
+                keys, order, n_rejected, scores, own_experts, own_weights, min_k=min_k, max_k=max_k
+            )
+        T, E = keys.shape
+        own = own_experts.shape[1]
+        K = min(E, max(max_k, own))
+        choice = Choice(
+            experts=torch.empty(T, K, dtype=torch.int64, device=keys.device),
+            weights=torch.empty(T, K, dtype=scores.dtype, device=keys.device),
+            n_selected=torch.empty(T, dtype=torch.int64, device=keys.device),
+            n_rejected=torch.empty(T, dtype=torch.int64, device=keys.device),
+            decided=torch.empty(T, dtype=torch.bool, device=keys.device),
+        )
+        lanes = max(16, 1 << (E - 1).bit_length())
+        with torch.cuda.device(keys.device):
+            fused.selection[(T,)](
+                keys.contiguous(),
+                scores.contiguous(),
+                self._at(keys.device)[0],
+                own_experts.contiguous(),
+                own_weights.contiguous(),
+                choice.experts,
+                choice.weights,
+                choice.n_selected,
+                choice.n_rejected,
+                choice.decided,
+                E,
+                own,
+                K,
+                min_k,
+                max_k,
+                LANES=lanes,
+                CHUNK=min(lanes, 32),
+                num_warps=max(1, min(4, lanes // 64)),
+            )
+        return choice
 
     def _at(self, device: torch.device) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         if device not in self._on:
@@ -125,7 +199,7 @@ def p_value_order(keys: Tensor, p: Tensor) -> Tensor:
     return by_logit.gather(1, by_p)
 
 
-def choose(
+def select(
     keys: Tensor,
     order: Tensor,
     n_rejected: Tensor,
@@ -135,53 +209,53 @@ def choose(
     *,
     min_k: int,
     max_k: int,
-    renormalize: bool,
-    over_chosen: bool = False,
-    eps: float = 0.0,
-    floor: float = 0.0,
-    scale: float = 1.0,
 ) -> Choice:
-    """Bound the counts and weigh the chosen experts; rows with no finite logit keep their own.
+    """Bound the counts and take the chosen experts' scores as they are; see `weigh`.
 
     Args:
         keys: (T, E) float32, non-finite logits as -inf.
         order, n_rejected: from TorchNull.order or empirical_order.
-        scores: (T, E), the model's score of every expert, or the logit itself if over_chosen.
-        own_experts, own_weights: (T, top_k), what the router chose by itself.
+        scores: (T, E), the model's score of every expert.
+        own_experts, own_weights: (T, top_k), what the router chose by itself: rows with no finite
+            logit keep it.
         min_k, max_k: bounds on experts per row.
-        renormalize: whether the chosen weights are divided by their sum.
-        over_chosen: whether weights are the softmax over the chosen experts' scores.
-        eps, floor: that sum is at least floor, and eps is added to it.
-        scale: factor on the weights, after renormalizing.
     """
-    K = max(max_k, own_experts.shape[1])
-    E = keys.shape[1]
-    K = min(K, E)
-    decidable = keys.isfinite().any(dim=-1)
+    E, own = keys.shape[1], own_experts.shape[1]
+    K = min(E, max(max_k, own))
+    decided = keys.isfinite().any(dim=-1)
     n_selected = n_rejected.clamp(min_k, max_k)
     experts = order[:, :K]
-    weights = scores.gather(1, experts)
     chosen = torch.arange(K, device=keys.device) < n_selected[:, None]
-    if over_chosen:
-        weights = torch.where(chosen, weights, -torch.inf).softmax(dim=-1).nan_to_num(nan=0.0)
-    weights = torch.where(chosen, weights, 0.0)
-    if renormalize and not over_chosen:
-        total = weights.sum(dim=-1, keepdim=True).clamp(min=floor) + eps
-        weights = weights / torch.where(total > 0, total, 1.0)
-    if scale != 1.0:
-        weights = weights * scale
-    own = own_experts.shape[1]
-    fallback = torch.nn.functional.pad(own_weights.float(), (0, K - own))
+    weights = torch.where(chosen, scores.gather(1, experts), 0.0)
+    fallback = torch.nn.functional.pad(own_weights.to(scores.dtype), (0, K - own))
     # a row without finite logits is ordered by index: fill up with experts it did not choose
     unused = torch.ones_like(keys, dtype=torch.bool).scatter(1, own_experts, False)
     rest = unused.float().sort(dim=-1, descending=True, stable=True).indices[:, : K - own]
-    own_order = torch.cat([own_experts, rest], dim=1)
     return Choice(
-        experts=torch.where(decidable[:, None], experts, own_order),
-        weights=torch.where(decidable[:, None], weights.float(), fallback),
-        n_selected=torch.where(decidable, n_selected, own),
-        n_rejected=torch.where(decidable, n_rejected, 0),
+        experts=torch.where(decided[:, None], experts, torch.cat([own_experts, rest], dim=1)),
+        weights=torch.where(decided[:, None], weights, fallback),
+        n_selected=torch.where(decided, n_selected, own),
+        n_rejected=torch.where(decided, n_rejected, 0),
+        decided=decided,
     )
+
+
+def weigh(choice: Choice, weighing: Weighing) -> Choice:
+    """Make the scores of the chosen experts their weights, in rows that were decided."""
+    weights = choice.weights
+    if weighing.over_chosen:
+        slots = torch.arange(weights.shape[1], device=weights.device)
+        chosen = slots < choice.n_selected[:, None]
+        weights = torch.where(chosen, weights, -torch.inf).softmax(dim=-1)
+        weights = torch.where(chosen, weights, 0.0)
+    elif weighing.renormalize:
+        total = weights.sum(dim=-1, keepdim=True).clamp(min=weighing.floor) + weighing.eps
+        weights = weights / torch.where(total > 0, total, 1.0)
+    if weighing.scale != 1.0:
+        weights = weights * weighing.scale
+    if weights is choice.weights:
+        return choice
+    return replace(choice, weights=torch.where(choice.decided[:, None], weights, choice.weights))
 
 
 def pad(choice: Choice, n_experts: int) -> Tensor:

@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for runs (default: a temporary one)")
     parser.add_argument("--rounds", type=int, default=5, help="of prefills; decoding has 5 times")
     parser.add_argument("--forwards", type=int, default=4, help="prefills a round and mode")
-    parser.add_argument("--sustained", type=int, default=40, help="prefills in one run to its end")
+    parser.add_argument("--sustained", type=int, default=160, help="prefills in one run to its end")
     parser.add_argument("--steps", type=int, default=32, help="decoded tokens a round and mode")
     parser.add_argument("--layers", type=int, default=16)
     args = parser.parse_args()

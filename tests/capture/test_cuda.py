@@ -12,8 +12,10 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from capture.contract.bh import decide, decide_by_expert, decide_by_p_value, empirical_p_values
 from capture.contract.kde import KdeModel, LayerNull
+from capture.kernels.loading import kernels
+from capture.routers.routing import TorchNull, finite_keys, select
 from capture.run import observe, route
-from capture.tokens.cross_entropy import _kernel, cross_entropy
+from capture.tokens.cross_entropy import cross_entropy
 from tests.synthetic import normal_null
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -46,8 +48,8 @@ def read(run: Path, folder: str = "routing") -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("columns", [2, 50, 4096, 50304])
-def test_the_kernel_is_exact_to_float32(dtype, columns):
-    assert _kernel() is not None
+def test_the_loss_kernel_is_exact_to_float32(dtype, columns):
+    assert kernels() is not None
     logits = (8 * torch.randn(300, columns, device="cuda")).to(dtype)
     logits[0] = -torch.inf
     logits[0, 1] = 3.0
@@ -56,6 +58,26 @@ def test_the_kernel_is_exact_to_float32(dtype, columns):
     truth = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
     found = cross_entropy(logits, targets)
     torch.testing.assert_close(found.double(), truth, rtol=2e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n_experts", [2, 8, 60, 64, 128, 256, 512])
+def test_the_selection_kernel_is_the_torch_code_bit_for_bit(dtype, n_experts):
+    assert kernels() is not None
+    torch.manual_seed(n_experts)
+    logits = torch.randn(2000, n_experts, device="cuda").to(dtype)  # 16-bit logits tie often
+    logits[:4] = torch.tensor([[torch.nan], [torch.inf], [-torch.inf], [0.0]])
+    logits[4:200][torch.rand(196, n_experts, device="cuda") < 0.3] = torch.nan
+    keys = finite_keys(logits)
+    scores = keys.softmax(dim=-1).nan_to_num(nan=0.0)
+    own_weights, own = scores.topk(min(8, n_experts), dim=-1)
+    null = TorchNull(normal_null(0, mean=0.0, sd=1.0), 0.3, n_experts)
+    for min_k, max_k in ((1, own.shape[1]), (0, n_experts), (2, min(16, n_experts))):
+        bounds = {"min_k": min_k, "max_k": max_k}
+        fused = null.select(keys, scores, own, own_weights.to(dtype), **bounds)
+        slow = select(keys, *null.order(keys), scores, own, own_weights.to(dtype), **bounds)
+        for name, tensor in vars(slow).items():
+            assert torch.equal(getattr(fused, name), tensor), name
 
 
 @torch.inference_mode()

@@ -25,11 +25,13 @@ from capture.patch import RouterPatcher
 from capture.routers.routing import (
     Choice,
     TorchNull,
-    choose,
+    Weighing,
     empirical_order,
     empirical_p_values,
     finite_keys,
     pad,
+    select,
+    weigh,
 )
 from capture.routers.stats import LayerStats
 from tests.capture.tiny import EXPERTS, LAYERS, batch, tiny_model
@@ -83,7 +85,7 @@ def choice_of(
 ) -> Choice:
     keys = finite_keys(logits)
     own = logits.float().nan_to_num(nan=-1e9).topk(top_k, dim=-1).indices
-    return choose(
+    return select(
         keys,
         order,
         n_rejected,
@@ -92,7 +94,6 @@ def choice_of(
         torch.full(own.shape, 0.5),
         min_k=min_k,
         max_k=max_k,
-        renormalize=False,
     )
 
 
@@ -172,6 +173,7 @@ def test_empirical_p_values_agree_bit_for_bit_and_ignore_padding(case, padded):
             choice.weights[rows],
             choice.n_selected[rows],
             choice.n_rejected[rows],
+            choice.decided[rows],
         ),
         slow,
         logits[rows],
@@ -201,7 +203,7 @@ def test_weights_are_those_of_the_rule(case, renormalize, temperature):
     slow = decide(wide, null.thresholds(0.3, case["E"]), min_k=min_k, max_k=max_k)
     keys = finite_keys(logits)
     order, n_rejected = TorchNull(null, 0.3, case["E"]).order(keys)
-    choice = choose(
+    choice = select(
         keys,
         order,
         n_rejected,
@@ -210,9 +212,8 @@ def test_weights_are_those_of_the_rule(case, renormalize, temperature):
         torch.ones(case["T"], 1),
         min_k=min_k,
         max_k=max_k,
-        renormalize=renormalize,
-        scale=2.5,
     )
+    choice = weigh(choice, Weighing(renormalize, scale=2.5))
     decided = ~no_finite_logit(wide)
     expected = softmax_weights(wide, slow, temperature=temperature, renormalize=renormalize)
     # softmax in another library: the last bits of exp and of the sum may differ
@@ -224,7 +225,7 @@ def test_weights_are_those_of_the_rule(case, renormalize, temperature):
 def test_rows_without_a_finite_logit_keep_the_models_choice():
     logits = torch.tensor([[torch.nan] * 5, [1.0, 3.0, 2.0, 0.0, -1.0]])
     keys = finite_keys(logits)
-    choice = choose(
+    choice = select(
         keys,
         keys.sort(dim=-1, descending=True, stable=True).indices,
         torch.tensor([5, 2]),
@@ -233,8 +234,9 @@ def test_rows_without_a_finite_logit_keep_the_models_choice():
         torch.tensor([[0.6, 0.3], [0.5, 0.2]]),
         min_k=1,
         max_k=4,
-        renormalize=False,
     )
+    for weighing in (Weighing(False, scale=3.0), Weighing(True), Weighing(True, over_chosen=True)):
+        torch.testing.assert_close(weigh(choice, weighing).weights[0], choice.weights[0])
     assert choice.experts.tolist() == [[4, 2, 0, 1], [1, 2, 0, 3]]
     assert choice.n_selected.tolist() == [2, 2]
     assert choice.n_rejected.tolist() == [0, 2]

@@ -1,4 +1,4 @@
-"""The Triton kernel of capture.tokens.cross_entropy; imported only where Triton is installed."""
+"""The loss of each row of logits in one pass over them; imported only where Triton is installed."""
 
 import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
