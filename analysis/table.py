@@ -30,11 +30,15 @@ def format_option(command: F) -> F:
 
 
 def print_frame(frame: pl.DataFrame, output_format: str = "table", *, title: str = "") -> None:
-    """Print a DataFrame on stdout: a table, one JSON array of objects, or CSV with a header."""
+    """Print a DataFrame on stdout: a table, one JSON array of objects, or CSV with a header.
+
+    CSV has no lists: their items stand in one field, a space between them.
+    """
     if output_format == "json":
         print(json.dumps(frame.to_dicts(), default=str))
     elif output_format == "csv":
-        sys.stdout.write(frame.write_csv())
+        lists = pl.selectors.list().cast(pl.List(pl.String)).list.join(" ")
+        sys.stdout.write(frame.with_columns(lists).write_csv())
     else:
         print_table(frame, title=title)
 

@@ -1,5 +1,6 @@
 """`bhlog compare`: policies over one log, side by side."""
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import click
@@ -120,9 +121,9 @@ def compare(
         _shortened(frame, by_layer=by_layer, whole=all_columns or output_format != "table"),
         output_format,
     )
-    overall = frame.filter(pl.col("layer").is_null())
+    _note_bounds(log, min_k, max_k)
     if experts is not None:
-        _note_misses(overall, experts)
+        _note_misses(frame.filter(pl.col("layer").is_null()), experts)
     if figure is not None:
         _draw(
             log, policies, null, figure, min_k=min_k, max_k=max_k,
@@ -148,6 +149,23 @@ def _all_policies(log: "Log", null: "KdeModel | None") -> tuple[str, ...]:
     return tuple(name for name in known if name not in left_out)
 
 
+def _note_bounds(log: "Log", min_k: int | None, max_k: int | None) -> None:
+    """Say on stderr which bounds the run lends to every policy, top-k among them."""
+    from analysis.compare.budget import default_bounds
+
+    low, high = default_bounds(log, min_k, max_k)
+    lent = [
+        f"{name} {value}"
+        for name, value, asked, none in (("min_k", low, min_k, 1), ("max_k", high, max_k, None))
+        if asked is None and value != none
+    ]
+    if lent:
+        click.echo(
+            f"bhlog: {' and '.join(lent)} as in the run; --min-k and --max-k say otherwise",
+            err=True,
+        )
+
+
 def _note_misses(overall: "pl.DataFrame", experts: float) -> None:
     """Say on stderr which policies could not be brought to the budget."""
     missed = [
@@ -166,13 +184,15 @@ def _note_misses(overall: "pl.DataFrame", experts: float) -> None:
 def _families() -> "pl.DataFrame":
     import polars as pl
 
-    from analysis.policy import families, parse_policy
+    from analysis.policy import families
 
     rows = []
     for name, kind in families().items():
-        example = parse_policy(name, open_value=True)
         summary = (kind.__doc__ or "").strip().splitlines()[0]
-        rows.append({"policy": str(example), "parameter": kind.parameter, "chooses": summary})
+        own = [f for f in fields(kind) if not f.kw_only and f.name != kind.parameter]
+        options = [f",{f.name.rstrip('_')}={f.default}" for f in own]
+        example = f"{name}:{kind.example:g}{''.join(options)}"
+        rows.append({"policy": example, "parameter": kind.parameter, "chooses": summary})
     return pl.DataFrame(rows)
 
 

@@ -113,7 +113,8 @@ def draw_sample(
     most = max(1, min(MOST_ROWS, MOST_VALUES // (len(by_layer) * log.n_experts)))
     parts, whole = [], True
     for groups in by_layer.values():
-        chosen = spread(groups)
+        few = sum(group.rows for group in groups) <= most
+        chosen = groups if few else spread(groups)
         whole &= len(chosen) == len(groups)
         drawn = []
         for group, quota in zip(chosen, quotas(chosen, most), strict=True):

@@ -17,8 +17,7 @@ from capture.contract.kde import KdeModel
 
 TOLERANCE = 0.001  # experts per token
 HALVINGS = 40
-SPREAD = 4.0  # about the standard deviation of n_selected, for a first bracket
-FIRST_CANDIDATES = 4  # values of a policy counted in the first pass
+SPREAD = 4.0  # about the standard deviation of n_selected: how wrong a sample may be
 MOST_PASSES = 5
 
 
@@ -104,32 +103,23 @@ def mean_experts(policy: Policy, sample: Sample) -> float:
 class _Search:
     """One policy's way to the budget.
 
-    Works on positions (see Policy.value_at), along which the mean never falls.
+    Works on positions (see Policy.value_at), along which the mean never falls. The sample says how
+    the mean runs between positions, passes over the log where it lies: the sample's curve, moved
+    to go through what was counted, crosses the budget near the right place.
 
     Attributes:
         known: mean experts over all rows, by policy.
     """
 
     def __init__(self, policy: Policy, experts: float, sample: Sample) -> None:
-        self.policy, self.experts = policy, experts
+        self.policy, self.experts, self.sample = policy, experts, sample
         self.n_experts = sample.parts[0].n_experts
         self.known: dict[Policy, float] = {}
         self._positions: dict[Policy, float] = {}
-        sampled: dict[Policy, float] = {}
-
-        def mean(position: float) -> float:
-            at = self._at(position)
-            if at not in sampled:
-                sampled[at] = mean_experts(at, sample)
-            return sampled[at]
-
+        self._sampled: dict[Policy, float] = {}
         if sample.whole:
-            _around(mean, experts)
-            self.known = sampled
-            return
-        slack = 5 * SPREAD / np.sqrt(len(sample))
-        self._left = _around(mean, experts - slack)[0]
-        self._right = _around(mean, experts + slack)[1]
+            _around(self._mean, experts)
+            self.known = self._sampled
 
     @property
     def best(self) -> Policy:
@@ -139,34 +129,48 @@ class _Search:
     def candidates(self) -> list[Policy]:
         """Policies to be counted next; none when nothing can be gained."""
         if not self.known:
-            positions = np.linspace(self._left, self._right, FIRST_CANDIDATES)
+            slack = 5 * SPREAD / np.sqrt(len(self.sample))
+            positions = self._crossings(self.experts + slack * np.array([-1, -0.2, 0.2, 1]))
         elif self._gap(self.best) <= TOLERANCE:
             return []
         else:
-            positions = self._near_the_goal()
+            positions = self._nearer()
         wanted: dict[Policy, None] = {}
-        for position in positions.tolist():
+        for position in positions:
             self._positions.setdefault(self._at(position), position)
             wanted[self._at(position)] = None
         return [candidate for candidate in wanted if candidate not in self.known]
 
-    def _near_the_goal(self) -> NDArray[np.float64]:
-        """Positions where the mean should reach the budget, by the nearest known ones.
+    def _nearer(self) -> list[float]:
+        """Positions between the counted ones on either side of the budget, or beyond them all."""
+        counted = sorted((self._positions[policy], mean) for policy, mean in self.known.items())
+        below = [position for position, mean in counted if mean < self.experts]
+        above = [position for position, mean in counted if mean >= self.experts]
+        if not below or not above:  # the sample misled: go on by what is missing, and further
+            end = above[0] if above else below[-1]
+            missing = self.experts - self.known[self._at(end)]
+            return self._crossings(self._mean(end) + missing * np.array([0.5, 0.9, 1.1, 2]))
+        left, right = below[-1], above[0]
+        means = [self.known[self._at(left)], self.known[self._at(right)]]
+        sampled = np.array([self._mean(left), self._mean(right)])
+        goal = np.interp(self.experts, means, sampled)
+        step = 0.02 * (sampled[1] - sampled[0])
+        positions = self._crossings(np.array([goal - step, goal + step]))
+        # below the steps of the sample a straight line does, and where the mean jumps the middle
+        straight = np.interp(self.experts, means, [left, right])
+        return [*np.clip(positions, left, right).tolist(), float(straight), (left + right) / 2]
 
-        In the middle too: where the mean jumps, only halving comes nearer.
-        """
-        means = sorted((self._positions[policy], mean) for policy, mean in self.known.items())
-        below = [(position, mean) for position, mean in means if mean < self.experts]
-        above = [(position, mean) for position, mean in means if mean >= self.experts]
-        if not below or not above:  # the sample misled: look further out
-            reach = 8 * max(1e-3, self._right - self._left)
-            left, right = means[0][0], means[-1][0]
-            left, right = (left - reach, left) if above else (right, right + reach)
-            return np.clip(np.linspace(left, right, FIRST_CANDIDATES), 0, 1)
-        (left, low), (right, high) = below[-1], above[0]
-        goal = left + (right - left) * (self.experts - low) / (high - low)
-        step = 0.02 * (right - left)
-        return np.clip([goal - step, goal, goal + step, (left + right) / 2], left, right)
+    def _crossings(self, goals: NDArray[np.float64]) -> list[float]:
+        """Positions where the sample's mean reaches the goals: before the first, after others."""
+        sides = [_around(self._mean, goal) for goal in sorted(goals.tolist())]
+        return [sides[0][0], *(right for _, right in sides)]
+
+    def _mean(self, position: float) -> float:
+        """Mean experts over the sample."""
+        at = self._at(position)
+        if at not in self._sampled:
+            self._sampled[at] = mean_experts(at, self.sample)
+        return self._sampled[at]
 
     def _gap(self, policy: Policy) -> float:
         return abs(self.known[policy] - self.experts)

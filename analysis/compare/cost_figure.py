@@ -86,7 +86,7 @@ def _looks(curves: CostCurves) -> dict[str, Look]:
         looks[curve.label] = {
             "color": COLORS[i % len(COLORS)],
             "ls": ("-", (0, (4, 1.5)))[i % 2],
-            "lw": 1.4 + 2.2 * (n - 1 - i) / max(1, n - 1),
+            "lw": 1.3 + 1.7 * (n - 1 - i) / max(1, n - 1),
         }
     return looks
 

@@ -13,7 +13,7 @@ from capture.contract.bh import critical_values, decide_by_expert
 
 @dataclass(frozen=True)
 class Bh(Policy):
-    """The step-up rule at level alpha: n = max {k : p_(k) <= k * alpha / E}, 0 if there is none.
+    """The step-up rule: n = max {k : p_(k) <= k * alpha / E}, 0 if there is none.
 
     Decided by the same float32 thresholds as capture and replay, bit for bit.
 
