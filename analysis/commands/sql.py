@@ -18,6 +18,7 @@ examples:
   bhlog sql runs/demo --query experts_per_token
   bhlog sql runs/demo "SELECT layer, avg(bh_count(logits, layer, 0.1)) FROM routing GROUP BY layer"
   bhlog sql --list
+  bhlog sql --describe routing
 """
 
 
@@ -34,7 +35,11 @@ examples:
     help="A parameter of the question; repeatable.",
 )
 @click.option("--list", "list_questions", is_flag=True, help="List the questions.")
-@click.option("--describe", metavar="NAME", help="What a question reads, takes and returns.")
+@click.option(
+    "--describe",
+    metavar="NAME",
+    help="What a question reads, takes and returns, or what the columns of a view mean.",
+)
 @click.option(
     "--format",
     "result_format",
@@ -89,7 +94,7 @@ def sql(
         _print_questions(result_format or "table")
         return
     if describe is not None:
-        _print_question(describe)
+        _describe(describe, result_format or "table")
         return
     runs, query = _runs_and_query(arguments)
     if name is not None and query is not None:
@@ -198,7 +203,15 @@ def _print_questions(result_format: str) -> None:
     print_result(rows.schema, iter(rows.to_batches()), result_format, max_rows=rows.num_rows)
 
 
-def _print_question(name: str) -> None:
+def _describe(name: str, result_format: str) -> None:
+    from analysis.database.catalog import VIEWS
     from analysis.database.question import find_question
 
-    click.echo(find_question(name).text, nl=False)
+    if name not in VIEWS:
+        click.echo(find_question(name).text, nl=False)
+        return
+    from analysis.database.database import connect
+    from analysis.database.result import print_result
+
+    with connect([]) as database:
+        print_result(*database.describe(name), result_format, max_rows=1000)

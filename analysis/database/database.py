@@ -20,10 +20,11 @@ from typing import Any, Self
 import duckdb
 import pyarrow as pa
 
+from analysis.database.catalog import VIEWS
 from analysis.database.functions import FUNCTIONS, register_functions
 from analysis.database.nulls import Nulls
 from analysis.database.run_files import SCHEME, RunFiles
-from analysis.database.views import VIEWS, create_views
+from analysis.database.views import create_views
 from analysis.log import Log
 from capture.contract.errors import CorruptShard, InvalidOption, KdeMismatch, RouterLogError
 from capture.contract.kde import KdeModel
@@ -135,13 +136,21 @@ class Database:
         """Type of each column of each view."""
         described = self.connection.execute(
             "SELECT table_name, column_name, data_type FROM duckdb_columns() "
-            "WHERE NOT internal ORDER BY table_oid, column_index"
+            "WHERE NOT internal AND schema_name = 'main' ORDER BY table_oid, column_index"
         ).fetchall()
         views: dict[str, dict[str, str]] = {name: {} for name in VIEWS}
         for view, column, data_type in described:
-            if not view.startswith("_"):
-                views.setdefault(view, {})[column] = data_type
+            views.setdefault(view, {})[column] = data_type
         return views
+
+    def describe(self, view: str) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        """Column, type and meaning of each column of a view, as batches gives them."""
+        return self.batches(
+            "SELECT column_name AS column, data_type AS type, comment AS meaning "
+            "FROM duckdb_columns() WHERE schema_name = 'main' AND table_name = $view "
+            "ORDER BY column_index",
+            {"view": view},
+        )
 
     def errors(self) -> "_Errors":
         """A context that turns DuckDB's errors into one-line errors of bhlog."""

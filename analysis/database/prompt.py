@@ -14,17 +14,17 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
+from analysis.database.catalog import VIEWS, meaning
 from analysis.database.database import Database
 from analysis.database.functions import FUNCTIONS
 from analysis.database.question import find_question, pairs, questions
 from analysis.database.result import print_result
-from analysis.database.views import VIEWS
 from analysis.table import spelled_out
 from capture.contract.errors import InvalidOption, RouterLogError
 
 HELP = """\
 Enter runs the query, Alt-Enter starts a new line, Tab completes, Ctrl-D leaves.
-  .tables               the views and their columns
+  .tables [VIEW]        the views and their columns; what a view's columns mean
   .list                 the questions of bhlog
   .query NAME [K=V...]  ask one
   .help, .quit"""
@@ -105,13 +105,16 @@ class SqlCompleter(Completer):
         before = document.text_before_cursor
         if before.startswith("."):
             word = before.split(" ")[-1]
-            names = self._questions if before.startswith(".query ") else COMMANDS
+            after = {".query": self._questions, ".tables": list(VIEWS)}
+            command, blank, _ = before.partition(" ")
+            names = after.get(command, []) if blank else list(COMMANDS)
             yield from _matching(names, word, "")
             return
         found = re.search(r"(?:(\w+)\.)?(\w*)$", before)
         view, word = (found[1], found[2]) if found else (None, "")
         if view in self._columns:
-            yield from _matching(self._columns[view], word, f"column of {view}")
+            for column in self._columns[view]:
+                yield from _matching([column], word, meaning(view, column))
             return
         if re.search(r"\b(FROM|JOIN)\s+\w*$", before, re.IGNORECASE):
             yield from _matching(self._columns, word, "view")
@@ -140,6 +143,10 @@ def _answer(database: Database, line: str, result_format: str, max_rows: int) ->
         raise InvalidOption(f"cannot read {line!r}: {error}") from error
     if command == ".help":
         print(HELP)
+    elif command == ".tables" and words:
+        if words[0] not in VIEWS:
+            raise InvalidOption(f"no view '{words[0]}'; views: {', '.join(VIEWS)}")
+        print_result(*database.describe(words[0]), result_format, max_rows=max_rows)
     elif command == ".tables":
         for view, columns in database.columns().items():
             print(f"{view}: {', '.join(columns)}")

@@ -8,6 +8,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from analysis.database.catalog import VIEWS, meaning
 from analysis.database.run_files import SCHEME, RunFiles
 from analysis.log import Log
 from analysis.replay.decisions import SCHEMA as DECISIONS
@@ -16,16 +17,6 @@ from capture.contract.kde import KdeModel
 from capture.contract.manifest import Totals
 from capture.contract.null_file import KDE_SCHEMA
 from capture.contract.schema import routing_schema, schema_difference, tokens_schema
-
-VIEWS = {
-    "routing": "a row per token and layer",
-    "selections": "a row per selected expert",
-    "tokens": "a row per token",
-    "runs": "a row per run, from its manifest",
-    "kde": "a row per curve of the null models, and per histogram kept for refits",
-    "replays": "decisions that bhlog replay --out wrote: a row per replay, token and layer",
-    "shards": "a row per file that holds a run's rows",
-}
 
 # experts, weights and logits are indexed rather than unnested, so that unused ones are not read.
 SELECTIONS = """
@@ -50,10 +41,10 @@ FROM (SELECT *, unnest(range(1, len(experts) + 1)) AS k FROM routing);
 _SHARDS = """
 CREATE VIEW shards AS
 SELECT run, folder, parse_filename(path) AS shard, bytes, coalesce(rows, 0) AS rows
-FROM _files
+FROM internal.files
 LEFT JOIN (
     SELECT path, count(*) AS rows
-    FROM (SELECT path FROM _routing_paths UNION ALL SELECT path FROM _tokens_paths)
+    FROM (SELECT path FROM internal.routing UNION ALL SELECT path FROM internal.tokens)
     GROUP BY path
 ) AS counted USING (path)
 ORDER BY run, folder, shard;
@@ -76,13 +67,15 @@ def create_views(
     Raises:
         CorruptShard: the first shard of a run is unreadable or has other columns.
     """
+    connection.execute("CREATE SCHEMA internal").fetchall()
     _create_rows(connection, runs, files, "routing", routing_schema(0))
     _create_rows(connection, runs, files, "tokens", tokens_schema())
-    connection.execute(SELECTIONS)
+    connection.execute(SELECTIONS).fetchall()
     _create_table(connection, "runs", runs_table(runs))
     _create_kde(connection, runs, kde)
     _create_replays(connection, files, runs)
     _create_shards(connection, runs, files)
+    _comment(connection)
 
 
 def runs_table(runs: Mapping[str, Log]) -> pa.Table:
@@ -233,7 +226,7 @@ def _create_shards(
     schema = pa.schema(
         [(c, pa.string()) for c in ("run", "folder", "path")] + [("bytes", pa.int64())]
     )
-    _create_table(connection, "_files", pa.Table.from_pylist(listed, schema))
+    _create_table(connection, "internal.files", pa.Table.from_pylist(listed, schema))
     for folder in ("routing", "tokens"):
         paths = [row["path"] for row in listed if row["folder"] == folder]
         relation = (
@@ -241,8 +234,26 @@ def _create_shards(
             if paths
             else _empty(connection, pa.schema([("path", pa.string())]))
         )
-        relation.create_view(f"_{folder}_paths")
-    connection.execute(_SHARDS)
+        connection.execute("SET schema = 'internal'").fetchall()  # create_view takes a bare name
+        relation.create_view(folder)
+        connection.execute("SET schema = 'main'").fetchall()
+    connection.execute(_SHARDS).fetchall()
+
+
+def _comment(connection: duckdb.DuckDBPyConnection) -> None:
+    """Write what views and columns mean into the database, where duckdb_columns() shows it."""
+    described = connection.execute(
+        "SELECT table_name, column_name, table_name IN (SELECT view_name FROM duckdb_views()) "
+        "FROM duckdb_columns() WHERE NOT internal AND schema_name = 'main'"
+    ).fetchall()
+    statements = []
+    for view, column, is_view in described:
+        text = meaning(view, column).replace("'", "''")
+        statements.append(f"COMMENT ON COLUMN {view}.{column} IS '{text}'")
+        kind = "VIEW" if is_view else "TABLE"
+        about = VIEWS[view].replace("'", "''")
+        statements.append(f"COMMENT ON {kind} {view} IS '{about}'")
+    connection.execute("; ".join(dict.fromkeys(statements))).fetchall()
 
 
 def _read(
@@ -262,7 +273,7 @@ def _read(
 
 def _empty(connection: duckdb.DuckDBPyConnection, schema: pa.Schema) -> duckdb.DuckDBPyRelation:
     """No rows of these columns, of the types that DuckDB reads from Parquet."""
-    name = f"_no_{len(connection.execute('SHOW ALL TABLES').fetchall())}"
+    name = f"internal.no_{len(connection.execute('SHOW ALL TABLES').fetchall())}"
     fields = [
         pa.field(f.name, pa.list_(f.type.value_type))
         if pa.types.is_fixed_size_list(f.type)

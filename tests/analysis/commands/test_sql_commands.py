@@ -85,6 +85,14 @@ def test_list_and_describe_need_no_run(bhlog):
     assert listed["coactivation"]["parameters"] == "layer min_tokens top"
     code, out, _ = bhlog("--describe", "routes")
     assert code == 0 and out.startswith("-- routes.sql\n") and "Returns one row per" in out
+    code, out, _ = bhlog("--describe", "shards")
+    assert code == 0 and out.splitlines()[2].split() == [
+        "folder",
+        "VARCHAR",
+        "routing",
+        "or",
+        "tokens",
+    ]
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.json", "x.md", "x.parquet", "x.txt"])

@@ -6,8 +6,8 @@ import duckdb
 import numpy as np
 import pytest
 
+from analysis.database.catalog import VIEWS, meaning
 from analysis.database.database import connect
-from analysis.database.views import VIEWS
 from analysis.log import Log, open_log
 from analysis.replay.decisions import write_decisions
 from capture.contract.bh import BhOptions
@@ -35,6 +35,16 @@ def test_every_view_is_there_and_says_its_run(database):
         assert next(iter(columns[view])) == "run"
     assert columns["routing"]["logits"] == "FLOAT[]"
     assert columns["routing"]["phase"] == "VARCHAR"
+
+
+def test_every_column_says_what_it_means(database):
+    for view, columns in database.columns().items():
+        (batch,) = database.describe(view)[1]
+        assert [(row["column"], row["type"]) for row in batch.to_pylist()] == list(columns.items())
+        assert all(row["meaning"] == meaning(view, row["column"]) for row in batch.to_pylist())
+    comments = dict(database.sql("SELECT view_name, comment FROM duckdb_views()").fetchall())
+    assert comments["selections"] == VIEWS["selections"]
+    assert {name for (name,) in database.sql("SHOW TABLES").fetchall()} == set(VIEWS)
 
 
 def test_routing_holds_the_rows_of_the_log(run, database):

@@ -9,6 +9,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
+from analysis.database.catalog import VIEWS
 from analysis.database.database import connect
 from analysis.database.prompt import SqlCompleter, history_path, run_prompt
 from analysis.log import open_log
@@ -89,7 +90,9 @@ def test_tab_completes(prompt):
 
 
 def test_commands_say_what_is_there(prompt):
-    out, _ = prompt(".help\r.tables\r.list\r")
+    out, err = prompt(".help\r.tables\r.list\r.tables tokens\r.tables x\r")
+    assert "nll FLOAT loss of this token" in " ".join(out.split())
+    assert err == f"bhlog: no view 'x'; views: {', '.join(VIEWS)}\n"
     assert "Tab completes" in out and "shards: run, folder, shard, bytes, rows" in out
     assert "coactivation: Which experts" in out
 
@@ -130,5 +133,6 @@ def test_completion_knows_views_columns_functions_and_questions(database):
     assert completions(database, "SELECT tokens.n") == ["nll"]
     assert "p_value" in completions(database, "SELECT p_")
     assert completions(database, ".que") == [".query"]
+    assert completions(database, ".tables s") == ["selections", "shards"]
     assert completions(database, ".query vocab") == ["vocabulary_specialization"]
     assert completions(database, "SELECT xyz") == []

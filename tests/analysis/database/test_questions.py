@@ -7,9 +7,9 @@ from statistics import correlation, mean, median_low, pstdev
 
 import pytest
 
+from analysis.database.catalog import VIEWS
 from analysis.database.database import connect
 from analysis.database.question import find_question, questions
-from analysis.database.views import VIEWS
 from analysis.log import open_log
 from capture.contract.bh import BhOptions
 from capture.contract.errors import InvalidOption
