@@ -20,7 +20,6 @@ from capture.routers.routing import (
     TorchNull,
     empirical_order,
     finite_keys,
-    pad,
     select,
     weigh,
 )
@@ -294,10 +293,10 @@ class RouterPatcher:
             keep = None if forward is None else forward.keep.reshape(-1).to(keys.device)
             own = scores, own_experts, own_weights
             if null is not None:
-                choice = null.select(keys, *own, min_k=min_k, max_k=max_k)
+                choice = null.select(keys, *own, min_k=min_k, max_k=max_k, skip=skips)
             else:
                 ranked = empirical_order(keys, options.alpha, keep)
-                choice = select(keys, *ranked, *own, min_k=min_k, max_k=max_k)
+                choice = select(keys, *ranked, *own, min_k=min_k, max_k=max_k, skip=skips)
             choice = weigh(choice, weighing)
             weights = choice.weights.to(own_weights.dtype)
             if stats is not None:
@@ -313,8 +312,7 @@ class RouterPatcher:
                         "n_rejected": choice.n_rejected,
                     },
                 )
-            experts = pad(choice, router.n_experts) if skips else choice.experts
-            return (logits, weights, experts.to(own_experts.dtype), *output[3:])
+            return (logits, weights, choice.experts.to(own_experts.dtype), *output[3:])
 
         return steer
 

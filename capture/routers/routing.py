@@ -19,7 +19,7 @@ class Choice:
 
     Attributes:
         experts: (T, K) int64; beyond n_selected the experts next in order, or the number of
-            experts as a sentinel, see `pad`.
+            experts as a sentinel, see `select`.
         weights: (T, K) in the dtype of the model's scores, 0 beyond n_selected.
         n_selected: (T,) int64.
         n_rejected: (T,) int64, raw BH count before the bounds.
@@ -94,6 +94,7 @@ class TorchNull:
         *,
         min_k: int,
         max_k: int,
+        skip: bool = False,
     ) -> Choice:
         """Choose each row's experts; see `select`. On CUDA with Triton it is one kernel."""
         fused = None
@@ -101,8 +102,9 @@ class TorchNull:
             fused = kernels()
         if fused is None:
             order, n_rejected = self.order(keys)
+            own_choice = own_experts, own_weights
             return select(
-                keys, order, n_rejected, scores, own_experts, own_weights, min_k=min_k, max_k=max_k
+                keys, order, n_rejected, scores, *own_choice, min_k=min_k, max_k=max_k, skip=skip
             )
         T, E = keys.shape
         own = own_experts.shape[1]
@@ -132,6 +134,7 @@ class TorchNull:
                 K,
                 min_k,
                 max_k,
+                SKIP=skip,
                 LANES=lanes,
                 CHUNK=min(lanes, 32),
                 num_warps=max(1, min(4, lanes // 64)),
@@ -154,8 +157,7 @@ class TorchNull:
 
 def finite_keys(logits: Tensor) -> Tensor:
     """(T, E) float32 logits with NaN and infinities replaced by -inf, so that they rank last."""
-    wide = logits.detach().float()
-    return torch.where(wide.isfinite(), wide, -torch.inf)
+    return logits.detach().float().nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
 
 def empirical_order(keys: Tensor, alpha: float, keep: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -209,6 +211,7 @@ def select(
     *,
     min_k: int,
     max_k: int,
+    skip: bool = False,
 ) -> Choice:
     """Bound the counts and take the chosen experts' scores as they are; see `weigh`.
 
@@ -219,22 +222,29 @@ def select(
         own_experts, own_weights: (T, top_k), what the router chose by itself: rows with no finite
             logit keep it.
         min_k, max_k: bounds on experts per row.
+        skip: whether unused slots hold the number of experts, which skips their compute, rather
+            than the experts next in order.
     """
     E, own = keys.shape[1], own_experts.shape[1]
     K = min(E, max(max_k, own))
     decided = keys.isfinite().any(dim=-1)
     n_selected = n_rejected.clamp(min_k, max_k)
     experts = order[:, :K]
-    chosen = torch.arange(K, device=keys.device) < n_selected[:, None]
+    slots = torch.arange(K, device=keys.device)
+    chosen = slots < n_selected[:, None]
     weights = torch.where(chosen, scores.gather(1, experts), 0.0)
     fallback = torch.nn.functional.pad(own_weights.to(scores.dtype), (0, K - own))
     # a row without finite logits is ordered by index: fill up with experts it did not choose
     unused = torch.ones_like(keys, dtype=torch.bool).scatter(1, own_experts, False)
     rest = unused.float().sort(dim=-1, descending=True, stable=True).indices[:, : K - own]
+    experts = torch.where(decided[:, None], experts, torch.cat([own_experts, rest], dim=1))
+    n_selected = torch.where(decided, n_selected, own)
+    if skip:
+        experts = torch.where(slots < n_selected[:, None], experts, E)
     return Choice(
-        experts=torch.where(decided[:, None], experts, torch.cat([own_experts, rest], dim=1)),
+        experts=experts,
         weights=torch.where(decided[:, None], weights, fallback),
-        n_selected=torch.where(decided, n_selected, own),
+        n_selected=n_selected,
         n_rejected=torch.where(decided, n_rejected, 0),
         decided=decided,
     )
@@ -256,12 +266,6 @@ def weigh(choice: Choice, weighing: Weighing) -> Choice:
     if weights is choice.weights:
         return choice
     return replace(choice, weights=torch.where(choice.decided[:, None], weights, choice.weights))
-
-
-def pad(choice: Choice, n_experts: int) -> Tensor:
-    """(T, K) int64 experts whose unused slots hold n_experts, which skips their compute."""
-    slots = torch.arange(choice.experts.shape[1], device=choice.experts.device)
-    return torch.where(slots < choice.n_selected[:, None], choice.experts, n_experts)
 
 
 def _last_rank(passes: Tensor) -> Tensor:

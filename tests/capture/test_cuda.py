@@ -73,9 +73,9 @@ def test_the_selection_kernel_is_the_torch_code_bit_for_bit(dtype, n_experts):
     own_weights, own = scores.topk(min(8, n_experts), dim=-1)
     null = TorchNull(normal_null(0, mean=0.0, sd=1.0), 0.3, n_experts)
     for min_k, max_k in ((1, own.shape[1]), (0, n_experts), (2, min(16, n_experts))):
-        bounds = {"min_k": min_k, "max_k": max_k}
-        fused = null.select(keys, scores, own, own_weights.to(dtype), **bounds)
-        slow = select(keys, *null.order(keys), scores, own, own_weights.to(dtype), **bounds)
+        options = {"min_k": min_k, "max_k": max_k, "skip": min_k == 1}
+        fused = null.select(keys, scores, own, own_weights.to(dtype), **options)
+        slow = select(keys, *null.order(keys), scores, own, own_weights.to(dtype), **options)
         for name, tensor in vars(slow).items():
             assert torch.equal(getattr(fused, name), tensor), name
 

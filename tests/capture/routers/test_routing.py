@@ -29,7 +29,6 @@ from capture.routers.routing import (
     empirical_order,
     empirical_p_values,
     finite_keys,
-    pad,
     select,
     weigh,
 )
@@ -225,23 +224,23 @@ def test_weights_are_those_of_the_rule(case, renormalize, temperature):
 def test_rows_without_a_finite_logit_keep_the_models_choice():
     logits = torch.tensor([[torch.nan] * 5, [1.0, 3.0, 2.0, 0.0, -1.0]])
     keys = finite_keys(logits)
-    choice = select(
+    rows = (
         keys,
         keys.sort(dim=-1, descending=True, stable=True).indices,
         torch.tensor([5, 2]),
         keys.softmax(dim=-1).nan_to_num(nan=0.0),
         torch.tensor([[4, 2], [1, 2]]),
         torch.tensor([[0.6, 0.3], [0.5, 0.2]]),
-        min_k=1,
-        max_k=4,
     )
+    choice = select(*rows, min_k=1, max_k=4)
     for weighing in (Weighing(False, scale=3.0), Weighing(True), Weighing(True, over_chosen=True)):
         torch.testing.assert_close(weigh(choice, weighing).weights[0], choice.weights[0])
     assert choice.experts.tolist() == [[4, 2, 0, 1], [1, 2, 0, 3]]
     assert choice.n_selected.tolist() == [2, 2]
     assert choice.n_rejected.tolist() == [0, 2]
     torch.testing.assert_close(choice.weights[0], torch.tensor([0.6, 0.3, 0.0, 0.0]))
-    assert pad(choice, 5).tolist() == [[4, 2, 5, 5], [1, 2, 5, 5]]
+    skipping = select(*rows, min_k=1, max_k=4, skip=True)
+    assert skipping.experts.tolist() == [[4, 2, 5, 5], [1, 2, 5, 5]]
 
 
 def test_unused_slots_hold_experts_that_were_not_chosen():
