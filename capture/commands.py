@@ -1,9 +1,18 @@
 """`bhlog capture` and `bhlog demo`. Torch is imported when a command runs."""
 
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
+
+from capture.contract.errors import InvalidOption
 
 EPILOG = """\b
 examples:
@@ -118,13 +127,14 @@ def capture(
     """
     from analysis.table import progress_bar
     from capture.contract.bh import BhOptions, Renormalize
-    from capture.contract.errors import InvalidOption
     from capture.contract.kde import KdeModel
     from capture.contract.manifest import Routing
-    from capture.session import CaptureOptions, load_model
+    from capture.session import CaptureOptions, load_model, n_tokens, share
     from capture.session import capture as run_capture
-    from capture.text import read_documents, windows
+    from capture.text import digest, read_documents, windows
     from capture.writing.fitting import KdeFit
+    from capture.writing.folder import check_new
+    from capture.writing.launch import rank
     from capture.writing.writer import RunWriter, WriterOptions
 
     routing, null = Routing(), None
@@ -144,8 +154,8 @@ def capture(
         if kde is None and resume and not empirical and (Path(out) / "kde.parquet").exists():
             kde = str(Path(out) / "kde.parquet")
         null = KdeModel.load(kde) if kde is not None else None
-    elif kde is not None or empirical:
-        raise InvalidOption("--kde and --empirical need --route bh: native routing has no p-values")
+    else:
+        _refuse("alpha", "kde", "empirical", "min_k", "max_k", "temperature", "renormalize")
     fit = None if fit_kde is None else KdeFit(fit_kde, trim_low=trim_low, trim_high=trim_high)
     if fit is None and (trim_low or trim_high):
         raise InvalidOption("--trim-high and --trim-low are for --fit-kde: name its file")
@@ -156,21 +166,25 @@ def capture(
             sample_every=sample_every, token_ids=not no_token_ids, on_full=on_full
         ),
     )
+    if not resume and rank() == 0:
+        check_new(Path(out))  # before the model is loaded
     documents = list(read_documents(texts, field=field))
     loaded = load_model(model, device=device, dtype=dtype)
     texts_cut = windows(documents, loaded.tokenizer, max_length=max_length, max_tokens=max_tokens)
-    total = sum(len(window.token_ids) for window in texts_cut)
-    total += generate * len(texts_cut)
     noted = {
         "batch_size": batch_size,
         "max_length": max_length,
         "generate": generate,
         "windows": len(texts_cut),
+        "windows_sha256": digest(texts_cut),
     }
-    with progress_bar(f"capture {Path(out).name}", total, unit="tokens") as advance:
+    total = n_tokens(share(texts_cut), generate)
+    with _interruptible(out), progress_bar(Path(out).name, total, unit="tokens") as advance:
+        lines = _ProgressLines(out, total)
 
         def progress(tokens: int, writer: RunWriter) -> None:
             advance(tokens, note=f"{writer.bytes_written / 1e6:.1f} MB")
+            lines.advance(tokens, writer.bytes_written)
 
         manifest = run_capture(
             loaded,
@@ -194,6 +208,62 @@ def capture(
             click.echo(f"{count:,} tokens {name}")
     if totals.nonfinite:
         click.echo(f"{totals.nonfinite:,} rows with NaN or infinite logits, logged as they are")
+
+
+def _refuse(*names: str) -> None:
+    """Raise InvalidOption if one of the options, which mean nothing here, was given.
+
+    Somebody who forgets --route bh would get a long run of the wrong kind.
+    """
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = f"--{name.replace('_', '-')}"
+            raise InvalidOption(f"{option} needs --route bh: native routing is the model's own")
+
+
+class _ProgressLines:
+    """A line on stderr now and then where it is a file, in which a bar cannot move."""
+
+    EVERY_SECONDS = 30.0
+
+    def __init__(self, run: str, total: int) -> None:
+        self._run, self._total, self._done = run, total, 0
+        self._first: tuple[float, int] | None = None  # when speed is measured from
+        self._said = time.monotonic()
+
+    def advance(self, tokens: int, n_bytes: int) -> None:
+        """Tokens just done, and the bytes on disk by now."""
+        now = time.monotonic()
+        self._done += tokens
+        if self._first is None:
+            self._first = now, self._done
+        if sys.stderr.isatty() or now - self._said < self.EVERY_SECONDS:
+            return
+        self._said = now
+        speed = (self._done - self._first[1]) / max(1e-9, now - self._first[0])
+        click.echo(
+            f"{self._run}: {self._done:,} of {self._total:,} tokens, {speed:,.0f} tokens/s, "
+            f"{n_bytes / 1e6:.1f} MB",
+            err=True,
+        )
+
+
+@contextmanager
+def _interruptible(run: str) -> Iterator[None]:
+    """A block that SIGTERM, which job schedulers send, interrupts as Ctrl-C does."""
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (Path(run) / "run.json").exists():
+            click.echo(f"{run} is closed; the same command with --resume goes on with it", err=True)
+        raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @click.command(epilog="\b\nexample:\n  bhlog demo --out runs/demo")

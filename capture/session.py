@@ -124,7 +124,9 @@ def capture(
 ) -> Manifest:
     """Run windows of text through a model and log a run; return its manifest.
 
-    Of the processes of a launch, each runs its share of the windows: every world_size-th.
+    Of the processes of a launch, each runs its share of the windows: every world_size-th. Batches
+    are logged whole or not at all: what stops a run in the middle of one leaves the batch out, and
+    resuming the run begins with it.
 
     Args:
         routing: native (default) or BH.
@@ -132,7 +134,7 @@ def capture(
         extra: options to note in the manifest.
         resume: continue the run after its last sealed shard.
         fit: a null model to fit from what is logged.
-        progress: called after each batch.
+        progress: called after each batch, and first with the tokens that a resumed run has.
 
     Raises:
         RunExists, UnsupportedModel, KdeMismatch, InvalidOption, WriterFailed.
@@ -152,13 +154,24 @@ def capture(
     )
     texts = share(texts)
     with recording(patcher, routing, kde, writer, fit):
+        assert patcher.recorder is not None
         done = writer.next_sequence
+        writer.checkpoint()
+        if progress is not None and done:
+            progress(n_tokens(texts[:done], options.generate), writer)
         for batch in batches(texts[done:], batch_size=options.batch_size, pad_id=loaded.pad_id):
             patcher.name_sources(batch.sources)
             tokens = _run(loaded.model, batch, options.generate, loaded.pad_id)
+            patcher.recorder.flush()
+            writer.checkpoint()
             if progress is not None:
                 progress(tokens, writer)
     return writer.manifest
+
+
+def n_tokens(texts: Sequence[Window], generate: int) -> int:
+    """Tokens that windows hold, and at most generate after them."""
+    return sum(len(window.token_ids) + generate for window in texts)
 
 
 def share(texts: Sequence[Window]) -> Sequence[Window]:

@@ -1,11 +1,13 @@
 """Text to run through a model: documents, token windows, padded batches."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,6 +122,15 @@ def _field(line: str, field: str, where: str) -> str:
             f"{where}: no text in field '{field}'; it has {found}: name one with --field"
         )
     return value
+
+
+def digest(windows: Iterable[Window]) -> str:
+    """Sha256 of windows, their tokens and sources: it tells whether they are the same again."""
+    hasher = hashlib.sha256()
+    for window in windows:
+        hasher.update(f"{window.source}\0{len(window.token_ids)}\0".encode())
+        hasher.update(np.array(window.token_ids, dtype=np.int64).tobytes())
+    return hasher.hexdigest()
 
 
 def windows(

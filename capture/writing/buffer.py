@@ -120,6 +120,13 @@ class Buffer:
             nonfinite=sum(map(_count_nonfinite, kept["logits"])),
         )
 
+    def cut(self, tokens: int) -> None:
+        """Forget the blocks behind the first so many tokens, where a block must end."""
+        while self.tokens > tokens:
+            self.tokens -= self._by_layer.pop()["logits"].shape[1]
+            for parts in self._identity.values():
+                parts.pop()
+
     def tokens_table(self, sources: tuple[str, ...], metadata: dict[str, str]) -> pa.Table:
         """Rows of the tokens shard; `metadata` goes into its footer."""
         columns = self._columns()

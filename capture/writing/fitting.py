@@ -1,24 +1,21 @@
 """A null model of what a run logs, counted while it is written and ready when it is closed."""
 
 import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from capture.contract.errors import CorruptShard, InvalidOption
-from capture.contract.histogram import Histogram, HistogramAccumulator, HistogramKey, Trim
+from capture.contract.errors import InvalidOption
+from capture.contract.histogram import Histogram, HistogramKey, Trim
 from capture.contract.kde import KdeModel
+from capture.writing.counting import count_shard
 from capture.writing.launch import world_size
+from capture.writing.writer import RunWriter
 
 if TYPE_CHECKING:
     from analysis.kde.fit import FitOptions
-    from capture.writing.writer import RunWriter
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ class KdeFit:
         if not os.access(out.parent, os.W_OK):
             raise InvalidOption(f"{self.out}: its folder cannot be written to; choose another")
 
-    def begin(self, writer: "RunWriter") -> None:
+    def begin(self, writer: RunWriter) -> None:
         """Let a writer that has written nothing yet count what it seals, and count what is sealed.
 
         Raises:
@@ -82,10 +79,10 @@ class KdeFit:
         self._part(writer.rank).unlink(missing_ok=True)
         counts = self.options.accumulator()
         for shard in writer.manifest.shards:
-            _count_shard(writer.folder / "routing" / shard.name, counts)
-        writer.histograms = counts
+            count_shard(writer.folder / "routing" / shard.name, counts)
+        writer.sealer.histograms = counts
 
-    def finish(self, writer: "RunWriter") -> KdeModel | None:
+    def finish(self, writer: RunWriter) -> KdeModel | None:
         """Fit from what a closed writer counted, and save the model.
 
         Returns:
@@ -96,8 +93,8 @@ class KdeFit:
         """
         from analysis.kde.fit import fit_histograms
 
-        assert writer.histograms is not None
-        histograms = writer.histograms.histograms()
+        assert writer.sealer.histograms is not None
+        histograms = writer.sealer.histograms.histograms()
         ranks, run_id = world_size(), writer.manifest.run_id
         if ranks > 1:
             _save_part(self._part(writer.rank), histograms, run_id)
@@ -131,32 +128,6 @@ class KdeFit:
                 return None
             total.add(part)
         return total.histograms()
-
-
-def counted(tables: Iterable[pa.Table], counts: HistogramAccumulator) -> Iterator[pa.Table]:
-    """The routing tables of a shard, one per layer, whose logits are counted on their way."""
-    for table in tables:
-        _count(table, counts)
-        yield table
-
-
-def _count_shard(path: Path, counts: HistogramAccumulator) -> None:
-    try:
-        with pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):  # a row group holds one layer
-                _count(file.read_row_group(group, columns=["layer", "logits"]), counts)
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptShard(
-            f"{path}: cannot be read, so its rows cannot count in the null model ({error}); "
-            "bhlog verify says what is wrong with the run"
-        ) from error
-
-
-def _count(table: pa.Table, counts: HistogramAccumulator) -> None:
-    """Count the rows of a table that holds one layer."""
-    for chunk in table["logits"].chunks:
-        flat: NDArray[np.float32] = chunk.flatten().to_numpy()
-        counts.update(table["layer"][0].as_py(), flat.reshape(len(chunk), -1))
 
 
 def _save_part(path: Path, histograms: dict[HistogramKey, Histogram], run_id: str) -> None:

@@ -63,6 +63,17 @@ class Progress:
         return cls(**{**data, "totals": Totals(**data["totals"])})
 
 
+def check_new(folder: Path) -> None:
+    """Raise RunExists unless a run could begin in the folder: there is none, or it is empty."""
+    if folder.exists() and not folder.is_dir():
+        raise RunExists(f"{folder}: a file; choose another name for the run's folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise RunExists(
+            f"{folder}: the folder is not empty; choose another, remove it, or continue a broken "
+            "capture with --resume"
+        )
+
+
 def create(folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int) -> Manifest:
     """Make the run's folder, or join the one that rank 0 makes; return the manifest in force.
 
@@ -73,13 +84,7 @@ def create(folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int) ->
     store = _Store.of(folder, rank)
     try:
         if rank == 0:
-            if folder.exists() and not folder.is_dir():
-                raise RunExists(f"{folder}: a file; choose another name for the run's folder")
-            if folder.exists() and any(folder.iterdir()):
-                raise RunExists(
-                    f"{folder}: the folder is not empty; choose another, remove it, or continue a "
-                    "broken capture with --resume"
-                )
+            check_new(folder)
             folder.mkdir(parents=True, exist_ok=True)
         else:
             if (folder / manifest_name(rank)).exists():

@@ -3,8 +3,6 @@
 import os
 import threading
 import uuid
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,14 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from capture.contract.errors import InvalidOption, WriterFailed
-from capture.contract.histogram import HistogramAccumulator
 from capture.contract.kde import KdeModel
-from capture.contract.manifest import Manifest, ModelInfo, Routing, ShardEntry, Totals
-from capture.contract.schema import shard_name
-from capture.contract.shard import seal, write_part
+from capture.contract.manifest import Manifest, ModelInfo, Routing, Totals
 from capture.writing.buffer import Block, Buffer, logged_rows
-from capture.writing.fitting import counted
-from capture.writing.folder import Progress, create, next_number, remove_run, resume
+from capture.writing.folder import Progress, create, remove_run, resume
+from capture.writing.queue import Queue
+from capture.writing.sealer import Sealer
 from capture.writing.stage import Staged
 
 __all__ = ["Block", "RunWriter", "WriterOptions", "remove_run"]
@@ -62,6 +58,13 @@ class _Dropped:
     staged: Staged
 
 
+class _Checkpoint:
+    """What came before it is whole, see RunWriter.checkpoint."""
+
+
+_Item = Block | _Dropped | _Checkpoint | threading.Event | None  # None closes
+
+
 class RunWriter:
     """Writes the shards and the manifest of one rank of a run.
 
@@ -81,7 +84,7 @@ class RunWriter:
 
     Attributes:
         next_sequence, next_forward: numbers that no row submitted so far has.
-        histograms: counts the logits of every shard that is sealed; None counts nothing.
+        sealer: what seals its shards.
 
     Raises:
         RunExists: the folder holds files already.
@@ -122,36 +125,38 @@ class RunWriter:
         )
         self.next_sequence = self._progress.next_sequence
         self.next_forward = self._progress.next_forward
-        self._sealed = self._progress.totals  # counts up to the last sealed shard
-        self._shards = list(self._manifest.shards)
-        self._number = next_number(self._manifest.shards)
-        self.histograms: HistogramAccumulator | None = None
+        self.sealer = Sealer(
+            self.folder,
+            rank,
+            self.options.threads,
+            self._manifest.shards,
+            self._progress.totals,
+        )
         self._sources: dict[str, int] = {}
         self._buffer = Buffer(rank)
-        self._queue: deque[Block | _Dropped | threading.Event | None] = deque()
-        self._queued_bytes = 0
-        self._wake = threading.Condition()
+        self._queue: Queue[_Item] = Queue(self.options.queue_bytes)
+        self._whole: tuple[int, Progress] | None = None  # tokens in the buffer at a checkpoint
+        self._lock = threading.Lock()
         self._error: BaseException | None = None
         self._raised = False
         self._closed = False
-        self._sealing: deque[Future[None]] = deque()
-        self._encoders = ThreadPoolExecutor(self.options.threads, thread_name_prefix="bhlog-encode")
+        self._broken = False  # closed by an error of the caller's
         self._thread = threading.Thread(target=self._work, name="bhlog-write", daemon=True)
         self._thread.start()
 
     @property
     def manifest(self) -> Manifest:
         """The manifest with the counts so far."""
-        with self._wake:
-            shards, totals, sealed = tuple(self._shards), self._progress.totals, self._sealed
-            if self._error is not None:  # what was gathered but not sealed is lost
-                totals = replace(
-                    totals,
-                    rows=sealed.rows,
-                    tokens=sealed.tokens,
-                    nonfinite=sealed.nonfinite,
-                    dropped=totals.dropped + totals.tokens - sealed.tokens,
-                )
+        shards, sealed = self.sealer.sealed
+        totals = self._progress.totals
+        if self._error is not None:  # what was gathered but not sealed is lost
+            totals = replace(
+                totals,
+                rows=sealed.rows,
+                tokens=sealed.tokens,
+                nonfinite=sealed.nonfinite,
+                dropped=totals.dropped + totals.tokens - sealed.tokens,
+            )
         return replace(self._manifest, totals=replace(totals, shards=len(shards)), shards=shards)
 
     @property
@@ -162,15 +167,11 @@ class RunWriter:
     @property
     def bytes_written(self) -> int:
         """Bytes of the sealed shards."""
-        return sum(shard.bytes for shard in self._shards)
+        return sum(shard.bytes for shard in self.sealer.sealed[0])
 
     def admit(self, n_bytes: int) -> bool:
         """Wait until the queue has room for n_bytes; False if they are to be dropped instead."""
-        with self._wake:
-            if self._full(n_bytes) and self.options.on_full == "drop":
-                return False
-            self._wake.wait_for(lambda: self._error is not None or not self._full(n_bytes))
-            return True
+        return self._queue.admit(n_bytes, wait=self.options.on_full == "block")
 
     def submit(self, block: Block) -> None:
         """Queue rows for writing; waits, or drops them, when the queue is full.
@@ -196,6 +197,14 @@ class RunWriter:
         staged.release()
         self._put(_Dropped(Staged(tensors, 0)))
 
+    def checkpoint(self) -> None:
+        """Say that what was submitted so far is whole: sequences that are complete.
+
+        From the first checkpoint on, shards end at checkpoints alone, and a run that is closed by
+        an error forgets what came after the last one: resuming it repeats that.
+        """
+        self._put(_Checkpoint())
+
     def flush(self) -> None:
         """Seal what was submitted so far, and bring the manifest up to date.
 
@@ -217,13 +226,13 @@ class RunWriter:
         Raises:
             WriterFailed: the writer stopped on an error.
         """
-        with self._wake:
+        with self._lock:
             if self._error is None or self._raised:
                 return
             self._raised = True
         raise WriterFailed(
-            f"{self.folder}: writing stopped ({_words(self._error)}); the {len(self._shards)} "
-            "sealed shards are whole, later rows are not logged"
+            f"{self.folder}: writing stopped ({_words(self._error)}); the "
+            f"{len(self.sealer.sealed[0])} sealed shards are whole, later rows are not logged"
         ) from self._error
 
     def close(self, error: BaseException | None = None) -> None:
@@ -238,9 +247,10 @@ class RunWriter:
         if self._closed:
             return
         self._closed = True
+        self._broken = error is not None
         self._put(None)
         self._thread.join()
-        self._encoders.shutdown()
+        self.sealer.close()
         cause = self._error or error
         finished = replace(
             self.manifest, closed=_now(), error=None if cause is None else _words(cause)
@@ -251,18 +261,12 @@ class RunWriter:
             self._error = self._error or failure
         self.check()
 
-    def _put(self, item: Block | _Dropped | threading.Event | None) -> None:
+    def _put(self, item: _Item) -> None:
         """Queue something; after an error nobody is there to take it, and it is let go."""
-        with self._wake:
-            if self._error is None:
-                self._queue.append(item)
-                if isinstance(item, Block):
-                    self._queued_bytes += item.staged.n_bytes
-                self._wake.notify_all()
-                return
-        self._let_go(item)
+        if not self._queue.put(item, item.staged.n_bytes if isinstance(item, Block) else 0):
+            self._let_go(item)
 
-    def _let_go(self, item: Block | _Dropped | threading.Event | None) -> None:
+    def _let_go(self, item: _Item) -> None:
         """Count what nobody will write."""
         if isinstance(item, Block | _Dropped):
             logged, n_kept = logged_rows(item.staged.wait(), self.options.sample_every)
@@ -272,46 +276,44 @@ class RunWriter:
         elif isinstance(item, threading.Event):
             item.set()
 
-    def _full(self, n_bytes: int) -> bool:
-        """Whether n_bytes more would be too many; a single block is always let in."""
-        return self._queued_bytes > 0 and self._queued_bytes + n_bytes > self.options.queue_bytes
-
     def _work(self) -> None:
         """The gathering thread: blocks into columns, columns into shards."""
         gathering: Block | None = None
         try:
             while True:
-                with self._wake:
-                    self._wake.wait_for(lambda: bool(self._queue))
-                    item = self._queue.popleft()
+                item = self._queue.take()
                 if isinstance(item, Block):
                     gathering = item
                     self._gather(item)
                     gathering = None
-                    if self._buffer.rows >= self.options.shard_rows:
-                        self._seal()
+                    if self._whole is None:
+                        self._seal_if_full()
                 elif isinstance(item, _Dropped):
                     self._let_go(item)
+                elif isinstance(item, _Checkpoint):
+                    self._seal_if_full()
+                    self._whole = self._buffer.tokens, self._progress
                 else:
-                    self._seal()
-                    while self._sealing:
-                        self._sealing.popleft().result()
+                    self._finish(closing=item is None)
                     if item is None:
                         return
                     item.set()
         except BaseException as error:
             self._fail(error, gathering)
 
+    def _finish(self, *, closing: bool) -> None:
+        """Seal what is there, and wait until it is on disk."""
+        if closing and self._broken and self._whole is not None:
+            tokens, self._progress = self._whole
+            self._buffer.cut(tokens)
+        self._seal()
+        self.sealer.wait()
+
     def _fail(self, error: BaseException, gathering: Block | None) -> None:
-        for future in self._sealing:
-            future.cancel()
-        with self._wake:
+        self.sealer.cancel()
+        with self._lock:
             self._error = error
-            left: list[Any] = [gathering, *self._queue]
-            self._queue.clear()
-            self._queued_bytes = 0
-            self._wake.notify_all()
-        for item in left:
+        for item in (gathering, *self._queue.close()):
             self._let_go(item)
 
     def _gather(self, block: Block) -> None:
@@ -325,9 +327,7 @@ class RunWriter:
         )
         self._count(counts, block)
         block.staged.release()
-        with self._wake:
-            self._queued_bytes -= block.staged.n_bytes
-            self._wake.notify_all()
+        self._queue.free(block.staged.n_bytes)
 
     def _count(self, counts: Totals, block: Block | None = None) -> None:
         before = self._progress
@@ -339,66 +339,21 @@ class RunWriter:
                 next_sequence=max(before.next_sequence, int(block.sequence.max()) + 1),
                 next_forward=max(before.next_forward, int(block.forward.max()) + 1),
             )
-        with self._wake:
+        with self._lock:
             self._progress = progress
 
+    def _seal_if_full(self) -> None:
+        if self._buffer.rows >= self.options.shard_rows:
+            self._seal()
+
     def _seal(self) -> None:
-        """Start writing the buffer as a shard, behind those that are being written."""
-        while len(self._sealing) >= self.options.threads:
-            self._sealing.popleft().result()
-        if self._sealing and self._sealing[0].done():
-            self._sealing.popleft().result()
+        """Start writing the buffer as a shard."""
         if not self._buffer.tokens:
             return
         buffer, self._buffer = self._buffer, Buffer(self.rank)
-        self._number += 1
-        totals = replace(self._progress.totals, shards=self._number)
-        job = self._encoders.submit(
-            self._write,
-            buffer,
-            shard_name(self.rank, self._number - 1),
-            tuple(self._sources),
-            replace(self._progress, totals=totals),
-            self._sealing[-1] if self._sealing else None,
-        )
-        self._sealing.append(job)
-
-    def _write(
-        self,
-        buffer: Buffer,
-        name: str,
-        sources: tuple[str, ...],
-        progress: Progress,
-        before: Future[None] | None,
-    ) -> None:
-        """Encode a shard, and seal it once the one before is sealed."""
-        parts: list[Path] = []
-        counts = None if self.histograms is None else self.histograms.empty_copy()
-        tables = buffer.routing_tables()
-        try:
-            tokens = buffer.tokens_table(sources, progress.metadata())
-            parts.append(write_part(self.folder / "tokens" / name, [tokens]))
-            parts.append(
-                write_part(
-                    self.folder / "routing" / name,
-                    tables if counts is None else counted(tables, counts),
-                )
-            )
-            n_bytes = sum(part.stat().st_size for part in parts)
-            if before is not None:
-                before.result()
-            for part in parts:  # tokens first: a routing shard without its tokens cannot exist
-                seal(part)
-        except BaseException:
-            for part in parts:
-                part.unlink(missing_ok=True)
-                part.with_suffix("").unlink(missing_ok=True)  # half a pair is no shard
-            raise
-        if self.histograms is not None and counts is not None:  # one shard at a time comes here
-            self.histograms.merge(counts)
-        with self._wake:
-            self._shards.append(ShardEntry(name, buffer.rows, buffer.tokens, n_bytes))
-            self._sealed = progress.totals
+        if self._whole is not None:  # what is sealed stands
+            self._whole = 0, self._progress
+        self.sealer.seal(buffer, tuple(self._sources), self._progress)
 
 
 def _open(

@@ -1,7 +1,12 @@
 import json
+import os
+import re
+import signal
 
 import pytest
 
+import capture.commands
+import capture.session
 from analysis.cli import main
 from analysis.log import open_log
 from tests.synthetic import normal_kde
@@ -60,7 +65,9 @@ def test_capture_reads_json_lines_by_field(tmp_path):
         (["--route", "bh", "--empirical", "--max-k", 65], "max_k is 65, but the model has 64"),
         (["--route", "bh", "--empirical", "--min-k", 9, "--max-k", 8], "at least min_k (9), got 8"),
         (["--route", "bh", "--kde", "nothing.parquet"], "nothing.parquet: "),
-        (["--kde", "null.parquet"], "need --route bh"),
+        (["--kde", "null.parquet"], "--kde needs --route bh"),
+        (["--alpha", 0.3], "--alpha needs --route bh"),
+        (["--max-k", 4], "--max-k needs --route bh"),
         (["--max-length", 0], "max_length must be at least 1"),
         (["--batch-size", 0], "batch_size must be at least 1"),
         (["--dtype", "float99"], "no dtype 'float99'"),
@@ -118,3 +125,49 @@ def test_a_folder_that_is_no_model_is_named(text, tmp_path, capsys):
     (tmp_path / "model").mkdir()
     assert bhlog("capture", tmp_path / "model", "--text", text, "--out", tmp_path / "run") == 1
     assert "cannot be loaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_capture_says_how_to_go_on_and_goes_on(
+    text, tmp_path, capsys, monkeypatch, sent
+):
+    run, batches = tmp_path / "run", []
+    command = ["capture", "demo", "--text", text, "--max-length", 40, "--batch-size", 2]
+
+    def interrupted(model, batch, *options):
+        batches.append(batch)
+        if len(batches) == 2:
+            os.kill(os.getpid(), sent)
+        return run_batch(model, batch, *options)
+
+    run_batch = capture.session._run
+    monkeypatch.setattr(capture.session, "_run", interrupted)
+    assert bhlog(*command, "--out", run) == 130
+    monkeypatch.undo()
+    assert f"{run} is closed; the same command with --resume" in capsys.readouterr().err
+    assert open_log(run).manifest.totals.tokens == 80
+    assert bhlog("verify", run) == 0
+
+    text.write_text(text.read_text().upper())
+    assert bhlog(*command, "--out", run, "--resume") == 1
+    assert "give the texts and the options of the run again" in capsys.readouterr().err
+    text.write_text("To be, or not to be, that is the question.\n" * 4)
+    assert bhlog(*command, "--out", run, "--resume") == 0
+    assert bhlog(*command, "--out", tmp_path / "whole") == 0
+    cut, whole = open_log(run), open_log(tmp_path / "whole")
+    assert cut.tokens().equals(whole.tokens())
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_folder_in_use_is_refused_before_the_model_is_loaded(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(capture.session, "load_model", pytest.fail)
+    assert bhlog("capture", "demo", "--text", text, "--out", text) == 1
+    assert "a file; choose another name" in capsys.readouterr().err
+
+
+def test_progress_is_lines_where_no_bar_can_move(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(capture.commands._ProgressLines, "EVERY_SECONDS", 0.0)
+    run = tmp_path / "run"
+    command = ["capture", "demo", "--text", text, "--max-length", 40, "--batch-size", 2]
+    assert bhlog(*command, "--out", run) == 0
+    assert re.search(r"run: 160 of 172 tokens, [\d,]+ tokens/s, [\d.]+ MB", capsys.readouterr().err)

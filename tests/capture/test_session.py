@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,33 @@ def test_a_run_resumes_after_its_last_sealed_shard(demo, texts, tmp_path):
     assert len(cut.shards) == 2
     assert cut.tokens().drop(["source"]).equals(whole.tokens().drop(["source"]))
     assert replace(cut.manifest.totals, shards=1) == whole.manifest.totals
+
+
+@pytest.mark.parametrize("generate", [0, 6])
+@pytest.mark.parametrize("shard_rows", [1, 1 << 18])
+def test_an_interrupted_run_goes_on_at_a_whole_batch(demo, texts, tmp_path, generate, shard_rows):
+    """Stopped within the second batch, at its third forward if it generates."""
+    writer = WriterOptions(shard_rows=shard_rows)
+    options = CaptureOptions(batch_size=1, generate=generate, writer=writer)
+    capture(demo, texts, tmp_path / "whole", options=options)
+    left = [1 + 3 if generate == 0 else 6 + 3]
+
+    def stop(module: Any, args: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    handle = demo.model.model.layers[-1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        capture(demo, texts, tmp_path / "cut", options=options)
+    handle.remove()
+    before = open_log(tmp_path / "cut")
+    assert set(before.tokens()["sequence"].to_pylist()) == set(range(3 if generate == 0 else 1))
+    capture(demo, texts, tmp_path / "cut", options=options, resume=True)
+    cut, whole = open_log(tmp_path / "cut"), open_log(tmp_path / "whole")
+    columns = ["sequence", "position", "token_id", "phase", "nll"]
+    assert cut.tokens(columns).equals(whole.tokens(columns))
+    assert cut.manifest.totals.tokens == whole.manifest.totals.tokens
 
 
 def test_a_run_is_never_overwritten(demo, texts, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import capture.contract.shard
+import capture.writing.sealer as sealer_module
 import capture.writing.writer as writer_module
 from analysis.log import open_log
 from analysis.verify.verification import verify
@@ -118,10 +119,10 @@ def test_a_shard_that_fails_at_any_moment_leaves_no_half(run, monkeypatch, folde
         return call
 
     if moment == "seal":
-        monkeypatch.setattr(writer_module, "seal", fails("seal", capture.contract.shard.seal))
+        monkeypatch.setattr(sealer_module, "seal", fails("seal", capture.contract.shard.seal))
     else:
         monkeypatch.setattr(
-            writer_module, "write_part", fails(moment, capture.contract.shard.write_part)
+            sealer_module, "write_part", fails(moment, capture.contract.shard.write_part)
         )
     with pytest.raises(WriterFailed, match="No space left"):
         log_writer.submit(make_block(1))
@@ -200,7 +201,7 @@ def test_a_writer_error_reaches_the_next_forward_once(model, run, monkeypatch):
             time.sleep(0.01)
         writer_ = patcher.recorder.writer
     assert raised == 1
-    assert not writer_._queue and writer_._queued_bytes == 0  # later rows do not pile up
+    assert writer_._queue.close() == [] and writer_._queue.bytes == 0  # later rows do not pile up
     log = open_log(run)
     assert log.manifest.error == "RuntimeError: out of ink"
     assert log.tokens().num_rows == 5

@@ -110,9 +110,9 @@ def test_a_resumed_run_counts_its_earlier_shards(model, tmp_path):
 
 def test_a_writers_error_leaves_the_null_of_the_sealed_shards(model, tmp_path, monkeypatch):
     out, run = tmp_path / "null.parquet", tmp_path / "run"
-    import capture.writing.writer
+    import capture.writing.sealer
 
-    seal, sealed = capture.writing.writer.seal, []
+    seal, sealed = capture.writing.sealer.seal, []
 
     def fail_later(part: Path) -> None:
         if len(sealed) == 4:
@@ -120,7 +120,7 @@ def test_a_writers_error_leaves_the_null_of_the_sealed_shards(model, tmp_path, m
         sealed.append(part)
         seal(part)
 
-    monkeypatch.setattr(capture.writing.writer, "seal", fail_later)
+    monkeypatch.setattr(capture.writing.sealer, "seal", fail_later)
     with (
         pytest.raises(WriterFailed),
         observe(model, run, options=WriterOptions(shard_rows=20, threads=1), fit_kde=out) as p,

@@ -207,7 +207,7 @@ def test_a_full_queue_makes_the_model_wait(run, monkeypatch):
 
     threading.Thread(target=feed, daemon=True).start()
     for _ in range(20):
-        most = max(most, log_writer._queued_bytes)
+        most = max(most, log_writer._queue.bytes)
         time.sleep(0.01)
     assert most == 3 * size and not done.is_set()
     gate.open.set()
@@ -256,6 +256,37 @@ def test_flush_seals_what_was_submitted(run):
     assert len(check_run(run)) == 20
 
 
+def test_shards_end_at_checkpoints(run):
+    log_writer = writer(run, shard_rows=30)
+    log_writer.checkpoint()
+    for number in range(5):  # 20 rows each
+        log_writer.submit(make_block(number))
+        if number in (0, 3):
+            log_writer.checkpoint()
+    log_writer.close()
+    log = open_log(run)
+    assert [entry.tokens for entry in log.manifest.shards] == [40, 10]
+    assert len(check_run(run)) == 50
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_a_run_that_an_error_closes_ends_at_its_last_checkpoint(run, flushed):
+    log_writer = writer(run)
+    log_writer.checkpoint()
+    log_writer.submit(make_block(0))
+    log_writer.checkpoint()
+    log_writer.submit(make_block(1, n_selected=False))
+    if flushed:  # what is sealed stands
+        log_writer.flush()
+    log_writer.submit(make_block(2))
+    log_writer.close(KeyboardInterrupt())
+    kept = 2 if flushed else 1
+    assert len(check_run(run)) == 10 * kept
+    totals = open_log(run).manifest.totals
+    assert (totals.tokens, totals.forwards, totals.dropped) == (10 * kept, kept, 0)
+    assert writer(run, resume=True).next_sequence == kept
+
+
 def test_an_empty_run_closes(run):
     writer(run).close()
     log = open_log(run)
@@ -263,7 +294,7 @@ def test_an_empty_run_closes(run):
 
 
 def test_shards_are_sealed_in_order_though_encoded_side_by_side(run, monkeypatch):
-    import capture.writing.writer as module
+    import capture.writing.sealer as module
 
     order: list[str] = []
     write_part, seal = module.write_part, module.seal

@@ -1,0 +1,125 @@
+"""Encodes buffers side by side and seals them as shards, one after the other."""
+
+import threading
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from capture.contract.histogram import HistogramAccumulator
+from capture.contract.manifest import ShardEntry, Totals
+from capture.contract.schema import shard_name
+from capture.contract.shard import seal, write_part
+from capture.writing.buffer import Buffer
+from capture.writing.counting import counted
+from capture.writing.folder import Progress, next_number
+
+
+class Sealer:
+    """Turns the buffers of one rank into shards; all but the encoding happens in their order.
+
+    Args:
+        folder: the run's.
+        rank: of the shards.
+        threads: buffers encoded at once; one more waits for them.
+        shards: sealed before.
+        totals: counts up to the last of them.
+
+    Attributes:
+        histograms: counts the logits of every shard that is sealed; None counts nothing.
+    """
+
+    def __init__(
+        self, folder: Path, rank: int, threads: int, shards: tuple[ShardEntry, ...], totals: Totals
+    ) -> None:
+        self.histograms: HistogramAccumulator | None = None
+        self._folder = folder
+        self._rank = rank
+        self._threads = threads
+        self._shards = shards
+        self._totals = totals
+        self._number = next_number(shards)
+        self._running: deque[Future[None]] = deque()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="bhlog-encode")
+        self._lock = threading.Lock()
+
+    @property
+    def sealed(self) -> tuple[tuple[ShardEntry, ...], Totals]:
+        """The shards that are sealed, and the counts up to the last of them."""
+        with self._lock:
+            return self._shards, self._totals
+
+    def seal(self, buffer: Buffer, sources: tuple[str, ...], progress: Progress) -> None:
+        """Start writing a buffer as a shard, behind those that are being written.
+
+        Args:
+            sources: names that its codes stand for.
+            progress: counts and numbers up to its end.
+
+        Raises: what an earlier buffer failed with.
+        """
+        while len(self._running) >= self._threads:
+            self._running.popleft().result()
+        if self._running and self._running[0].done():
+            self._running.popleft().result()
+        name = shard_name(self._rank, self._number)
+        self._number += 1
+        progress = replace(progress, totals=replace(progress.totals, shards=self._number))
+        before = self._running[-1] if self._running else None
+        self._running.append(
+            self._pool.submit(self._write, buffer, name, sources, progress, before)
+        )
+
+    def wait(self) -> None:
+        """Wait until every buffer is sealed.
+
+        Raises: what one of them failed with.
+        """
+        while self._running:
+            self._running.popleft().result()
+
+    def cancel(self) -> None:
+        """Start no more buffers."""
+        for future in self._running:
+            future.cancel()
+
+    def close(self) -> None:
+        """Stop the threads, once they have nothing to do."""
+        self._pool.shutdown()
+
+    def _write(
+        self,
+        buffer: Buffer,
+        name: str,
+        sources: tuple[str, ...],
+        progress: Progress,
+        before: Future[None] | None,
+    ) -> None:
+        """Encode a shard, and seal it once the one before is sealed."""
+        parts: list[Path] = []
+        counts = None if self.histograms is None else self.histograms.empty_copy()
+        tables = buffer.routing_tables()
+        try:
+            tokens = buffer.tokens_table(sources, progress.metadata())
+            parts.append(write_part(self._folder / "tokens" / name, [tokens]))
+            parts.append(
+                write_part(
+                    self._folder / "routing" / name,
+                    tables if counts is None else counted(tables, counts),
+                )
+            )
+            n_bytes = sum(part.stat().st_size for part in parts)
+            if before is not None:
+                before.result()
+            for part in parts:  # tokens first: a routing shard without its tokens cannot exist
+                seal(part)
+        except BaseException:
+            for part in parts:
+                part.unlink(missing_ok=True)
+                part.with_suffix("").unlink(missing_ok=True)  # half a pair is no shard
+            raise
+        if self.histograms is not None and counts is not None:  # one shard at a time comes here
+            self.histograms.merge(counts)
+        entry = ShardEntry(name, buffer.rows, buffer.tokens, n_bytes)
+        with self._lock:
+            self._shards, self._totals = (*self._shards, entry), progress.totals
