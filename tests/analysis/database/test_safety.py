@@ -39,7 +39,11 @@ def answer(database, query):
     return [row for batch in database.batches(query)[1] for row in batch.to_pylist()]
 
 
-READERS = ("read_text", "read_blob", "read_csv", "read_json", "read_parquet", "parquet_scan")
+READERS = """
+read_text read_blob read_csv read_json read_parquet parquet_scan read_duckdb sniff_csv read_ndjson
+read_json_objects read_single_csv_file read_single_json_file parquet_metadata parquet_schema
+parquet_kv_metadata parquet_file_metadata parquet_full_metadata
+""".split()
 PLACES = (
     "{place}/secret.csv",
     "{place}/demo/../secret.csv",
@@ -112,6 +116,15 @@ REFUSED = (
     "TRUNCATE runs",
     "ALTER TABLE runs ADD COLUMN x INTEGER",
     "EXECUTE p",
+    "CALL enable_profiling('json', save_location = '{place}/profile')",
+    "SELECT * FROM enable_logging('QueryLog', storage = 'file', storage_path = '{place}/log')",
+    "SELECT * FROM which_secret('s3://bucket', 's3')",
+    "CALL create_external_resource('file')",
+    "CALL add_grammar_extension('x')",
+    "CALL force_checkpoint()",
+    "SELECT * FROM arrow_scan(1, 2, 3)",
+    "SELECT * FROM pandas_scan(1)",
+    "PRAGMA copy_database('memory', '{place}/x.db')",
     "SELECT * FROM query('COPY (SELECT 1) TO ''{place}/x.csv''')",
     "SELECT * FROM query_table('{place}/secret.csv')",
     "SELECT * FROM sqlite_scan('{place}/x.db', 't')",
