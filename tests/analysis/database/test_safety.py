@@ -39,11 +39,25 @@ def answer(database, query):
     return [row for batch in database.batches(query)[1] for row in batch.to_pylist()]
 
 
-READERS = """
-read_text read_blob read_csv read_json read_parquet parquet_scan read_duckdb sniff_csv read_ndjson
-read_json_objects read_single_csv_file read_single_json_file parquet_metadata parquet_schema
-parquet_kv_metadata parquet_file_metadata parquet_full_metadata
-""".split()
+READERS = [
+    "read_text",
+    "read_blob",
+    "read_csv",
+    "read_json",
+    "read_parquet",
+    "parquet_scan",
+    "read_duckdb",
+    "sniff_csv",
+    "read_ndjson",
+    "read_json_objects",
+    "read_single_csv_file",
+    "read_single_json_file",
+    "parquet_metadata",
+    "parquet_schema",
+    "parquet_kv_metadata",
+    "parquet_file_metadata",
+    "parquet_full_metadata",
+]
 PLACES = (
     "{place}/secret.csv",
     "{place}/demo/../secret.csv",
