@@ -5,15 +5,19 @@ routing puts another forward on the block, on the instance alone.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from capture.routers.family import Removable, Router
-
 Triple = tuple[Tensor, Tensor, Tensor]
+
+
+class Removable(Protocol):
+    """Something that `remove` undoes."""
+
+    def remove(self) -> None: ...
 
 
 class BlockForward:
@@ -37,58 +41,70 @@ class BlockForward:
             setattr(self._block, self._name, self._before)
 
 
-def attach(router: "Router", hook: Callable[..., Any], *, steer: bool) -> "list[Removable]":
-    """Router.attach for a block of transformers 4."""
-    block = router.block
-    assert block is not None
-    if steer:
-        return [BlockForward(block, lambda hidden: _forward(router, hook, hidden))]
+@dataclass(frozen=True, eq=False)
+class GatedBlock:
+    """A block, and how it chooses.
 
-    def observe(module: nn.Module, args: Any, logits: Tensor) -> None:
-        hook(module, args, own_choice(router, logits))
-
-    return [router.module.register_forward_hook(observe)]
-
-
-def own_choice(router: "Router", logits: Tensor) -> Triple:
-    """What the block chooses by these logits, by the operations of its own forward.
-
-    Args:
-        logits: (T, E).
-
-    Returns:
-        (T, E) logits as given, (T, top_k) weights in their dtype, (T, top_k) int64 experts.
+    Attributes:
+        block: with the experts.
+        gate: its linear layer, which gives the logits.
+        top_k: experts per token.
+        norm_topk_prob: whether it makes the chosen weights sum to 1.
     """
-    weights = torch.softmax(logits, dim=1, dtype=torch.float)
-    weights, experts = torch.topk(weights, router.top_k, dim=-1)
-    if router.norm_topk_prob:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return logits, weights.to(logits.dtype), experts
 
+    block: nn.Module
+    gate: nn.Module
+    top_k: int
+    norm_topk_prob: bool
 
-def _forward(router: "Router", hook: Callable[..., Any], hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The block's forward with the experts that hook chooses.
+    def attach(self, hook: Callable[..., Any], *, steer: bool) -> list[Removable]:
+        """See capture.routers.family.Router.attach."""
+        if steer:
+            return [BlockForward(self.block, lambda hidden: self._forward(hook, hidden))]
 
-    Args:
-        hidden: (B, S, H).
+        def observe(module: nn.Module, args: Any, logits: Tensor) -> None:
+            hook(module, args, self.own_choice(logits))
 
-    Returns:
-        (B, S, H) output and (T, E) logits.
-    """
-    block: Any = router.block
-    jitter = getattr(block, "jitter_noise", 0.0)
-    if block.training and jitter > 0:
-        hidden = hidden * torch.empty_like(hidden).uniform_(1.0 - jitter, 1.0 + jitter)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    triple = own_choice(router, block.gate(rows))
-    logits, weights, experts = hook(router.module, (rows,), triple) or triple
-    output = torch.zeros_like(rows)
-    for number, expert in enumerate(block.experts):
-        row, slot = torch.where(experts == number)  # an unused slot holds no expert's number
-        if len(row):
-            answer = expert(rows[row]) * weights[row, slot, None]
-            output.index_add_(0, row, answer.to(output.dtype))
-    if hasattr(block, "shared_expert"):
-        share = torch.sigmoid(block.shared_expert_gate(rows))
-        output = output + share * block.shared_expert(rows)
-    return output.view(hidden.shape), logits
+        return [self.gate.register_forward_hook(observe)]
+
+    def own_choice(self, logits: Tensor) -> Triple:
+        """What the block chooses by these logits, by the operations of its own forward.
+
+        Args:
+            logits: (T, E).
+
+        Returns:
+            (T, E) logits as given, (T, top_k) weights in their dtype, (T, top_k) int64 experts.
+        """
+        weights = torch.softmax(logits, dim=1, dtype=torch.float)
+        weights, experts = torch.topk(weights, self.top_k, dim=-1)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return logits, weights.to(logits.dtype), experts
+
+    def _forward(self, hook: Callable[..., Any], hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's forward with the experts that hook chooses.
+
+        Args:
+            hidden: (B, S, H).
+
+        Returns:
+            (B, S, H) output and (T, E) logits.
+        """
+        block: Any = self.block
+        jitter = getattr(block, "jitter_noise", 0.0)
+        if block.training and jitter > 0:
+            hidden = hidden * torch.empty_like(hidden).uniform_(1.0 - jitter, 1.0 + jitter)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        triple = self.own_choice(self.gate(rows))
+        logits, weights, experts = hook(self.gate, (rows,), triple) or triple
+        output = torch.zeros_like(rows)
+        for number, expert in enumerate(block.experts):
+            row, slot = torch.where(experts == number)  # an unused slot holds no expert's number
+            if len(row):
+                answer = expert(rows[row]) * weights[row, slot, None]
+                output.index_add_(0, row, answer.to(output.dtype))
+        if hasattr(block, "shared_expert"):
+            share = torch.sigmoid(block.shared_expert_gate(rows))
+            output = output + share * block.shared_expert(rows)
+        return output.view(hidden.shape), logits

@@ -4,21 +4,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from capture.contract.errors import UnsupportedModel
 from capture.contract.manifest import ModelInfo
+from capture.routers.blocks4 import GatedBlock, Removable
 from capture.routers.registry import BLOCKS, FAMILIES, UNREADABLE, Family
 from capture.routers.routing import Weighing
-
-
-class Removable(Protocol):
-    """Something that `remove` undoes."""
-
-    def remove(self) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,9 +121,8 @@ class Router:
             steer: whether what it returns takes the place of the router's output.
         """
         if self.block is not None:
-            from capture.routers.blocks4 import attach
-
-            return attach(self, hook, steer=steer)
+            block = GatedBlock(self.block, self.module, self.top_k, self.norm_topk_prob)
+            return block.attach(hook, steer=steer)
         if self.family.logits is None:
             return [self.module.register_forward_hook(hook)]
         raw: list[Tensor] = []
