@@ -1,0 +1,1 @@
+"""Triton kernels: what the torch code beside their callers does in many steps, in one."""
