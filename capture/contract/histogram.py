@@ -1,7 +1,7 @@
 """Histogram of router logits: the sufficient statistic of a null model, exact in integers."""
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -83,11 +83,13 @@ class Histogram:
                 for part in pool.map(cls.of, np.array_split(values, threads)):
                     total = total.merge(part)
             return total
-        if values.size >= _TABLE_FROM and is_bfloat16(values):
-            times = np.zeros(_PATTERNS, dtype=np.int64)
-            count_patterns(values, times)
-            return cls.of_patterns(times)
-        return cls._of_float32(values)
+        if values.size < _TABLE_FROM:
+            return cls._of_float32(values)
+        times = np.zeros(_PATTERNS, dtype=np.int64)
+        total = cls.empty()
+        for rest in count_patterns(values, times):
+            total = total.merge(cls._of_float32(rest))
+        return total.merge(cls.of_patterns(times)) if times.any() else total
 
     @classmethod
     def of_patterns(cls, times: NDArray[np.int64]) -> Self:
@@ -152,15 +154,25 @@ def is_bfloat16(values: NDArray[np.float32]) -> bool:
     return not int(np.bitwise_or.reduce(bits, axis=None)) & 0xFFFF
 
 
-def count_patterns(values: NDArray[np.float32], times: NDArray[np.int64]) -> None:
-    """Add to times, (2^16,), how often each bfloat16 pattern is among contiguous values."""
-    bits = values.reshape(-1).view(np.uint32)
+def count_patterns(
+    values: NDArray[np.float32], times: NDArray[np.int64]
+) -> Iterator[NDArray[np.float32]]:
+    """Add to times, (2^16,), how often each bfloat16 pattern is among contiguous values.
+
+    Yields:
+        Stretches that hold other values, and are not counted: their patterns do not end in zeros.
+    """
+    values = values.reshape(-1)
+    bits = values.view(np.uint32)
     if not hasattr(_scratch, "patterns"):
         _scratch.patterns = np.empty(_PATTERN_CHUNK, dtype=np.intp)
     for start in range(0, len(bits), _PATTERN_CHUNK):
-        chunk = bits[start : start + _PATTERN_CHUNK]
-        patterns = _scratch.patterns[: len(chunk)]
-        np.right_shift(chunk, 16, out=patterns, casting="unsafe")
+        stretch = values[start : start + _PATTERN_CHUNK]
+        if not is_bfloat16(stretch):
+            yield stretch
+            continue
+        patterns = _scratch.patterns[: len(stretch)]
+        np.right_shift(bits[start : start + _PATTERN_CHUNK], 16, out=patterns, casting="unsafe")
         seen = np.bincount(patterns)
         times[: len(seen)] += seen
 
@@ -293,12 +305,13 @@ class HistogramAccumulator:
 
     def _count(self, key: HistogramKey, values: NDArray[np.float32]) -> None:
         values = np.ascontiguousarray(values, dtype=np.float32)
-        if self.by_expert or values.size < _TABLE_FROM or not is_bfloat16(values):
+        if self.by_expert or values.size < _TABLE_FROM:
             self._add(key, Histogram.of(values))
             return
         if key not in self._patterns:
             self._patterns[key] = np.zeros(_PATTERNS, dtype=np.int64)
-        count_patterns(values, self._patterns[key])
+        for rest in count_patterns(values, self._patterns[key]):
+            self._add(key, Histogram._of_float32(rest))
 
     def _add(self, key: HistogramKey, part: Histogram) -> None:
         sum_so_far = self._histograms.get(key)

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from capture.contract import histogram as histogram_module
 from capture.contract.errors import InvalidOption
 from capture.contract.histogram import (
     BIN_WIDTH,
@@ -155,6 +156,19 @@ def test_a_level_that_leaves_nothing_is_refused():
         counting.update(0, np.zeros((1, 4), np.float32))
     with pytest.raises(InvalidOption, match="different trimming levels"):
         counting.merge(HistogramAccumulator())
+
+
+def test_bfloat16_stretches_among_other_values_count_the_same_integers(monkeypatch):
+    monkeypatch.setattr(histogram_module, "_PATTERN_CHUNK", 1 << 10)
+    rng = np.random.default_rng(4)
+    x = rng.normal(0, 2, (600, 64)).astype(np.float32)
+    x[100:400] = to_bfloat16(x[100:400])
+    x[200, 3] = np.inf
+    counting = HistogramAccumulator()
+    counting.update(0, x)
+    expected = Histogram._of_float32(x.ravel())
+    assert Histogram.of(x).same_as(expected)
+    assert counting.histograms()[HistogramKey(0, None, Trim())].same_as(expected)
 
 
 def test_threads_count_the_same_integers():
