@@ -209,9 +209,14 @@ def _device(name: str) -> torch.device:
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("cpu")
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise InvalidOption(f"no device '{name}'; expected cpu, cuda, cuda:1, ...") from error
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        raise InvalidOption(
+            f"no device '{name}' here; expected cpu, cuda, cuda:1, ... ({why})"
+        ) from error
+    return device
 
 
 def _tokenizer(source: str, model: nn.Module) -> Tokenizer:

@@ -85,7 +85,8 @@ def _manifest(log: Log) -> Iterator[Finding]:
         detail = f"closed {manifest.closed}, {_pairs(len(manifest.shards))} listed"
         yield Finding("manifest", "ok", MANIFEST_NAME, detail)
     if manifest.totals.dropped:
-        detail = f"{manifest.totals.dropped:,} tokens were dropped because the queue was full"
+        why = "the queue was full" + (" or writing had stopped" if manifest.error else "")
+        detail = f"{manifest.totals.dropped:,} tokens were dropped because {why}"
         yield Finding("manifest", "warning", MANIFEST_NAME, detail)
 
 

@@ -169,7 +169,8 @@ def resume(
         size = routing.stat().st_size + tokens.stat().st_size
         entries.append(ShardEntry(routing.name, n_rows, footer.num_rows, size))
     totals = progress.totals
-    if before.closed is not None and before.totals.shards == totals.shards:
+    lost = before.error is not None and before.totals.dropped > totals.dropped
+    if before.closed is not None and before.totals.shards == totals.shards and not lost:
         totals = before.totals  # it counts what came after the last shard, too
     progress = replace(progress, totals=totals)
     manifest = replace(before, totals=totals, shards=tuple(entries), closed=None, error=None)

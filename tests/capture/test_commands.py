@@ -73,7 +73,9 @@ def test_capture_reads_json_lines_by_field(tmp_path):
         (["--dtype", "float99"], "no dtype 'float99'"),
         (["--sample-every", 0], "sample_every must be at least 1"),
         (["--generate", -1], "generate must be at least 0"),
-        (["--device", "abacus"], "abacus"),
+        (["--device", "abacus"], "no device 'abacus' here"),
+        (["--device", "meta"], "no device 'meta' here"),
+        (["--device", "cuda:99"], "no device 'cuda:99' here"),
         (["--resume"], "no run to resume"),
     ],
 )

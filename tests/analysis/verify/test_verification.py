@@ -296,7 +296,7 @@ def test_dropped_tokens_and_an_early_end_are_worth_knowing(run):
     edit_manifest(run, totals=replace(totals, dropped=7), error="OSError: disk full")
     assert [detail for _, detail in warnings(run)] == [
         "the capture ended early: OSError: disk full",
-        "7 tokens were dropped because the queue was full",
+        "7 tokens were dropped because the queue was full or writing had stopped",
     ]
 
 

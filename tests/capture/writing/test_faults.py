@@ -134,6 +134,7 @@ def test_a_shard_that_fails_at_any_moment_leaves_no_half(run, monkeypatch, folde
     resumed.submit(make_block(1))
     resumed.close()
     assert len(check_run(run)) == 20
+    assert open_log(run).manifest.totals.dropped == 0  # what was lost is there now
     no_errors(run)
 
 
