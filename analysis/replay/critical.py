@@ -5,7 +5,6 @@ that rises with the logit. The float32 thresholds remain the definition: tables 
 and where a key does not tell, logits are held against the thresholds themselves.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,27 +21,31 @@ _BLOCK_LOGITS = 1 << 19  # sorted and looked up at a time, so that they stay in 
 _TILE_ROWS = 64
 _SCALE_KEYS = 1 << 12  # of a rank's table for float32 logits
 
-# lower(k, critical): places in the grid of T rows, lowered to what their logits of rank k reach
-_Lower = Callable[[int, NDArray[np.uint16]], None]
-
 
 @dataclass(frozen=True, eq=False)
 class Counted:
     """Rows of a layer by rank and critical alpha.
 
     Attributes:
-        rows: (E, J + 1) int64, rows whose rank k (from 0) becomes selected at the alpha at place j
-            of the grid; J stands for none of it.
-        kept: (E, J + 1) int64, the router probability of rank k summed over these rows, in units of
-            1 / ONE, so that sums do not depend on their order; None if not asked for.
+        steps: (E, J + 1) int64, differences of `rows` between a rank and the next. Few ranks of a
+            row differ from the next one, so these are quick to count.
+        kept: (E, J + 1) int64, the router probability of rank k summed over the rows of each
+            count, in units of 1 / ONE, so that sums do not depend on their order; None if not asked
+            for.
     """
 
-    rows: NDArray[np.int64]
+    steps: NDArray[np.int64]
     kept: NDArray[np.int64] | None
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """(E, J + 1) int64: rows whose rank k (from 0) becomes selected at the alpha at place j of
+        the grid; J stands for none of it."""
+        return self.steps[::-1].cumsum(axis=0)[::-1]
 
     def __add__(self, other: "Counted") -> "Counted":
         kept = None if self.kept is None or other.kept is None else self.kept + other.kept
-        return Counted(self.rows + other.rows, kept)
+        return Counted(self.steps + other.steps, kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,58 +59,60 @@ class CriticalAlphas:
 
     thresholds: NDArray[np.float32]
 
-    def count(self, logits: NDArray[np.float32], *, weigh: bool = False) -> "Counted":
+    def count(self, logits: NDArray[np.float32], *, weigh: bool = False) -> Counted:
         """Count rows by rank and critical alpha; those without a finite logit are left out.
 
         Args:
             logits: (T, E).
             weigh: whether to add up probabilities too, which doubles the cost.
         """
-        E, J = self.thresholds.shape
-        rows = np.zeros((E, J + 1), dtype=np.int64)
-        kept = np.zeros_like(rows) if weigh else None
-        prepare = self._by_pattern if is_bfloat16(logits) else self._by_scale
-        step = max(1, _BLOCK_LOGITS // E)
-        for start in range(0, len(logits), step):
-            rising = np.sort(logits[start : start + step], axis=1)  # NaN and infinity last
+        shape = len(self.thresholds), self.thresholds.shape[1] + 1
+        total = Counted(np.zeros(shape, np.int64), np.zeros(shape, np.int64) if weigh else None)
+        places = self._by_pattern if is_bfloat16(logits) else self._by_scale
+        size = max(1, _BLOCK_LOGITS // len(self.thresholds))
+        for start in range(0, len(logits), size):
+            rising = np.sort(logits[start : start + size], axis=1)  # NaN and infinity last
             if not np.isfinite(rising[:, -1]).all():
                 rising = np.sort(finite_keys(rising), axis=1)
                 rising = rising[rising[:, -1] > -np.inf]
-            lower = prepare(rising)
-            # a rank is selected with any later one that passes: so from the last rank on
-            critical = np.full(len(rising), J, dtype=np.uint16)
-            probability = _probabilities(rising) if weigh else None
-            for k in range(E - 1, -1, -1):
-                lower(k, critical)
-                rows[k] += np.bincount(critical, minlength=J + 1)
-                if kept is not None and probability is not None:
-                    sums = np.bincount(critical, probability[k], minlength=J + 1)
-                    kept[k] += np.rint(sums * ONE).astype(np.int64)
-        return Counted(rows, kept)
+            critical = places(rising)
+            kept = _kept(critical, _probabilities(rising), shape) if weigh else None
+            total += Counted(_steps(critical, shape), kept)
+        return total
 
-    def _by_pattern(self, rising: NDArray[np.float32]) -> _Lower:
-        """For bfloat16 logits: each pattern is a key, so the tables say all."""
+    def _by_pattern(self, rising: NDArray[np.float32]) -> NDArray[np.uint16]:
+        """(E, T): critical alphas of bfloat16 logits; the tables say all, every pattern is a key.
+
+        Args:
+            rising: (T, E), each row rising.
+        """
         tables = self._pattern_tables
         keys = _columns(_squeezed(_pattern_keys(rising), tables.dead))[::-1]
         keys = np.clip(keys, tables.first, tables.last)
-        places = np.subtract(keys, tables.first, dtype=np.intp)
+        places = np.subtract(keys, tables.start, dtype=np.intp)
+        critical: NDArray[np.uint16] = tables.critical.take(places)
+        # a rank is selected with any later one that passes
+        for k in range(len(critical) - 2, -1, -1):
+            np.minimum(critical[k], critical[k + 1], out=critical[k])
+        return critical
 
-        def lower(k: int, critical: NDArray[np.uint16]) -> None:
-            np.minimum(critical, tables.critical[k].take(places[k]), out=critical)
+    def _by_scale(self, rising: NDArray[np.float32]) -> NDArray[np.uint16]:
+        """(E, T): of any logits; a table leaves out those that lower nothing, others are searched.
 
-        return lower
-
-    def _by_scale(self, rising: NDArray[np.float32]) -> _Lower:
-        """For any logits: a table leaves out those that lower nothing, the others are searched."""
+        Args:
+            rising: (T, E), each row rising.
+        """
         falling = _columns(rising)[::-1]
-
-        def lower(k: int, critical: NDArray[np.uint16]) -> None:
-            scale, thresholds = self._scales[k], self.thresholds[k]
-            found = np.flatnonzero(scale.least.take(scale.keys(falling[k])) < critical)
-            reached = np.searchsorted(thresholds[::-1], falling[k][found], side="right")
-            critical[found] = np.minimum(critical[found], len(thresholds) - reached)
-
-        return lower
+        critical = np.empty(falling.shape, dtype=np.uint16)
+        later = np.full(len(rising), self.thresholds.shape[1], dtype=np.uint16)
+        for k in range(len(critical) - 1, -1, -1):
+            scale, thresholds, logits = self._scales[k], self.thresholds[k], falling[k]
+            lower = np.flatnonzero(scale.least.take(scale.keys(logits)) < later)
+            reached = np.searchsorted(thresholds[::-1], logits[lower], side="right")
+            critical[k] = later
+            critical[k, lower] = np.minimum(later[lower], len(thresholds) - reached)
+            later = critical[k]
+        return critical
 
     @cached_property
     def _pattern_tables(self) -> "_PatternTables":
@@ -115,12 +120,19 @@ class CriticalAlphas:
         dead = int(np.where(keys > 0, keys - 1, -keys).min())
         keys = _squeezed(keys, dead)
         J = keys.shape[1]
-        critical = []
+        first, last = keys[:, -1:] - 1, keys[:, :1]
+        tables = []
         for of_rank in keys:
             reached = np.bincount(of_rank - of_rank[-1]).cumsum()
-            critical.append(np.append(J, J - reached).astype(np.uint16))
-        ends = keys.astype(np.int16)
-        return _PatternTables(dead, ends[:, -1:] - 1, ends[:, :1], critical)
+            tables.append(np.append(J, J - reached).astype(np.uint16))
+        begins = np.cumsum([0, *(len(table) for table in tables[:-1])])[:, None]
+        return _PatternTables(
+            dead,
+            first.astype(np.int16),
+            last.astype(np.int16),
+            (first - begins).astype(np.int32),
+            np.concatenate(tables),
+        )
 
     @cached_property
     def _scales(self) -> "list[_Scale]":
@@ -134,13 +146,15 @@ class _PatternTables:
     Attributes:
         dead: keys from -dead to dead are one, since no threshold tells them apart.
         first, last: (E, 1) int16, the keys of each rank's table; they stand for those beyond too.
-        critical: for each rank, places by key from `first` on.
+        start: (E, 1) int32, what a key of each rank is ahead of its place in `critical`.
+        critical: uint16, the tables, one after the other.
     """
 
     dead: int
     first: NDArray[np.int16]
     last: NDArray[np.int16]
-    critical: list[NDArray[np.uint16]]
+    start: NDArray[np.int32]
+    critical: NDArray[np.uint16]
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,6 +207,30 @@ def _squeezed(keys: NDArray[np.signedinteger], dead: int) -> NDArray[np.signedin
     """Keys moved toward 0 by `dead`, and those up to it to 0."""
     squeezed: NDArray[np.signedinteger] = keys - np.clip(keys, -dead, dead)
     return squeezed
+
+
+def _steps(critical: NDArray[np.uint16], shape: tuple[int, int]) -> NDArray[np.int64]:
+    """Counted.steps of (E, T) critical alphas that never fall along a column."""
+    E, T = critical.shape
+    flat = critical.reshape(-1)
+    at = np.flatnonzero(critical[1:] != critical[:-1])  # the last rank of each run of equal ones
+    row = at // max(1, T) * shape[1]
+    size = shape[0] * shape[1]
+    steps = np.bincount(row + flat[at], minlength=size)
+    steps -= np.bincount(row + flat[at + T], minlength=size)
+    steps = steps.reshape(shape)
+    steps[E - 1] += np.bincount(critical[E - 1], minlength=shape[1])
+    return steps
+
+
+def _kept(
+    critical: NDArray[np.uint16], probability: NDArray[np.float32], shape: tuple[int, int]
+) -> NDArray[np.int64]:
+    """Counted.kept of (E, T) critical alphas and the probabilities of these ranks."""
+    kept = np.empty(shape, dtype=np.int64)
+    for k, (places, weights) in enumerate(zip(critical, probability, strict=True)):
+        kept[k] = np.rint(np.bincount(places, weights, minlength=shape[1]) * ONE)
+    return kept
 
 
 def _probabilities(rising: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -99,7 +99,7 @@ class LayerSummary:
             "logged_recall": float(self.logged[1] / n),
             "load_entropy": float(-(spread * np.log(spread)).sum() / np.log(E)),
             "load_cv": float(share.std() * E),
-            "load_gini": float(2 * (rising @ np.arange(1, E + 1)) / E - (E + 1) / E),
+            "load_gini": max(0.0, float(2 * (rising @ np.arange(1, E + 1)) / E - (E + 1) / E)),
             "busiest_share": float(share.max()),
             "dead_experts": int((self.load == 0).sum()),
             "flops": mean / top_k,
@@ -112,13 +112,13 @@ def summary_frame(
 ) -> pl.DataFrame:
     """One row per layer, then one over all layers (layer null).
 
-    Columns: rows; mean, sd, min, median and max of n_selected (experts per token); at_min_k,
-    at_max_k, none_rejected (shares of rows); probability_kept (mean softmax probability of the
-    chosen experts); native_jaccard, native_recall, logged_jaccard, logged_recall (mean overlap of
-    the chosen experts with the model's top-k and with the logged ones); load_entropy (1 is even),
-    load_cv, load_gini (0 is even), busiest_share (of all choices), dead_experts (count; summed
-    over layers); flops (expert FLOPs relative to the native top-k); histogram (rows by n_selected
-    from 0 to E). Over all layers, load figures are means over layers.
+    Columns: rows; mean, sd, min, median (the lower of two) and max of n_selected (experts per
+    token); at_min_k, at_max_k, none_rejected (shares of rows); probability_kept (mean softmax
+    probability of the chosen experts); native_jaccard, native_recall, logged_jaccard,
+    logged_recall (mean overlap of the chosen experts with the model's top-k and with the logged
+    ones); load_entropy (1 is even), load_cv, load_gini (0 is even), busiest_share (of all choices),
+    dead_experts (count; summed over layers); flops (expert FLOPs relative to the native top-k);
+    histogram (rows by n_selected from 0 to E). Over all layers, load figures are means over layers.
     """
     bounds = {"min_k": min_k, "max_k": max_k, "top_k": top_k}
     rows: list[dict[str, Any]] = [
@@ -141,10 +141,14 @@ def overlap_sums(
 ) -> NDArray[np.float64]:
     """(2,) sums over rows of Jaccard and of recall (the share of b that is in a).
 
+    Two empty sets are the same, so their Jaccard is 1, and so is the recall of an empty b.
+
     Args:
         both: (T,) experts in both sets.
         a, b: (T,) sizes of the sets, or one number for all rows.
     """
     both = both.astype(np.float64)
-    union = np.maximum(a + b - both, 1)
-    return np.array([(both / union).sum(), (both / np.maximum(b, 1)).sum()])
+    union = a + b - both
+    jaccard = (both + (union == 0)) / np.maximum(union, 1)
+    recall = (both + np.equal(b, 0)) / np.maximum(b, 1)
+    return np.array([jaccard.sum(), recall.sum()])

@@ -1,0 +1,189 @@
+import dataclasses
+import threading
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import analysis.log as module
+from analysis.log import layer_of, logits_of, open_log
+from capture.contract.bh import BhOptions
+from capture.contract.errors import CorruptShard, InvalidOption, KdeMismatch
+from capture.contract.kde import KdeModel
+from capture.contract.manifest import Manifest
+from tests.synthetic import normal_kde, normal_null, write_run
+
+LAYERS = (0, 1, 4)
+COLUMNS = ("layer", "sequence", "position", "logits")
+
+
+class Seen:
+    """Keeps what a fold showed: the rows in order, and the batches they came in."""
+
+    def __init__(self):
+        self.rows, self.batches, self.logits = [], [], []
+
+    def update(self, batch):
+        layer = layer_of(batch)
+        assert set(batch["layer"].to_pylist()) == {layer}
+        self.batches.append((layer, batch.num_rows))
+        self.rows += batch.select(["layer", "sequence", "position"]).to_pylist()
+        self.logits.append(logits_of(batch).copy())
+
+    def merge(self, other):
+        self.rows += other.rows
+        self.batches += other.batches
+        self.logits += other.logits
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(
+        tmp_path / "run", layers=LAYERS, n_experts=8, n_sequences=6, length=10, n_shards=3,
+        decode_from=7, options=BhOptions(alpha=0.3), kde=normal_kde(LAYERS),
+    )  # fmt: skip
+
+
+def in_order(run, columns=("layer", "sequence", "position", "logits", "phase")):
+    """Rows of the shards, file by file."""
+    tables = [pq.read_table(path) for path in sorted((run / "routing").iterdir())]
+    return pa.concat_tables(tables).select(list(columns)).to_pylist()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5, 40])
+@pytest.mark.parametrize("piece", [8, 8 * 7, 8 * 1000])
+def test_a_fold_shows_every_row_once_in_log_order(run, monkeypatch, threads, piece):
+    monkeypatch.setattr(module, "PIECE_LOGITS", piece)
+    seen = open_log(run).fold(Seen, COLUMNS, threads=threads)
+    logged = in_order(run)
+    assert seen.rows == [{name: row[name] for name in seen.rows[0]} for row in logged]
+    logits = np.array([row["logits"] for row in logged], np.float32)
+    assert np.array_equal(np.concatenate(seen.logits), logits)
+    assert max(rows for _, rows in seen.batches) == min(20, piece // 8)
+
+
+def test_whole_groups_come_whole(run, monkeypatch):
+    monkeypatch.setattr(module, "PIECE_LOGITS", 8)
+    seen = open_log(run).fold(Seen, COLUMNS, whole_groups=True)
+    assert seen.batches == [(layer, 20) for _ in range(3) for layer in LAYERS]
+
+
+def test_layers_and_a_condition_choose_rows(run):
+    log = open_log(run)
+    seen = log.fold(Seen, COLUMNS, layers=[4, 1], where="phase = 'decode' AND sequence > 2")
+    expected = [
+        row
+        for row in in_order(run)
+        if row["layer"] in (1, 4) and row["phase"] == "decode" and row["sequence"] > 2
+    ]
+    assert seen.rows == [{name: row[name] for name in seen.rows[0]} for row in expected]
+    assert log.fold(Seen, COLUMNS, where="position > 100").rows == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": [2]}, "no layer 2 in .*; it has layers 0, 1, 4"),
+        ({"where": "lyer = 1"}, "no column 'lyer'; .*columns are layer"),
+        ({"where": "layer ="}, "where: cannot read 'layer ='"),
+        ({"where": "position + 1"}, "expected a condition"),
+        ({"where": "phase > 1"}, "phase > 1"),
+    ],
+)
+def test_rows_that_cannot_be_chosen_say_why(run, options, message):
+    with pytest.raises(InvalidOption, match=message):
+        open_log(run).fold(Seen, COLUMNS, **options)
+
+
+def test_progress_adds_up_to_the_rows(run, monkeypatch):
+    monkeypatch.setattr(module, "PIECE_LOGITS", 8 * 7)
+    done = []
+    open_log(run).fold(Seen, COLUMNS, progress=done.append, threads=2)
+    assert sum(done) == 180
+
+
+def test_a_sampled_run_is_read_as_it_is(run):
+    manifest = Manifest.from_json((run / "run.json").read_text(), "run.json")
+    dataclasses.replace(manifest, sample_every=3).write(run)
+    assert len(open_log(run).fold(Seen, COLUMNS).rows) == 180
+    frame = open_log(run).replay(0.3)
+    assert frame["logged_jaccard"].to_list() == [1.0] * 4
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def flip(path):
+    group = pq.read_metadata(path).row_group(1)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    start = next(c.data_page_offset for c in columns if c.path_in_schema.startswith("logits"))
+    data = bytearray(path.read_bytes())
+    data[start + 60 : start + 80] = bytes(20)
+    path.write_bytes(data)
+
+
+def mix(path):
+    pq.write_table(pq.read_table(path), path)  # one row group of all layers
+
+
+DAMAGE = {
+    r"rank00000-00001.parquet: no readable Parquet footer": cut,
+    r"rank00000-00001.parquet: row group 1 cannot be read": flip,
+    r"rank00000-00001.parquet: row group 0 holds several layers": mix,
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_a_damaged_shard_is_named(run, message):
+    DAMAGE[message](run / "routing" / "rank00000-00001.parquet")
+    for threads in (1, 3):
+        with pytest.raises(CorruptShard, match=message):
+            open_log(run).fold(Seen, COLUMNS, threads=threads)
+
+
+def test_an_error_stops_the_other_threads(run, monkeypatch):
+    monkeypatch.setattr(module, "PIECE_LOGITS", 8)
+    lock, updates = threading.Lock(), []
+
+    class Failing(Seen):
+        def update(self, batch):
+            with lock:
+                updates.append(batch.num_rows)
+                if len(updates) == 3:
+                    raise InvalidOption("third")
+            time.sleep(0.002)
+
+    with pytest.raises(InvalidOption, match="third"):
+        open_log(run).fold(Failing, COLUMNS, threads=2)
+    assert len(updates) < 60  # of 180 pieces
+
+
+def test_few_accumulators_are_alive_at_once(run, monkeypatch):
+    alive, most = [0], [0]
+
+    class Counting(Seen):
+        def __init__(self):
+            super().__init__()
+            alive[0] += 1
+            most[0] = max(most[0], alive[0])
+
+        def __del__(self):
+            alive[0] -= 1
+
+    open_log(run).fold(Counting, COLUMNS, threads=1)  # 8 stretches
+    assert most[0] <= 5
+
+
+def test_the_null_model_is_the_one_given_or_the_run_own(run, tmp_path):
+    log = open_log(run)
+    other = KdeModel({i: normal_null(i, sd=3.0) for i in LAYERS})
+    assert log.null_model(other) is other
+    assert log.null_model().to_bytes() == log.kde.to_bytes()
+    with pytest.raises(KdeMismatch, match="not 4"):
+        log.null_model(normal_kde((0, 1)))
+    native = open_log(write_run(tmp_path / "native"))
+    with pytest.raises(KdeMismatch, match="has no null model of its own; name one"):
+        native.null_model()
