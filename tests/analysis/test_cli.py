@@ -33,14 +33,28 @@ def test_listing_commands_imports_neither_torch_nor_duckdb():
     assert done.stdout.strip() == "[]"
 
 
-def test_analysis_never_imports_torch():
+def modules_after_importing(package):
+    """Names of the modules that all modules of a package bring with them."""
     code = (
-        "import pkgutil, importlib, sys, analysis; "
-        "[importlib.import_module(m.name) for m in pkgutil.walk_packages(analysis.__path__, "
-        "'analysis.')]; print('torch' in sys.modules, 'transformers' in sys.modules)"
+        f"import pkgutil, importlib, sys, {package} as package; "
+        "[importlib.import_module(m.name) for m in pkgutil.walk_packages(package.__path__, "
+        "package.__name__ + '.')]; print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False False"
+    return set(done.stdout.split())
+
+
+def test_analysis_imports_no_torch_and_only_the_contract_of_capture():
+    modules = modules_after_importing("analysis")
+    assert not modules & {"torch", "transformers"}
+    ours = {name for name in modules if name.startswith("capture.")}
+    assert all(name.startswith("capture.contract") for name in ours)
+
+
+def test_the_contract_needs_numpy_and_pyarrow_alone():
+    modules = {name.partition(".")[0] for name in modules_after_importing("capture.contract")}
+    assert {"numpy", "pyarrow"} <= modules
+    assert not modules & {"analysis", "duckdb", "matplotlib", "polars", "scipy", "torch"}
 
 
 def test_commands_are_listed_in_the_order_of_a_first_use():
