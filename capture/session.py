@@ -21,6 +21,8 @@ from capture.writing.fitting import KdeFit
 from capture.writing.launch import rank, world_size
 from capture.writing.writer import RunWriter, WriterOptions
 
+_DTYPES = "float32", "bfloat16", "float16"  # which float32 holds exactly
+
 Progress = Callable[[int, RunWriter], None]  # tokens just done, and the writer
 
 
@@ -77,16 +79,16 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
     source = str(files("capture.demo")) if name == "demo" else name
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"  # widening is exact, and faster than bfloat16 on most CPUs
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype, None)
-    if not isinstance(wanted, torch.dtype | str):
-        raise InvalidOption(f"no dtype '{dtype}'; expected float32, bfloat16 or float16")
+    if dtype not in ("auto", *_DTYPES):
+        raise InvalidOption(f"no dtype '{dtype}'; expected {', '.join(_DTYPES)} or auto")
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     if os.sep in source and not Path(source).is_dir():
         raise RouterLogError(f"{source}: no such folder; expected a model's folder or a hub name")
     try:
         with _quiet(name == "demo"):
             model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
         model = model.to(place).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # what its files may lack has many names
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RouterLogError(f"{name}: the model cannot be loaded ({first})") from error
     if name == "demo":
@@ -212,7 +214,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
+        why = str(error).splitlines()[0].split(". ")[0]
         raise InvalidOption(
             f"no device '{name}' here; expected cpu, cuda, cuda:1, ... ({why})"
         ) from error

@@ -74,11 +74,13 @@ class ByteTokenizer:
 def read_documents(paths: Iterable[str | Path], *, field: str = "text") -> Iterator[Document]:
     """Documents of text files, JSON lines, and folders of them, in the order of their paths.
 
-    A text file is one document; a JSON-lines file has one in each line's `field`.
+    A text file is one document; a JSON-lines file has one in each line's `field`. The source is the
+    file's name, within a folder its path in it; files of one name are told apart by whole paths.
 
     Raises:
         RouterLogError: a file is missing, not UTF-8, or a line has no such field.
     """
+    found: list[tuple[Path, str]] = []
     for path in map(Path, paths):
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
@@ -89,16 +91,20 @@ def read_documents(paths: Iterable[str | Path], *, field: str = "text") -> Itera
         else:
             raise RouterLogError(f"{path}: no such file or folder")
         for file in files:
-            source = file.name if file == path else file.relative_to(path).as_posix()
-            yield from _read_file(file, source, field)
+            found.append((file, file.name if file == path else file.relative_to(path).as_posix()))
+    named: dict[str, set[Path]] = {}
+    for file, source in found:
+        named.setdefault(source, set()).add(file)
+    for file, source in found:
+        yield from _read_file(file, source if len(named[source]) == 1 else file.as_posix(), field)
 
 
 def _read_file(path: Path, source: str, field: str) -> Iterator[Document]:
     try:
         if path.suffix != ".jsonl":
-            yield Document(source, path.read_text(encoding="utf-8"))
+            yield Document(source, path.read_text(encoding="utf-8-sig"))
             return
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield Document(source, _field(line, field, f"{path}, line {number}"))

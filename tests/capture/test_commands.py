@@ -2,6 +2,7 @@ import json
 import os
 import re
 import signal
+from importlib.resources import files
 
 import pytest
 
@@ -70,7 +71,7 @@ def test_capture_reads_json_lines_by_field(tmp_path):
         (["--max-k", 4], "--max-k needs --route bh"),
         (["--max-length", 0], "max_length must be at least 1"),
         (["--batch-size", 0], "batch_size must be at least 1"),
-        (["--dtype", "float99"], "no dtype 'float99'"),
+        (["--dtype", "float64"], "no dtype 'float64'"),
         (["--sample-every", 0], "sample_every must be at least 1"),
         (["--generate", -1], "generate must be at least 0"),
         (["--device", "abacus"], "no device 'abacus' here"),
@@ -123,8 +124,15 @@ def test_a_model_without_routers_is_refused(text, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_is_no_model_is_named(text, tmp_path, capsys):
+@pytest.mark.parametrize("broken", ["nothing", "config", "weights"])
+def test_a_folder_that_is_no_model_is_named(text, tmp_path, capsys, broken):
     (tmp_path / "model").mkdir()
+    if broken == "config":
+        (tmp_path / "model" / "config.json").write_text('{"model_type": "olmoe"')
+    if broken == "weights":
+        for name in ("config.json", "model.safetensors"):
+            content = (files("capture.demo") / name).read_bytes()
+            (tmp_path / "model" / name).write_bytes(content[:5000])
     assert bhlog("capture", tmp_path / "model", "--text", text, "--out", tmp_path / "run") == 1
     assert "cannot be loaded" in capsys.readouterr().err
 

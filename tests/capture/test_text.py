@@ -72,6 +72,26 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, says):
     assert str(path) in str(error.value)
 
 
+def test_files_of_one_name_are_sources_of_their_own(tmp_path):
+    for language in ("de", "en"):
+        (tmp_path / language).mkdir()
+        (tmp_path / language / "train.txt").write_text(language)
+    (tmp_path / "en" / "more.txt").write_text("more")
+    found = [
+        (document.source, document.text)
+        for document in read_documents([tmp_path / "de", tmp_path / "en", tmp_path / "en"])
+    ]
+    german, english = (f"{tmp_path.as_posix()}/{language}/train.txt" for language in ("de", "en"))
+    twice = [("more.txt", "more"), (english, "en")]
+    assert found == [(german, "de"), *twice, *twice]
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "b"}\n')
+    assert [document.text for document in read_documents([tmp_path])] == ["a", "b"]
+
+
 def test_a_missing_path_and_an_empty_folder_are_named(tmp_path):
     with pytest.raises(RouterLogError, match="no such file or folder"):
         list(read_documents([tmp_path / "nothing"]))
