@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from statistics import median
 
 import numpy as np
 import polars as pl
@@ -74,8 +75,8 @@ def direct(rows, chosen, n_rejected, low, high):
         for sums, other, size in ((native, top, TOP_K), (logged, row["experts"], None)):
             size = len(other) if size is None else size
             both = len(set(experts) & set(other))
-            union = max(1, len(experts) + size - both)
-            sums.append((both / union, both / max(1, size)))
+            union = len(experts) + size - both
+            sums.append((both / union if union else 1, both / size if size else 1))
     load = [sum(i in experts for experts in chosen) for i in range(E)]
     share = [count / max(1, sum(load)) for count in load]
     return {
@@ -83,7 +84,7 @@ def direct(rows, chosen, n_rejected, low, high):
         "mean_experts": mean,
         "sd_experts": math.sqrt(sum((k - mean) ** 2 for k in n) / len(n)),
         "min_experts": min(n),
-        "median_experts": sorted(n)[(len(n) - 1) // 2],
+        "median_experts": median(n),
         "max_experts": max(n),
         "at_min_k": n.count(low) / len(n),
         "at_max_k": n.count(high) / len(n),
