@@ -1,6 +1,6 @@
 import math
 from dataclasses import replace
-from statistics import median
+from statistics import median_low
 
 import numpy as np
 import polars as pl
@@ -84,7 +84,7 @@ def direct(rows, chosen, n_rejected, low, high):
         "mean_experts": mean,
         "sd_experts": math.sqrt(sum((k - mean) ** 2 for k in n) / len(n)),
         "min_experts": min(n),
-        "median_experts": median(n),
+        "median_experts": median_low(n),
         "max_experts": max(n),
         "at_min_k": n.count(low) / len(n),
         "at_max_k": n.count(high) / len(n),
