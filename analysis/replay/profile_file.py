@@ -135,6 +135,7 @@ def _profile(table: pa.Table, make: type["Profile"]) -> "Profile":
             raise CorruptProfile(
                 f"layer {layer}: counts {profile.rows(layer)} rows, but says rows = {rows}"
             )
+    profile.curve()  # sums up now what every answer needs
     return profile
 
 
