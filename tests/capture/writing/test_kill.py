@@ -73,7 +73,7 @@ def log_a_model_for_ever(run: str, resume: str, notes: str) -> None:
     torch.set_num_threads(1)
     model = tiny_model()
     patcher = RouterPatcher(model)
-    options = WriterOptions(shard_rows=400)
+    options = WriterOptions(shard_rows=200)
     log_writer = new_writer(run, patcher.info, Routing(), options=options, resume=bool(int(resume)))
     with torch.no_grad(), recording(patcher, Routing(), None, log_writer):
         while True:
