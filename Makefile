@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 VENV4 := .venv4
+PARALLEL := --numprocesses 2 --dist loadfile # tiny models: a thread each, two at a time
 TESTS4 := $(patsubst %,tests/capture/%.py,routers/test_blocks4 test_devices test_patch \
 	test_recorder test_session tokens/test_generation tokens/test_identity tokens/test_loss)
 
@@ -12,11 +13,10 @@ demo: $(READY)
 	$(VENV)/bin/bhlog demo
 
 test: $(READY)
-	$(VENV)/bin/pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest $(PARALLEL)
 
-# tiny models: threads would only wait for one another
 test-transformers4: $(VENV4)/.ready
-	OMP_NUM_THREADS=1 $(VENV4)/bin/pytest $(TESTS4)
+	OMP_NUM_THREADS=1 $(VENV4)/bin/pytest $(PARALLEL) $(TESTS4)
 
 lint: $(READY)
 	$(VENV)/bin/ruff format --check
