@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from analysis.commands.options import check_figure, load, with_replay_options, write_figure
 from analysis.table import format_option, print_frame, progress_bar
 
 if TYPE_CHECKING:
@@ -55,11 +56,7 @@ SHORT = (
     metavar="K",
     help="Bring every policy to K mean experts per token first, by its value.",
 )
-@click.option("--kde", metavar="FILE", help="Null model (default: the run's own).")
-@click.option("--min-k", type=int, help="Fewest experts a token (default: as in the run, or 1).")
-@click.option("--max-k", type=int, help="Most experts a token (default: as in the run, or all).")
-@click.option("--layer", "layers", type=int, multiple=True, help="Only this layer; repeatable.")
-@click.option("--where", metavar="SQL", help="Only rows that match: \"phase = 'decode'\".")
+@with_replay_options
 @click.option("--by-layer", is_flag=True, help="A line for each layer too.")
 @click.option("--all-columns", is_flag=True, help="Print every column of the summary.")
 @click.option(
@@ -74,7 +71,7 @@ def compare(
     kde: str | None,
     min_k: int | None,
     max_k: int | None,
-    layers: tuple[int, ...],
+    layers: tuple[int, ...] | None,
     where: str | None,
     by_layer: bool,
     all_columns: bool,
@@ -88,7 +85,6 @@ def compare(
     """
     import polars as pl
 
-    from analysis.commands.kde_options import check_figure, load
     from analysis.compare.budget import match_experts
     from analysis.compare.compare import compare as compare_policies
     from analysis.log import open_log
@@ -110,12 +106,12 @@ def compare(
         with progress_bar("match", None) as advance:
             policies = match_experts(
                 log, policies, experts, kde=null, min_k=min_k, max_k=max_k,
-                layers=layers or None, where=where, progress=advance,
+                layers=layers, where=where, progress=advance,
             )  # fmt: skip
     with progress_bar("compare", log.manifest.totals.rows or None) as advance:
         frame = compare_policies(
             log, policies, kde=null, min_k=min_k, max_k=max_k,
-            layers=layers or None, where=where, progress=advance,
+            layers=layers, where=where, progress=advance,
         )  # fmt: skip
     print_frame(
         _shortened(frame, by_layer=by_layer, whole=all_columns or output_format != "table"),
@@ -127,7 +123,7 @@ def compare(
     if figure is not None:
         _draw(
             log, policies, null, figure, min_k=min_k, max_k=max_k,
-            layers=layers or None, where=where,
+            layers=layers, where=where,
         )  # fmt: skip
 
 
@@ -220,7 +216,6 @@ def _draw(
     layers: "Sequence[int] | None",
     where: str | None,
 ) -> None:
-    from analysis.commands.kde_options import write_figure
     from analysis.compare.cost_curves import cost_curves
     from analysis.compare.cost_figure import draw_comparison
 

@@ -6,13 +6,13 @@ from typing import Any
 import click
 
 from analysis.commands.kde_calibration import check, compare
-from analysis.commands.kde_options import (
+from analysis.commands.options import (
     check_figure,
     check_writable,
     load,
     out_option,
+    read_trim,
     save_model,
-    trim_option,
     with_fit_options,
     with_rows_options,
     write_figure,
@@ -52,7 +52,7 @@ def kde() -> None:
 )
 @click.option(
     "--keep-trim",
-    type=trim_option,
+    type=read_trim,
     multiple=True,
     metavar="LOW:HIGH",
     help="Also keep the histogram at this trimming level, for refits; repeatable.",

@@ -2,7 +2,7 @@
 
 import click
 
-from analysis.commands.kde_options import check_figure, load, with_rows_options, write_figure
+from analysis.commands.options import check_figure, load, with_rows_options, write_figure
 from analysis.table import format_option, print_frame, progress_bar
 
 CHECK_FIGURES = ("qq", "histogram", "experts", "ranks")  # names of analysis.kde.figures.CHECKS

@@ -2,7 +2,7 @@
 
 import click
 
-from analysis.commands.kde_options import load
+from analysis.commands.options import load
 from analysis.table import format_option, print_frame, progress_bar
 
 

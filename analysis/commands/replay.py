@@ -5,6 +5,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from analysis.commands.options import (
+    check_writable,
+    kde_option,
+    layers_option,
+    load,
+    where_option,
+    with_replay_options,
+)
 from analysis.table import format_option, print_frame, progress_bar
 from capture.contract.errors import InvalidOption
 
@@ -48,17 +56,13 @@ SHORT = (
     required=True,
     help="BH level, 0 < A < 1; repeatable.",
 )
-@click.option("--kde", metavar="FILE", help="Null model (default: the run's own).")
-@click.option("--min-k", type=int, help="Fewest experts a token (default: as in the run, or 1).")
-@click.option("--max-k", type=int, help="Most experts a token (default: as in the run, or all).")
+@with_replay_options
 @click.option("--temperature", type=float, help="Of the weights (default: as in the run, or 1).")
 @click.option(
     "--renormalize",
     type=click.Choice([*RENORMALIZE]),
     help="Whether written weights sum to 1 (default: as in the run, or as the model does).",
 )
-@click.option("--layer", "layers", type=int, multiple=True, help="Only this layer; repeatable.")
-@click.option("--where", metavar="SQL", help="Only rows that match: \"phase = 'decode'\".")
 @click.option("--all-columns", is_flag=True, help="Print every column of the summary.")
 @click.option(
     "--out",
@@ -75,7 +79,7 @@ def replay(
     max_k: int | None,
     temperature: float | None,
     renormalize: str | None,
-    layers: tuple[int, ...],
+    layers: tuple[int, ...] | None,
     where: str | None,
     all_columns: bool,
     out: str | None,
@@ -108,9 +112,7 @@ def replay(
         for folder in folders:
             click.echo(f"wrote {folder}", err=True)
     with progress_bar("replay", log.manifest.totals.rows or None) as advance:
-        frame = replay_log(
-            log, settings, kde=null, layers=layers or None, where=where, progress=advance
-        )
+        frame = replay_log(log, settings, kde=null, layers=layers, where=where, progress=advance)
     print_frame(_shortened(frame, all_columns or output_format != "table"), output_format)
 
 
@@ -128,11 +130,11 @@ def replay(
     multiple=True,
     help="Alphas to print; repeatable (default: a dozen from 0.01 to 0.9).",
 )
-@click.option("--kde", metavar="FILE", help="Null model (default: the run's own).")
+@kde_option
 @click.option("--min-k", type=int, default=1, show_default=True, help="Fewest experts a token.")
 @click.option("--max-k", type=int, help="Most experts a token (default: all).")
-@click.option("--layer", "layers", type=int, multiple=True, help="Only this layer; repeatable.")
-@click.option("--where", metavar="SQL", help="Only rows that match: \"phase = 'decode'\".")
+@layers_option
+@where_option
 @click.option(
     "--target-experts",
     type=float,
@@ -159,7 +161,7 @@ def sweep(
     kde: str | None,
     min_k: int,
     max_k: int | None,
-    layers: tuple[int, ...],
+    layers: tuple[int, ...] | None,
     where: str | None,
     target_experts: float | None,
     per_layer: bool,
@@ -174,7 +176,6 @@ def sweep(
     """
     from functools import reduce
 
-    from analysis.commands.kde_options import check_writable
     from analysis.replay.profile import Profile
 
     if per_layer and target_experts is None:
@@ -227,7 +228,7 @@ def _profile(
     alphas: tuple[float, ...],
     kept: bool,
     null: "KdeModel | None",
-    layers: tuple[int, ...],
+    layers: tuple[int, ...] | None,
     where: str | None,
 ) -> "Profile":
     """The profile of a run, or the one in a file."""
@@ -247,7 +248,7 @@ def _profile(
             null,
             alphas=sorted({*GRID, *alphas}),
             kept=kept,
-            layers=layers or None,
+            layers=layers,
             where=where,
             progress=advance,
         )
@@ -279,8 +280,6 @@ def _targets(
 
 
 def _null_model(path: str | None) -> "KdeModel | None":
-    from analysis.commands.kde_options import load
-
     return None if path is None else load(path)
 
 

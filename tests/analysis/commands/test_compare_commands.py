@@ -90,7 +90,7 @@ def test_a_budget_solves_for_the_value(run, bhlog):
 def test_lines_for_each_layer(native, bhlog):
     lines = table(bhlog(native, "--policy", "topk:4", "--by-layer")[1])
     assert [line["layer"] for line in lines] == ["0", "2", "all"]
-    lines = table(bhlog(native, "--policy", "topk:4", "--by-layer", "--layer", "2")[1])
+    lines = table(bhlog(native, "--policy", "topk:4", "--by-layer", "--layers", "2")[1])
     assert [line["layer"] for line in lines] == ["2", "all"]
 
 
@@ -141,7 +141,7 @@ def test_a_figure_is_written(run, bhlog, tmp_path):
         (["--policy", "topk:4", "--min-k", "9", "--max-k", "3"], "at least min_k (9), got 3"),
         (["--experts", "17"], "from 0 to the model's 16 experts, got 17"),
         (["--experts", "nan"], "from 0 to the model's 16 experts, got nan"),
-        (["--policy", "topk:4", "--layer", "1"], "no layer 1"),
+        (["--policy", "topk:4", "--layers", "1"], "no layer 1"),
         (["--policy", "topk:4", "--where", "phas = 1"], "where: no column 'phas'"),
         (["--policy", "topk:4", "--where", "position"], "expected a condition"),
         (["--policy", "topk:4", "--where", "position > 99"], "no rows where position > 99"),

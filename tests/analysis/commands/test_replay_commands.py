@@ -80,7 +80,7 @@ def test_a_native_run_takes_a_null_model(bhlog):
 
 def test_layers_and_conditions_choose_rows(bhlog):
     out = bhlog(
-        "replay", "bh", "--alpha", "0.3", "--layer", "2", "--where", "position < 3",
+        "replay", "bh", "--alpha", "0.3", "--layers", "2", "--where", "position < 3",
         "--format", "json",
     )[1]  # fmt: skip
     assert [(row["layer"], row["rows"]) for row in json.loads(out)] == [(2, 12), (None, 12)]
@@ -158,12 +158,12 @@ MISTAKES = {
     "alpha must be between 0 and 1, got 1.5": ["replay", "bh", "--alpha", "1.5"],
     "max_k is 9, but the model has 8 experts": ["replay", "bh", "--alpha", "0.1", "--max-k", "9"],
     "min_k (5), got 4": ["replay", "bh", "--alpha", "0.1", "--min-k", "5"],
-    "no layer 1 in bh; it has layers 0, 2": ["replay", "bh", "--alpha", "0.1", "--layer", "1"],
+    "no layer 1 in bh; it has layers 0, 2": ["replay", "bh", "--alpha", "0.1", "--layers", "1"],
     "no column 'lyer'": ["replay", "bh", "--alpha", "0.1", "--where", "lyer = 1"],
     "no rows to replay where position > 99": [
         "replay", "bh", "--alpha", "0.1", "--where", "position > 99"
     ],
-    "--out writes every row": ["replay", "bh", "--alpha", "0.1", "--out", "x", "--layer", "0"],
+    "--out writes every row": ["replay", "bh", "--alpha", "0.1", "--out", "x", "--layers", "0"],
     "a setting is asked for twice": [
         "replay", "bh", "--alpha", "0.1", "--alpha", "0.1", "--out", "x"
     ],
@@ -193,7 +193,7 @@ def test_a_mistake_is_one_line_on_stderr(bhlog, message):
 def test_options_of_a_run_are_refused_for_a_profile(bhlog, tmp_path):
     saved = tmp_path / "p"
     bhlog("sweep", "bh", "--save", saved)
-    for option in (["--kde", "null.parquet"], ["--layer", "0"], ["--where", "layer = 0"]):
+    for option in (["--kde", "null.parquet"], ["--layers", "0"], ["--where", "layer = 0"]):
         code, _, err = bhlog("sweep", saved, *option)
         assert (code, "need a run" in err) == (1, True)
 

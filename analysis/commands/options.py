@@ -1,4 +1,4 @@
-"""What the `bhlog kde` commands share: options, their readers, and where results go."""
+"""What commands share: options, their readers, and where results go."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from capture.contract.kde import KdeModel
 
 
-def bandwidth_option(text: str) -> str | float:
+def read_bandwidth(text: str) -> str | float:
     """A rule's name or a number of logits."""
     try:
         return float(text)
@@ -26,7 +26,7 @@ def bandwidth_option(text: str) -> str | float:
         ) from None
 
 
-def layers_option(text: str) -> tuple[int, ...]:
+def read_layers(text: str) -> tuple[int, ...]:
     """Layers, from text such as 0-3,7."""
     layers: list[int] = []
     for part in text.split(","):
@@ -37,7 +37,7 @@ def layers_option(text: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def trim_option(text: str) -> tuple[int, int]:
+def read_trim(text: str) -> tuple[int, int]:
     """A trimming level, from text such as 0:8."""
     try:
         low, high = text.split(":")
@@ -46,11 +46,25 @@ def trim_option(text: str) -> tuple[int, int]:
         raise click.BadParameter(f"{text!r} is not a trimming level such as 0:8") from None
 
 
-rows_options = (
-    click.option("--layers", type=layers_option, metavar="LIST", help="Only these, such as 0-3,7."),
+kde_option = click.option("--kde", metavar="FILE", help="Null model (default: the run's own).")
+
+layers_option = click.option(
+    "--layers", type=read_layers, metavar="LIST", help="Only these, such as 0-3,7."
+)
+where_option = click.option(
+    "--where", metavar="SQL", help="Only rows that match, such as \"phase = 'decode'\"."
+)
+bounds_options = (
     click.option(
-        "--where", metavar="SQL", help="Only rows that match, such as \"phase = 'decode'\"."
+        "--min-k", type=int, help="Fewest experts a token (default: as in the run, or 1)."
     ),
+    click.option(
+        "--max-k", type=int, help="Most experts a token (default: as in the run, or all)."
+    ),
+)
+rows_options = (
+    layers_option,
+    where_option,
     click.option(
         "--sample",
         type=float,
@@ -68,6 +82,11 @@ def with_rows_options(command: Any) -> Any:
     return _with(rows_options, command)
 
 
+def with_replay_options(command: Any) -> Any:
+    """Add the null model, bounds and rows of what decides again over a run."""
+    return _with((kde_option, *bounds_options, layers_option, where_option), command)
+
+
 def with_fit_options(*, as_fitted: bool) -> Callable[[Any], Any]:
     """Add kernel, bandwidth and trimming; left out they are those of the model, if as_fitted."""
 
@@ -81,7 +100,7 @@ def with_fit_options(*, as_fitted: bool) -> Callable[[Any], Any]:
     bandwidth = "scott, silverman, isj, or the kernel's standard deviation in logits"
     options = (
         option("--kernel", "gaussian", "none is the empirical tail", type=click.Choice(KERNELS)),
-        option("--bandwidth", "scott", bandwidth, type=bandwidth_option, metavar="RULE|LOGITS"),
+        option("--bandwidth", "scott", bandwidth, type=read_bandwidth, metavar="RULE|LOGITS"),
         option("--trim-high", 0, f"Leave out each row's N largest logits{level}", **number),
         option("--trim-low", 0, f"Leave out each row's N smallest logits{level}", **number),
     )
