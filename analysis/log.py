@@ -6,7 +6,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -19,6 +18,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from analysis.condition import condition_columns, matches
+from analysis.storage import filesystem, reached
 from capture.contract.bh import Renormalize
 from capture.contract.errors import (
     CorruptManifest,
@@ -26,7 +27,6 @@ from capture.contract.errors import (
     InvalidOption,
     KdeMismatch,
     MissingRun,
-    RouterLogError,
 )
 from capture.contract.kde import KdeModel
 from capture.contract.manifest import MANIFEST_NAME, Manifest, merge_manifests
@@ -85,8 +85,8 @@ class Log:
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
-        self._fs, self._root = _filesystem(self.path)
-        with _reached(self.path):
+        self._fs, self._root = filesystem(self.path)
+        with reached(self.path):
             self.manifest = self._read_manifest()
 
     def __repr__(self) -> str:
@@ -131,7 +131,7 @@ class Log:
     def kde(self) -> KdeModel | None:
         """The null model in force in the run; None if it has none."""
         path = f"{self._root}/kde.parquet"
-        with _reached(self.path):
+        with reached(self.path):
             if self._fs.get_file_info(path).type == pafs.FileType.NotFound:
                 return None
             with self._fs.open_input_stream(path) as stream:
@@ -156,13 +156,13 @@ class Log:
     def files(self, folder: str = "") -> dict[str, int]:
         """Bytes of each file in the run's folder or in one of its folders, by name, sorted."""
         selector = pafs.FileSelector(f"{self._root}/{folder}", allow_not_found=True)
-        with _reached(self.path):
+        with reached(self.path):
             found = self._fs.get_file_info(selector)
         return {f.base_name: f.size for f in sorted(found, key=lambda f: f.base_name) if f.is_file}
 
     def tree(self) -> dict[str, int]:
         """Bytes of each file in the run's folder and below, by its path inside the run, sorted."""
-        with _reached(self.path):
+        with reached(self.path):
             found = self._fs.get_file_info(pafs.FileSelector(self._root, recursive=True))
         sizes = {f.path[len(self._root) + 1 :]: f.size for f in found if f.is_file}
         return dict(sorted(sizes.items()))
@@ -277,7 +277,7 @@ class Log:
             if batch is None:
                 return
             if where is not None:
-                batch = batch.filter(_matches(batch, where)).select(list(columns))
+                batch = batch.filter(matches(batch, where)).select(list(columns))
             yield batch
 
     def batches(
@@ -491,7 +491,7 @@ class Log:
         selector = pafs.FileSelector(
             f"{self._root}/{folder}" if folder else self._root, allow_not_found=True
         )
-        with _reached(self.path):
+        with reached(self.path):
             return [info.base_name for info in self._fs.get_file_info(selector)]
 
 
@@ -520,68 +520,6 @@ def layer_of(batch: pa.RecordBatch) -> int:
     """The layer of a batch of the fold (all its rows have the same)."""
     layer: int = batch.column("layer")[0].as_py()
     return layer
-
-
-def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
-    if "://" in path:
-        with _reached(path):
-            fs, root = pafs.FileSystem.from_uri(path)
-        return fs, root.rstrip("/")
-    return pafs.LocalFileSystem(), Path(path).expanduser().resolve().as_posix()
-
-
-@contextmanager
-def _reached(path: str) -> Iterator[None]:
-    """Turns what a file system says when it cannot be read into one line.
-
-    Raises:
-        MissingRun: the storage does not answer or refuses.
-    """
-    try:
-        yield
-    except RouterLogError:
-        raise
-    except (pa.ArrowException, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        check = "; check the bucket, its endpoint and your credentials" if "://" in path else ""
-        raise MissingRun(f"{path}: cannot be opened ({reason}){check}") from error
-
-
-def condition_columns(where: str) -> list[str]:
-    """Columns of the routing shards that a condition in SQL reads.
-
-    Raises:
-        InvalidOption: it cannot be read, or there is no such column.
-    """
-    return _condition(where)[1]
-
-
-def _condition(where: str) -> tuple[pl.Expr, list[str]]:
-    try:
-        expression = pl.sql_expr(where)
-        names = expression.meta.root_names()
-    except pl.exceptions.PolarsError as error:
-        raise InvalidOption(
-            f"where: cannot read {where!r} ({error}); expected a condition in SQL, such as "
-            "phase = 'decode' AND position < 100"
-        ) from error
-    known = routing_schema(1).names
-    for name in names:
-        if name not in known:
-            raise InvalidOption(f"where: no column '{name}'; columns are {', '.join(known)}")
-    return expression, names
-
-
-def _matches(rows: pa.RecordBatch, where: str) -> pa.Array:
-    expression, names = _condition(where)
-    frame = pl.DataFrame(pl.from_arrow(rows.select(names)))
-    try:
-        mask = frame.select(expression.alias("mask"))["mask"]
-    except pl.exceptions.PolarsError as error:
-        raise InvalidOption(f"where: {where!r} does not fit the columns ({error})") from error
-    if mask.dtype != pl.Boolean:
-        raise InvalidOption(f"where: {where!r} is {mask.dtype}, expected a condition")
-    return mask.to_arrow()
 
 
 def _stretches(groups: list[RowGroup], most: int) -> list[list[RowGroup]]:

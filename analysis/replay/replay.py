@@ -9,7 +9,8 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.log import Log, Progress, condition_columns, layer_of, logits_of
+from analysis.condition import condition_columns
+from analysis.log import Log, Progress, layer_of, logits_of
 from analysis.replay.ranked import RankedRows, block_rows
 from analysis.replay.summary import LayerSummary, summary_frame
 from capture.contract.bh import (
