@@ -150,14 +150,14 @@ def capture(
         routing,
         kde=kde,
         options=options.writer,
-        extra=extra,
+        extra={"processes": world_size(), **(extra or {})},  # the windows' shares depend on it
         resume=resume,
         fit=fit,
     )
     texts = share(texts)
     with recording(patcher, routing, kde, writer, fit):
         assert patcher.recorder is not None
-        done = writer.next_sequence
+        done = writer.windows
         writer.checkpoint()
         if progress is not None and done:
             progress(n_tokens(texts[:done], options.generate), writer)
@@ -165,7 +165,7 @@ def capture(
             patcher.name_sources(batch.sources)
             tokens = _run(loaded.model, batch, options.generate, loaded.pad_id)
             patcher.recorder.flush()
-            writer.checkpoint()
+            writer.checkpoint(windows=len(batch.sources))
             if progress is not None:
                 progress(tokens, writer)
     return writer.manifest

@@ -43,11 +43,13 @@ class Progress:
     Attributes:
         totals: counts up to the shard.
         next_sequence, next_forward: numbers not used up to the shard.
+        windows: windows of text that are done, as the checkpoints up to the shard say.
     """
 
     totals: Totals = field(default_factory=Totals)
     next_sequence: int = 0
     next_forward: int = 0
+    windows: int = 0
 
     def metadata(self) -> dict[str, str]:
         """For the footer of a tokens shard."""
@@ -60,6 +62,7 @@ class Progress:
         if text is None:
             return None
         data = json.loads(text)
+        data.setdefault("windows", data["next_sequence"])  # as runs were resumed before
         return cls(**{**data, "totals": Totals(**data["totals"])})
 
 
@@ -148,8 +151,9 @@ def resume(
     except OSError as error:
         leader = folder / manifest_name(0)
         if rank and leader.exists():  # this rank had not come to write
-            run_id = Manifest.from_json(leader.read_bytes(), str(leader)).run_id
-            return _fill(folder, replace(manifest, run_id=run_id), kde, rank), Progress()
+            first = Manifest.from_json(leader.read_bytes(), str(leader))
+            _check_same(leader, first, manifest, kde)
+            return _fill(folder, replace(manifest, run_id=first.run_id), kde, rank), Progress()
         raise RouterLogError(f"{path}: no run to resume ({error.strerror})") from error
     _check_same(path, before, manifest, kde)
     for part in (*folder.glob(f"*/rank{rank:05d}-*.part"), path.with_name(path.name + ".part")):
@@ -221,7 +225,8 @@ def _count(before: Progress, tokens: Path, n_rows: int) -> Progress:
     next_sequence = max(before.next_sequence, last[0])
     next_forward = max(before.next_forward, last[1])
     totals = before.totals + Totals(rows=n_rows, tokens=columns.num_rows, shards=1)
-    return Progress(replace(totals, forwards=next_forward), next_sequence, next_forward)
+    totals = replace(totals, forwards=next_forward)
+    return Progress(totals, next_sequence, next_forward, windows=next_sequence)
 
 
 def _sha256(kde: KdeModel) -> str:

@@ -58,8 +58,11 @@ class _Dropped:
     staged: Staged
 
 
+@dataclass(frozen=True)
 class _Checkpoint:
     """What came before it is whole, see RunWriter.checkpoint."""
+
+    windows: int
 
 
 _Item = Block | _Dropped | _Checkpoint | threading.Event | None  # None closes
@@ -84,6 +87,7 @@ class RunWriter:
 
     Attributes:
         next_sequence, next_forward: numbers that no row submitted so far has.
+        windows: windows of text that were done when the run was resumed.
         sealer: what seals its shards.
 
     Raises:
@@ -125,6 +129,7 @@ class RunWriter:
         )
         self.next_sequence = self._progress.next_sequence
         self.next_forward = self._progress.next_forward
+        self.windows = self._progress.windows
         self.sealer = Sealer(
             self.folder,
             rank,
@@ -197,13 +202,16 @@ class RunWriter:
         staged.release()
         self._put(_Dropped(Staged(tensors, 0)))
 
-    def checkpoint(self) -> None:
+    def checkpoint(self, windows: int = 0) -> None:
         """Say that what was submitted so far is whole: sequences that are complete.
 
         From the first checkpoint on, shards end at checkpoints alone, and a run that is closed by
         an error forgets what came after the last one: resuming it repeats that.
+
+        Args:
+            windows: windows of text done since the checkpoint before.
         """
-        self._put(_Checkpoint())
+        self._put(_Checkpoint(windows))
 
     def flush(self) -> None:
         """Seal what was submitted so far, and bring the manifest up to date.
@@ -291,6 +299,7 @@ class RunWriter:
                 elif isinstance(item, _Dropped):
                     self._let_go(item)
                 elif isinstance(item, _Checkpoint):
+                    self._count(Totals(), windows=item.windows)
                     self._seal_if_full()
                     self._whole = self._buffer.tokens, self._progress
                 else:
@@ -329,17 +338,19 @@ class RunWriter:
         block.staged.release()
         self._queue.free(block.staged.n_bytes)
 
-    def _count(self, counts: Totals, block: Block | None = None) -> None:
-        before = self._progress
-        progress = replace(before, totals=before.totals + counts)
-        if block is not None and len(block.sequence):
+    def _count(self, counts: Totals, block: Block | None = None, *, windows: int = 0) -> None:
+        with self._lock:  # the model's thread counts what it drops
+            before = self._progress
             progress = replace(
-                progress,
-                totals=progress.totals + Totals(forwards=len(np.unique(block.forward))),
-                next_sequence=max(before.next_sequence, int(block.sequence.max()) + 1),
-                next_forward=max(before.next_forward, int(block.forward.max()) + 1),
+                before, totals=before.totals + counts, windows=before.windows + windows
             )
-        with self._lock:
+            if block is not None and len(block.sequence):
+                progress = replace(
+                    progress,
+                    totals=progress.totals + Totals(forwards=len(np.unique(block.forward))),
+                    next_sequence=max(before.next_sequence, int(block.sequence.max()) + 1),
+                    next_forward=max(before.next_forward, int(block.forward.max()) + 1),
+                )
             self._progress = progress
 
     def _seal_if_full(self) -> None:

@@ -111,6 +111,37 @@ def test_an_interrupted_run_goes_on_at_a_whole_batch(demo, texts, tmp_path, gene
     assert cut.manifest.totals.tokens == whole.manifest.totals.tokens
 
 
+def test_windows_that_take_many_sequences_are_neither_skipped_nor_repeated(
+    demo, texts, tmp_path, monkeypatch
+):
+    """Without a cache, each token generated is fed as part of a new sequence."""
+    monkeypatch.setattr(demo.model.generation_config, "use_cache", False)
+    options = CaptureOptions(batch_size=1, generate=3)
+
+    def stop(tokens: int, writer: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        capture(demo, texts, tmp_path / "cut", options=options, progress=stop)
+    assert len(set(open_log(tmp_path / "cut").tokens()["sequence"].to_pylist())) > 1
+    capture(demo, texts, tmp_path / "cut", options=options, resume=True)
+    capture(demo, texts, tmp_path / "whole", options=options)
+    cut, whole = (
+        open_log(tmp_path / name).tokens(["sequence", "position", "token_id"])
+        for name in ("cut", "whole")
+    )
+    assert cut.equals(whole)
+
+
+def test_a_run_resumes_with_as_many_processes_as_it_had(demo, texts, tmp_path, monkeypatch):
+    capture(demo, texts, tmp_path / "run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(InvalidOption, match="processes is 1, cannot resume with 2"):
+            capture(demo, texts, tmp_path / "run", resume=True)
+
+
 def test_a_run_is_never_overwritten(demo, texts, tmp_path):
     capture(demo, texts, tmp_path / "run")
     with pytest.raises(RunExists, match="not empty"):

@@ -1,5 +1,6 @@
 """A run that stopped is continued: numbers and counts go on, mistakes are refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from capture.contract.errors import CorruptShard, InvalidOption, RouterLogError
 from capture.contract.manifest import Routing, Totals
 from capture.patch import RouterPatcher
 from capture.run import new_writer, recording
+from capture.writing.folder import PROGRESS, Progress
 from capture.writing.writer import RunWriter, WriterOptions
 from tests.capture.blocks import INFO, LAYERS, check_run, make_block, writer
 from tests.capture.tiny import batch, check_logits, read, tiny_model
@@ -110,6 +112,17 @@ def test_resume_of_a_run_whose_shards_say_nothing_of_progress(run, monkeypatch):
     second.close()
     assert open_log(run).manifest.totals == Totals(rows=60, tokens=30, shards=3, forwards=3)
     first.close()
+
+
+def test_windows_done_are_told_and_in_older_shards_are_its_sequences():
+    progress = Progress(next_sequence=5, windows=2)
+    footer = {name.encode(): text.encode() for name, text in progress.metadata().items()}
+    assert Progress.of(footer) == progress
+    data = json.loads(footer[PROGRESS.encode()])
+    del data["windows"]
+    assert Progress.of({PROGRESS.encode(): json.dumps(data).encode()}) == Progress(
+        next_sequence=5, windows=5
+    )
 
 
 def test_resume_refuses_what_does_not_fit(run, tmp_path):

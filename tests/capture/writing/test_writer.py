@@ -1,5 +1,6 @@
 """The writer: what goes in comes out, memory is bounded, and nothing is lost unseen."""
 
+import sys
 import threading
 import time
 from pathlib import Path
@@ -285,6 +286,27 @@ def test_a_run_that_an_error_closes_ends_at_its_last_checkpoint(run, flushed):
     totals = open_log(run).manifest.totals
     assert (totals.tokens, totals.forwards, totals.dropped) == (10 * kept, kept, 0)
     assert writer(run, resume=True).next_sequence == kept
+
+
+def test_threads_that_count_at_once_lose_nothing(run):
+    log_writer = writer(run)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+
+        def count() -> None:
+            for _ in range(2000):
+                log_writer._count(Totals(dropped=1))
+
+        threads = [threading.Thread(target=count) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    log_writer.close()
+    assert open_log(run).manifest.totals.dropped == 4000
 
 
 def test_an_empty_run_closes(run):
