@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -247,14 +248,9 @@ class BHRoutingLogger:
         """Decisions as the JSON log keeps them, in order of token, then layer."""
         columns = ["sequence", "position", "layer", "token_id", "phase", "experts", "weights",
                    "n_selected", "n_rejected", "logits", "forward", "rank"]  # fmt: skip
-        batches = list(_first_tokens(log, columns, MOST_JSON_DECISIONS))
-        bh = log.manifest.routing.options is not None
         rows: list[dict[str, Any]] = []
-        for batch in batches:
-            p = _p_values(batch, log.kde, bh)
+        for batch, p in _first_tokens(log, columns, self.log_every_n, MOST_JSON_DECISIONS):
             for i, row in enumerate(batch.to_pylist()):
-                if row["position"] % self.log_every_n:
-                    continue
                 rows.append(
                     {
                         "sample_idx": row["sequence"],
@@ -364,18 +360,26 @@ def _p_values(batch: Any, kde: KdeModel | None, bh: bool) -> NDArray[np.float64]
     return p_values_of(batch, None if kde is None else kde[layer_of(batch)])
 
 
-def _first_tokens(log: Any, columns: list[str], most_rows: int) -> Iterator[Any]:
-    """The first tokens of the log at every layer, most_rows rows or a little more."""
-    per_layer = -(-most_rows // len(log.layers))
-    taken = dict.fromkeys(log.layers, 0)
+def _first_tokens(
+    log: Any, columns: list[str], every: int, most_rows: int
+) -> Iterator[tuple[Any, NDArray[np.float64] | None]]:
+    """The first tokens at every `every`-th position: most_rows rows over all layers, or a few more.
+
+    Returns:
+        Batches of one layer, each with its (T, E) p-values, ranked within whole forwards.
+    """
     from analysis.log import layer_of
 
+    missing = dict.fromkeys(log.layers, -(-most_rows // len(log.layers)))
+    bh = log.manifest.routing.options is not None
     for batch in log.batches(columns):
-        layer = layer_of(batch) if batch.num_rows else None
-        if layer is not None and taken[layer] < per_layer:
-            yield batch.slice(0, per_layer - taken[layer])
-            taken[layer] += batch.num_rows
-        if all(n >= per_layer for n in taken.values()):
+        layer = layer_of(batch) if batch.num_rows else log.layers[0]
+        kept = np.flatnonzero(batch.column("position").to_numpy() % every == 0)[: missing[layer]]
+        if len(kept):
+            p = _p_values(batch, log.kde, bh)
+            yield batch.take(pa.array(kept)), None if p is None else p[kept]
+            missing[layer] -= len(kept)
+        if not any(missing.values()):
             return
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.log import open_log
+from analysis.log import logits_of, open_log
 from capture import (
     BHRoutingLogger,
     OLMoERouterPatcher,
@@ -12,7 +12,7 @@ from capture import (
     compute_pvalues_empirical,
     compute_pvalues_kde,
 )
-from capture.contract.bh import decide
+from capture.contract.bh import decide, empirical_p_values
 from capture.contract.errors import InvalidOption, KdeMismatch, RunExists, UnsupportedModel
 from tests.synthetic import normal_kde
 
@@ -47,6 +47,25 @@ def test_the_seed_snippet_runs_as_it_stands(demo, tmp_path):
     assert summary["experts_selected"]["max"] <= 8
     assert len(list((tmp_path / "plots/test_experiment").glob("*.png"))) == 6
     assert open_log(tmp_path / "logs/test_experiment").manifest.closed
+
+
+def test_the_json_log_ranks_p_values_within_the_whole_batch(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr("capture.notebook.logger.MOST_JSON_DECISIONS", 40)  # 10 tokens, 4 layers
+    logger = BHRoutingLogger(tmp_path, "json", log_every_n=3)
+    with OLMoERouterPatcher(demo.model) as patcher, pytest.warns(UserWarning, match="no null"):
+        patcher.patch_with_bh(alpha=0.3, logger=logger)
+        run(demo, "x = 1\n" * 10)
+        found = json.loads(logger.save_logs().read_text())["decisions"]
+    assert [(d["token_idx"], d["layer_idx"]) for d in found] == [
+        (token, layer) for token in range(0, 30, 3) for layer in range(4)
+    ]
+    for batch in open_log(logger.run_dir).batches(["layer", "logits", "position"]):
+        layer = batch["layer"][0].as_py()
+        assert batch["position"].to_pylist() == list(range(60))
+        p = empirical_p_values(logits_of(batch))
+        for d in found:
+            if d["layer_idx"] == layer:
+                assert d["p_values"] == p[d["token_idx"]].tolist()
 
 
 def test_unpatching_restores_outputs_bit_for_bit(demo):
