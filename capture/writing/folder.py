@@ -101,8 +101,8 @@ def create(folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int) ->
             manifest = _fill(folder, manifest, kde, rank)
         except OSError:
             if rank == 0:  # nothing of a run is there yet
-                remove_run(folder)
                 with suppress(OSError):
+                    remove_run(folder)
                     folder.rmdir()
             raise
     except OSError as error:
@@ -189,10 +189,23 @@ def next_number(shards: tuple[ShardEntry, ...]) -> int:
 
 
 def remove_run(folder: Path) -> None:
-    """Delete a run's own files; anything else in the folder stays."""
-    for name in ("routing", "tokens", "figures"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for path in [*folder.glob("run*.json*"), *folder.glob("kde.parquet*")]:
+    """Delete a run's own files, its figures and its replays.
+
+    Raises:
+        RunExists: the folder holds something else, too; nothing was deleted.
+    """
+    folders = [folder / name for name in ("routing", "tokens", "figures", "replay")]
+    names = ("run.json*", "run.rank*.json*", "kde.parquet*")
+    files = [path for name in names for path in folder.glob(name)]
+    foreign = set(folder.iterdir()) - {*folders, *files}
+    if foreign:
+        raise RunExists(
+            f"{min(foreign)}: not part of a run, so the run beside it was not removed; move it "
+            "away, or choose another name"
+        )
+    for path in folders:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in files:
         path.unlink(missing_ok=True)
 
 

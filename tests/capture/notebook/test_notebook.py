@@ -88,6 +88,17 @@ def test_patching_again_starts_afresh(demo, tmp_path):
     assert open_log(logger.run_dir).manifest.routing.options.alpha == 0.5
 
 
+def test_a_patch_that_fails_closes_its_run(demo, tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no hook")
+
+    monkeypatch.setattr(OLMoERouterPatcher, "_hook_forward", fail)
+    logger = BHRoutingLogger(tmp_path, "fails")
+    with pytest.raises(RuntimeError, match="no hook"):
+        OLMoERouterPatcher(demo.model).patch_with_bh(logger=logger, kde=normal_kde(range(4)))
+    assert open_log(logger.run_dir).manifest.error == "RuntimeError: no hook"
+
+
 def test_stats_count_what_the_run_holds(demo, tmp_path):
     logger = BHRoutingLogger(tmp_path, "stats")
     with OLMoERouterPatcher(demo.model) as patcher:
@@ -127,6 +138,30 @@ def test_a_logger_replaces_only_what_a_logger_wrote(demo, tmp_path):
     with OLMoERouterPatcher(demo.model) as patcher, pytest.raises(RunExists):
         patcher.patch_with_bh(logger=BHRoutingLogger(tmp_path, "mine"), kde=normal_kde(range(4)))
     assert (folder / "notes.txt").read_text() == "precious"
+
+
+def test_an_experiment_is_replaced_with_its_replays(demo, tmp_path):
+    with OLMoERouterPatcher(demo.model) as patcher:
+        for _ in range(2):
+            logger = BHRoutingLogger(tmp_path, "again")
+            patcher.patch_with_bh(logger=logger, kde=normal_kde(range(4)))
+            assert not (logger.run_dir / "replay").exists()
+            (logger.run_dir / "replay" / "bh_a0.3").mkdir(parents=True)
+
+
+def test_a_file_of_the_user_keeps_the_experiment_whole(demo, tmp_path):
+    with OLMoERouterPatcher(demo.model) as patcher:
+        logger = BHRoutingLogger(tmp_path, "mine")
+        patcher.patch_with_bh(logger=logger, kde=normal_kde(range(4)))
+        run(demo, "text")
+        patcher.unpatch()
+        (logger.run_dir / "notes.txt").write_text("precious")
+        before = sorted(logger.run_dir.rglob("*"))
+        with pytest.raises(RunExists, match=r"notes\.txt: not part of a run"):
+            patcher.patch_with_bh(
+                logger=BHRoutingLogger(tmp_path, "mine"), kde=normal_kde(range(4))
+            )
+    assert sorted(logger.run_dir.rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b"])
