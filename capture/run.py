@@ -101,7 +101,12 @@ def recording(
     An exception inside the block is noted in the manifest and goes on to the caller; rows recorded
     before it are kept, and a null model is fitted from them.
     """
-    patcher.attach(routing, kde, writer=writer)
+    try:
+        patcher.attach(routing, kde, writer=writer)
+    except BaseException as error:  # it left nothing on the model
+        if writer is not None:
+            _close_quietly(writer, error, fit)
+        raise
     try:
         yield
     except BaseException as error:

@@ -80,7 +80,12 @@ class OLMoERouterPatcher(RouterPatcher):
         routing = Routing("bh", options)
         self.check(routing, null)
         writer = None if logger is None else logger.open(self.info, routing, null)
-        self.attach(routing, null, writer=writer, collect_stats=collect_stats)
+        try:
+            self.attach(routing, null, writer=writer, collect_stats=collect_stats)
+        except BaseException as error:
+            if writer is not None:
+                writer.close(error)
+            raise
         if logger is not None and self.recorder is not None:
             logger.follow(self.recorder)
         self.logger = logger

@@ -18,6 +18,7 @@ from capture.contract.errors import (
     RunExists,
     UnsupportedModel,
 )
+from capture.patch import RouterPatcher
 from capture.routers.family import find_routers
 from capture.run import observe, route
 from tests.capture.tiny import (
@@ -235,6 +236,19 @@ def test_a_folder_in_use_leaves_no_hooks(model, tmp_path):
         pass
     assert state(model) == untouched
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_a_patch_that_fails_closes_its_run(model, tmp_path, monkeypatch):
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no hook")
+
+    monkeypatch.setattr(RouterPatcher, "_hook_forward", fail)
+    untouched = state(model)
+    with pytest.raises(RuntimeError, match="no hook"), observe(model, tmp_path / "run"):
+        pass
+    assert state(model) == untouched
+    manifest = open_log(tmp_path / "run").manifest
+    assert manifest.closed is not None and manifest.error == "RuntimeError: no hook"
 
 
 def test_a_model_without_routers_is_refused(tmp_path):
