@@ -88,12 +88,15 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
         with _quiet(name == "demo"):
             model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
         model = model.to(place).eval()
+        tokenizer = _tokenizer(source, model)
+    except RouterLogError:
+        raise
     except Exception as error:  # what its files may lack has many names
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RouterLogError(f"{name}: the model cannot be loaded ({first})") from error
     if name == "demo":
         model.config._name_or_path = "demo"
-    return LoadedModel(model, _tokenizer(source, model), _pad_id(model))
+    return LoadedModel(model, tokenizer, _pad_id(model))
 
 
 @contextmanager

@@ -76,6 +76,7 @@ def read_documents(paths: Iterable[str | Path], *, field: str = "text") -> Itera
 
     A text file is one document; a JSON-lines file has one in each line's `field`. The source is the
     file's name, within a folder its path in it; files of one name are told apart by whole paths.
+    Bytes of a name that are not UTF-8 are escaped.
 
     Raises:
         RouterLogError: a file is missing, not UTF-8, or a line has no such field.
@@ -96,7 +97,12 @@ def read_documents(paths: Iterable[str | Path], *, field: str = "text") -> Itera
     for file, source in found:
         named.setdefault(source, set()).add(file)
     for file, source in found:
-        yield from _read_file(file, source if len(named[source]) == 1 else file.as_posix(), field)
+        unique = source if len(named[source]) == 1 else file.as_posix()
+        yield from _read_file(file, _printable(unique), field)
+
+
+def _printable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _read_file(path: Path, source: str, field: str) -> Iterator[Document]:
@@ -121,6 +127,8 @@ def _field(line: str, field: str, where: str) -> str:
         record = json.loads(line)
     except ValueError as error:
         raise RouterLogError(f"{where}: not JSON ({error})") from error
+    except RecursionError as error:
+        raise RouterLogError(f"{where}: JSON nested too deeply to be read") from error
     value: Any = record.get(field) if isinstance(record, dict) else None
     if not isinstance(value, str):
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__

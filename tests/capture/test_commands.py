@@ -124,15 +124,18 @@ def test_a_model_without_routers_is_refused(text, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("broken", ["nothing", "config", "weights"])
+@pytest.mark.parametrize("broken", ["nothing", "config", "weights", "tokenizer"])
 def test_a_folder_that_is_no_model_is_named(text, tmp_path, capsys, broken):
     (tmp_path / "model").mkdir()
     if broken == "config":
         (tmp_path / "model" / "config.json").write_text('{"model_type": "olmoe"')
-    if broken == "weights":
+    if broken in ("weights", "tokenizer"):
         for name in ("config.json", "model.safetensors"):
             content = (files("capture.demo") / name).read_bytes()
-            (tmp_path / "model" / name).write_bytes(content[:5000])
+            cut = content[:5000] if broken == "weights" else content
+            (tmp_path / "model" / name).write_bytes(cut)
+    if broken == "tokenizer":
+        (tmp_path / "model" / "tokenizer.json").write_text("{")
     assert bhlog("capture", tmp_path / "model", "--text", text, "--out", tmp_path / "run") == 1
     assert "cannot be loaded" in capsys.readouterr().err
 

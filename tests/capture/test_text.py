@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -61,6 +62,7 @@ def test_folders_files_and_json_lines_are_read_in_order(tmp_path):
         ("x.jsonl", b"{not json}\n", "line 1: not JSON"),
         ("x.jsonl", b'{"body": "one"}\n', "no text in field 'text'; it has body"),
         ("x.jsonl", b"[1]\n", "it has list"),
+        ("x.jsonl", b"[" * 100_000, "line 1: JSON nested too deeply"),
         ("x.txt", b"ok \xff\xfe", "not UTF-8 text \\(byte 3\\)"),
     ],
 )
@@ -84,6 +86,13 @@ def test_files_of_one_name_are_sources_of_their_own(tmp_path):
     german, english = (f"{tmp_path.as_posix()}/{language}/train.txt" for language in ("de", "en"))
     twice = [("more.txt", "more"), (english, "en")]
     assert found == [(german, "de"), *twice, *twice]
+
+
+def test_a_file_name_that_is_not_utf8_is_escaped(tmp_path):
+    for byte in (b"\xfe", b"\xff"):
+        (tmp_path / os.fsdecode(byte + b".txt")).write_text("a")
+    found = [document.source for document in read_documents([tmp_path])]
+    assert found == [r"\udcfe.txt", r"\udcff.txt"]
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path):
