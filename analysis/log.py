@@ -414,7 +414,7 @@ class Log:
         layers: Iterable[int] | None = None,
         where: str | None = None,
     ) -> "Profile":
-        """Experts at every alpha of a grid, from one pass; see replay.profile.profile_log."""
+        """Experts at every alpha of a grid, from one pass; see analysis.replay.profile."""
         from analysis.replay.profile import GRID, profile_log
 
         grid = GRID if alphas is None else alphas

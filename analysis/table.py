@@ -1,6 +1,7 @@
 """Printing results: tables for people, JSON and CSV for programs."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ def print_frame(frame: pl.DataFrame, output_format: str = "table", *, title: str
     CSV has no lists: their items stand in one field, a space between them.
     """
     if output_format == "json":
-        print(json.dumps(frame.to_dicts(), default=str))
+        print(as_json(frame.to_dicts()))
     elif output_format == "csv":
         lists = pl.selectors.list().cast(pl.List(pl.String)).list.join(" ")
         sys.stdout.write(frame.with_columns(lists).write_csv())
@@ -45,14 +46,32 @@ def print_frame(frame: pl.DataFrame, output_format: str = "table", *, title: str
 
 def print_table(frame: pl.DataFrame, *, title: str = "") -> None:
     """Print a DataFrame as a table; numbers to the right, floats to four significant digits."""
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for name, dtype in frame.schema.items():
         table.add_column(name, justify="right" if dtype.is_numeric() else "left")
     for row in frame.iter_rows():
         table.add_row(*(cell(value) for value in row))
     # A pipe has no width: never fold or cut a table that a program or a file will read.
     console = Console() if sys.stdout.isatty() else Console(width=10_000)
+    if title:
+        console.print(spelled_out(title), markup=False, highlight=False, soft_wrap=True)
     console.print(table, markup=False, highlight=False)
+
+
+def as_json(value: Any) -> str:
+    """A value as JSON, which has no NaN or infinity: null stands for them."""
+    try:
+        return json.dumps(value, default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def cell(value: object) -> str:

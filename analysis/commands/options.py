@@ -146,7 +146,7 @@ def check_writable(out: str) -> None:
 def check_figure(figure: str | None) -> None:
     """Raise InvalidOption if no figure can be written there."""
     if figure is not None:
-        from analysis.kde.figures import check_figure_name
+        from analysis.figures.file import check_figure_name
 
         check_figure_name(figure)
         check_writable(figure)
@@ -154,7 +154,7 @@ def check_figure(figure: str | None) -> None:
 
 def write_figure(page: Any, figure: str) -> None:
     """Save a page and say so on stderr."""
-    from analysis.kde.figures import save_figure
+    from analysis.figures.file import save_figure
 
     save_figure(page, figure)
     click.echo(f"wrote {figure}", err=True)

@@ -105,7 +105,7 @@ def replay(
         renormalize=None if renormalize is None else RENORMALIZE[renormalize],
     )
     if out is not None and (layers or where):
-        raise InvalidOption("--out writes every row of the log: leave --layer and --where out")
+        raise InvalidOption("--out writes every row of the log: leave --layers and --where out")
     if out is not None:
         with progress_bar("write", log.manifest.totals.rows or None) as advance:
             folders = write_decisions(log, settings, out, kde=null, progress=advance)
@@ -238,7 +238,7 @@ def _profile(
     if Path(run).is_file():
         if null is not None or layers or where is not None:
             raise InvalidOption(
-                f"{run}: a profile that is made already; --kde, --layer and --where need a run"
+                f"{run}: a profile that is made already; --kde, --layers and --where need a run"
             )
         return Profile.load(run)
     log = open_log(run)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from analysis.commands.options import load
 from capture.contract.errors import InvalidOption
 
 if TYPE_CHECKING:
@@ -104,13 +105,12 @@ def sql(
     from analysis.database.database import connect
     from analysis.database.question import find_question, pairs
     from analysis.log import open_log
-    from capture.contract.kde import KdeModel
 
     question = None if name is None else find_question(name)
     parameters = {} if question is None else question.values(pairs(params))
     database = connect(
         [open_log(run) for run in runs],
-        kde=None if kde is None else KdeModel.load(kde),
+        kde=None if kde is None else load(kde),
         memory_limit=memory_limit,
         threads=threads,
         temp_dir=temp_dir,

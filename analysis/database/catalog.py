@@ -53,7 +53,7 @@ _MEANINGS = {
     "renormalize": "whether BH weights sum to 1: true, false, or as the model does",
     "p_values": "kde or empirical",
     "kde_sha256": "hash of the null model in force",
-    "sample_every": "every n-th token was logged",
+    "sample_every": "the tokens whose position is a multiple of it were logged",
     "token_ids": "whether token ids were logged",
     "rows": "rows of (token, layer) written",
     "tokens": "tokens written",

@@ -1,12 +1,10 @@
 """Rows on their way out: batches of a result as a table, JSON, CSV, Markdown or Parquet."""
 
 import io
-import json
-import math
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import IO, Any
@@ -16,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.cells import cell_len
 
-from analysis.table import cell, print_table
+from analysis.table import as_json, cell, print_table
 from capture.contract.errors import InvalidOption
+from capture.contract.whole import whole_file
 
-RESULT_FORMATS = ("table", "json", "csv", "markdown", "parquet")
 SUFFIXES = {".json": "json", ".csv": "csv", ".md": "markdown", ".parquet": "parquet"}
 
 
@@ -61,7 +59,7 @@ def write_result(
     """
     counted = _Counted(batches)
     try:
-        with _renamed(path) as part:
+        with whole_file(path) as part:
             if result_format == "parquet":
                 with pq.ParquetWriter(part, schema, compression="zstd") as writer:
                     for batch in counted:
@@ -97,19 +95,6 @@ class _Counted:
         for batch in self._batches:
             self.rows += batch.num_rows
             yield batch
-
-
-@contextmanager
-def _renamed(path: Path) -> Iterator[IO[bytes]]:
-    """A file under a temporary name, which becomes path at the end, or goes if something fails."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            yield file
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _first(
@@ -194,17 +179,4 @@ def _flat(frame: pl.DataFrame) -> pl.DataFrame:
 
 def _json(value: Any) -> str | None:
     """A value as JSON, None for NULL; NaN and infinities become null, as in _write_json."""
-    if value is None:
-        return None
-    try:
-        return json.dumps(value, default=str, allow_nan=False)
-    except ValueError:
-        return json.dumps(_finite(value), default=str)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return None if value is None else as_json(value)

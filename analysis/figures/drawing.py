@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from analysis.figures import figures
+from analysis.figures.file import save_figure
 from analysis.figures.load import ExpertLoad, expert_load, source_load
 from analysis.figures.sample import LayerSample, sample_rows
 from analysis.log import Log
@@ -143,7 +144,7 @@ def draw_figures(
             if left_out is not None:
                 left_out(name, str(error))
         else:
-            paths.append(_save(figure, folder / f"{name}.png"))
+            paths.append(save_figure(figure, folder / f"{name}.png", dpi=150))
         if progress is not None:
             progress(1)
     return paths
@@ -158,18 +159,6 @@ def _folder(log: Log, out: str | Path | None) -> Path:
     except OSError as error:
         raise InvalidOption(f"{folder}: cannot make the folder ({error.strerror})") from error
     return folder
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    """Write a figure under a temporary name, then rename it."""
-    part = path.with_name(path.name + ".part")
-    try:
-        figure.savefig(part, dpi=150, format="png")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise InvalidOption(f"{path}: cannot be written ({error.strerror})") from error
-    return path
 
 
 def _draw_p_values(data: RunData, figure: Figure) -> None:

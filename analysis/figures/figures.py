@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from capture.contract.bh import critical_values
 
 # Okabe and Ito (2008): told apart by readers of every colour vision
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
+BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"
 
 _BOUND_STYLES = (("min_k", ":"), ("max_k", "--"))
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from capture.contract.errors import InvalidOption
 from capture.contract.kde import KdeModel
+from capture.contract.whole import whole_file
 
 
 def export_npz(model: KdeModel, path: str | Path) -> None:
@@ -24,11 +25,8 @@ def export_npz(model: KdeModel, path: str | Path) -> None:
         arrays[f"x_{name}"] = curve.grid
         arrays[f"tail_{name}"] = curve.tail
     path = Path(path)
-    part = path.with_name(path.name + ".part")
     try:
-        with part.open("wb") as stream:
-            np.savez_compressed(stream, allow_pickle=False, **arrays)
-        part.replace(path)
+        with whole_file(path) as file:
+            np.savez_compressed(file, **arrays)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise InvalidOption(f"{path}: cannot write arrays ({error.strerror})") from error

@@ -1,25 +1,21 @@
 """Figures of null models: functions that take data and Axes, and the page of panels they share."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from numpy.typing import NDArray
 from scipy.special import betaincinv
 
 from analysis.kde.calibration import LayerCheck, PValues
-from capture.contract.errors import InvalidOption
 from capture.contract.kde import KdeModel, LayerNull
 
 INK = "#1f4e79"
 OTHER = "#c8553d"
 PALE = "#9db8d2"
-RULE = "#888888"
 SMALLEST_SHOWN = 1e-8
 HISTOGRAM_BINS = 32
 
@@ -106,18 +102,6 @@ def _columns(n: int) -> int:
     """Columns of a page of n panels: about as many as rows or a few more, with few left empty."""
     square = int(np.ceil(np.sqrt(n)))
     return min(range(square, int(1.4 * square) + 1), key=lambda columns: (-n % columns, columns))
-
-
-def save_figure(figure: Figure, path: str) -> None:
-    """Write a figure; the file's suffix gives the format."""
-    figure.savefig(path)
-
-
-def check_figure_name(path: str) -> None:
-    """Raise InvalidOption unless the suffix names a format that figures can be written in."""
-    known = sorted(FigureCanvasBase.get_supported_filetypes())
-    if Path(path).suffix.lower().lstrip(".") not in known:
-        raise InvalidOption(f"{path}: figures end in one of .{', .'.join(known)}")
 
 
 def plot_tail(null: LayerNull, axes: Axes, *, color: str = INK, label: str = "S(x)") -> Axes:

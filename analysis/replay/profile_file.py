@@ -13,7 +13,6 @@
 """
 
 import io
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from capture.contract.errors import CorruptProfile, InvalidOption
 from capture.contract.schema import list_type
+from capture.contract.whole import whole_file
 
 if TYPE_CHECKING:
     from analysis.replay.profile import Profile
@@ -53,7 +53,6 @@ def save_profile(profile: "Profile", path: str | Path) -> None:
         InvalidOption: the file cannot be written there.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
     rows = [
         {
             "layer": layer,
@@ -70,13 +69,9 @@ def save_profile(profile: "Profile", path: str | Path) -> None:
     ]
     schema = SCHEMA.with_metadata({_VERSION: str(PROFILE_SCHEMA_VERSION)})
     try:
-        with part.open("wb") as file:
+        with whole_file(path) as file:
             pq.write_table(pa.Table.from_pylist(rows, schema=schema), file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise InvalidOption(f"{path}: cannot write a profile ({error.strerror})") from error
 
 

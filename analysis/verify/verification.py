@@ -49,7 +49,7 @@ def verify(log: Log, progress: Progress | None = None) -> list[Finding]:
 
 
 def verify_decisions(log: Log, progress: Progress | None = None) -> list[Finding]:
-    """Replay a run at its own settings and compare every row; see replay.verify_replay.
+    """Replay a run at its own settings and compare every row; see analysis.verify.replayed.
 
     A run that cannot be replayed is an error.
     """

@@ -4,7 +4,6 @@ Fitting lives in analysis; this module evaluates, reads and writes, with numpy a
 """
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from capture.contract import null_file
 from capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch
 from capture.contract.null import LayerNull as LayerNull
 from capture.contract.null import NullCurve as NullCurve
+from capture.contract.whole import whole_file
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,15 +172,10 @@ class KdeModel(Mapping[int, LayerNull]):
         """
         data = self.to_bytes()
         path = Path(path)
-        part = path.with_name(path.name + ".part")
         try:
-            with part.open("wb") as file:
+            with whole_file(path) as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise InvalidOption(f"{path}: cannot write a null model ({error.strerror})") from error
         return hashlib.sha256(data).hexdigest()
 

@@ -1,7 +1,6 @@
 """run.json: what a run is, how it was routed, and what it holds."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from capture.contract.bh import BhOptions
 from capture.contract.errors import CorruptManifest, RouterLogError
 from capture.contract.schema import SCHEMA_VERSION, SHARD_NAME
+from capture.contract.whole import whole_file
 
 MANIFEST_NAME = "run.json"
 
@@ -112,7 +112,7 @@ class Manifest:
         created, closed: UTC times in ISO 8601; closed is None while the run is open or when the
             capture died.
         model, routing: what was run and how it was routed.
-        sample_every: every n-th token was logged.
+        sample_every: the tokens whose position is a multiple of it were logged.
         token_ids: whether token ids were logged.
         versions: of bhlog, torch, transformers, ...
         totals: counts, complete once closed.
@@ -187,18 +187,20 @@ class Manifest:
             for name, count in counts.items():
                 if type(count) is not int or not 0 <= count < limit:
                     raise CorruptManifest(f"{name} is {count!r}, expected 0 to {limit - 1}")
+        for shard in self.shards:
+            for name in ("rows", "tokens", "bytes"):
+                count = getattr(shard, name)
+                if type(count) is not int or not 0 <= count < 2**63:
+                    raise CorruptManifest(f"{name} of {shard.name} is {count!r}, expected a count")
+        if not isinstance(self.run_id, str):
+            raise CorruptManifest(f"run_id is {self.run_id!r}, expected text")
         if not isinstance(self.versions, dict):
             raise CorruptManifest(f"versions is {self.versions!r}, expected names and versions")
 
     def write(self, folder: Path, rank: int = 0) -> None:
         """Write the manifest of one rank into the run's folder, whole or not at all."""
-        path = folder / manifest_name(rank)
-        part = path.with_name(path.name + ".part")
-        with part.open("w", encoding="utf-8") as file:
-            file.write(self.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with whole_file(folder / manifest_name(rank)) as file:
+            file.write(self.to_json().encode())
 
 
 def manifest_name(rank: int) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capture.contract.bh import critical_values
-from capture.contract.errors import CorruptKde, KdeMismatch
+from capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch
 from capture.contract.histogram import Histogram, Trim
 
 KERNELS = ("gaussian", "epanechnikov", "tophat", "triangular", "none")
@@ -108,6 +108,11 @@ class NullCurve:
 
     def _reaching(self, critical: NDArray[np.float64]) -> NDArray[np.float32]:
         """The smallest logits with p-values at most these, which rise along the last axis."""
+        if not (critical > 0).all() or not (critical < 1).all():
+            raise InvalidOption(
+                f"critical values must be between 0 and 1, got {critical.min():g} to "
+                f"{critical.max():g}; alpha must be"
+            )
         last = len(self.tail) - 1
         right = np.searchsorted(-self.tail, -critical, side="left")  # first node with S <= c
         inside = np.clip(right, 1, last)

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +58,9 @@ def tell(out: Path) -> None:
     say(
         f"OLMoE, {parameters / 1e6:.1f} M parameters, {config.num_hidden_layers} layers, "
         f"{config.num_experts} experts, top-{config.num_experts_per_tok}, trained on Python's own "
-        f"documentation and sources. {_count(fitting):,} tokens to fit a null model from, "
-        f"{_count(held_out):,} held out, which training never saw."
+        "documentation and sources.\nIt reads bytes, so a token is a byte here: "
+        f"{_count(fitting):,} to fit a null model from, {_count(held_out):,} held out, which "
+        "training never saw."
     )
 
     say("\n[bold]2. Capture native routing and fit a null model of each layer's logits[/]")
@@ -107,12 +108,10 @@ def tell(out: Path) -> None:
     say(f"{check['rows'].sum():,} rows replayed, {check['mismatches'].sum()} disagree")
 
     say("\n[bold]6. Ask in SQL, and draw[/]")
-    for log, question in ((bh, "experts_per_token"), (native, "experts_by_source")):
-        say(f"$ bhlog sql {log.path} --query {question}")
-        print_frame(_ask(log, question))
-        say()
+    print_frame(_ask(say, bh, "experts_per_token"))
+    print_frame(_ask(say, native, "experts_by_source", top="4"))
     figures = draw_figures(bh)
-    say(f"{len(figures)} figures in {figures[0].parent}")
+    say(f"\n{len(figures)} figures in {figures[0].parent}")
     say(f"[bold]Done in {time.monotonic() - started:.0f} s.[/]")
 
 
@@ -159,15 +158,15 @@ def _loss(log: "Log") -> float:
     return float(nll[nll == nll].mean())
 
 
-def _ask(log: "Log", name: str) -> "pl.DataFrame":
-    """The answer to a question of sql/, without the run's name; the first rows."""
-    import polars as pl
-
+def _ask(say: Callable[[str], None], log: "Log", name: str, **params: str) -> "pl.DataFrame":
+    """The answer to a question of sql/; says which command gives it."""
     from analysis.database.question import find_question
 
     question = find_question(name)
-    answer: pl.DataFrame = log.sql(question.text, **question.values({})).pl()
-    return answer.drop("run").head(8)
+    given = "".join(f" --param {key}={value}" for key, value in params.items())
+    say(f"\nbhlog sql {log.path} --query {name}{given}")
+    answer: pl.DataFrame = log.sql(question.text, **question.values(params)).pl()
+    return answer
 
 
 def _run(

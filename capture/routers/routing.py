@@ -1,7 +1,7 @@
 """The decision rule in torch: what replaces a router's top-k while a model runs.
 
-Compares the same float32 thresholds with the same float32 logits as contract.bh, so decisions agree
-with the offline replay bit for bit. Nothing here waits for the device.
+Compares the same float32 thresholds with the same float32 logits as capture.contract.bh, so
+decisions agree with the offline replay bit for bit. Nothing here waits for the device.
 """
 
 from dataclasses import dataclass, replace

@@ -4,6 +4,7 @@ from matplotlib.figure import Figure
 from scipy.stats import beta, ks_2samp, kstest, norm, wasserstein_distance
 
 from analysis.commands.kde_calibration import CHECK_FIGURES
+from analysis.figures.file import check_figure_name
 from analysis.kde import figures as kde_figures
 from analysis.kde.calibration import PValues, check, check_frame, expert_frame
 from analysis.kde.comparison import compare
@@ -237,4 +238,4 @@ def test_tails_are_drawn_for_pooled_and_expert_nulls(normal_log):
     kde_figures.plot_tail(fit_kde(normal_log, FitOptions(null="expert"))[0], axes)
     assert len(axes.lines) == 1 + E
     with pytest.raises(InvalidOption, match=r"figures end in one of .*\.png"):
-        kde_figures.check_figure_name("page.doc")
+        check_figure_name("page.doc")

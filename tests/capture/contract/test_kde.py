@@ -341,3 +341,9 @@ def test_a_damaged_file_gives_a_model_or_one_clear_error(data):
 def test_saving_where_nothing_can_be_written_is_one_clear_error(tmp_path):
     with pytest.raises(InvalidOption, match="cannot write a null model"):
         normal_kde([0]).save(tmp_path / "missing" / "null.parquet")
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 2.0, float("nan")])
+def test_thresholds_exist_for_alphas_between_0_and_1(alpha):
+    with pytest.raises(InvalidOption, match="between 0 and 1"):
+        normal_kde([0])[0].thresholds(alpha, 64)

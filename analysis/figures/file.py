@@ -1,0 +1,34 @@
+"""Figures on their way to a file."""
+
+from pathlib import Path
+
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.figure import Figure
+
+from capture.contract.errors import InvalidOption
+from capture.contract.whole import whole_file
+
+
+def save_figure(figure: Figure, path: str | Path, *, dpi: float | None = None) -> Path:
+    """Write a figure, whole or not at all; the file's suffix gives the format.
+
+    Args:
+        dpi: dots an inch; None for the figure's own.
+
+    Raises:
+        InvalidOption: the file cannot be written there.
+    """
+    path = Path(path)
+    try:
+        with whole_file(path) as file:
+            figure.savefig(file, format=path.suffix.lstrip(".").lower(), dpi=dpi or "figure")
+    except OSError as error:
+        raise InvalidOption(f"{path}: cannot be written ({error.strerror})") from error
+    return path
+
+
+def check_figure_name(path: str) -> None:
+    """Raise InvalidOption unless the suffix names a format that figures can be written in."""
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if Path(path).suffix.lower().lstrip(".") not in known:
+        raise InvalidOption(f"{path}: figures end in one of .{', .'.join(known)}")
