@@ -25,7 +25,7 @@ MOST_JSON_DECISIONS = 10_000  # the JSON log is for reading; the run holds every
 
 
 class BHRoutingLogger:
-    """Keeps what a patched model, or benjamini_hochberg_routing, decided.
+    """Keeps what a patched model, or benjamini_hochberg_routing, decided; one of them at a time.
 
     Files: `OUTPUT_DIR/logs/NAME/` is the run as Parquet, complete at `save_logs()` and at
     `unpatch()`; `save_logs()` adds `NAME_bh_log.json` and `NAME_summary.json` beside it, and
@@ -70,7 +70,16 @@ class BHRoutingLogger:
 
         Raises:
             RunExists: the folder holds something else.
+            InvalidOption: the logger holds decisions of benjamini_hochberg_routing.
         """
+        if self._loose.rows:
+            raise InvalidOption(
+                f"{self.run_dir}: this logger holds decisions of benjamini_hochberg_routing, which "
+                "a patched model would replace; clear() it, or give the model a logger of its own"
+            )
+        return self._begin(info, routing, kde)
+
+    def _begin(self, info: ModelInfo, routing: Routing, kde: KdeModel | None) -> RunWriter:
         if self._writer is not None:
             self._writer.close()
         _remove_experiment(self.run_dir)
@@ -108,7 +117,16 @@ class BHRoutingLogger:
             logits: (T, E); choice: of the same rows.
             sequence: sample_idx; position: token_idx of the first row.
             every: keep the positions that are a multiple of it.
+
+        Raises:
+            InvalidOption: the logger holds the run of a patched model.
         """
+        if self._writer is not None and not self._loose.rows:
+            raise InvalidOption(
+                f"{self.run_dir}: this logger holds the run of a patched model, which decisions of "
+                "benjamini_hochberg_routing would replace; unpatch() the model and clear() the "
+                "logger, or give the function a logger of its own"
+            )
         self._loose.add(logits, choice, layer, sequence, position, every)
         self._loose.setting = (routing, kde)
 
@@ -192,15 +210,13 @@ class BHRoutingLogger:
     def clear(self) -> None:
         """Forget everything logged so far; logging goes on."""
         self._loose = _LooseRows()
-        if self._setting is None:
-            return
-        if self._recorder is not None:
+        if self._recorder is not None and self._setting is not None:
             self._recorder.flush()
-        writer = self.open(*self._setting)
-        if self._recorder is None:
-            writer.close()
-        else:
-            self._recorder.writer = writer
+            self._recorder.writer = self._begin(*self._setting)
+        elif self._writer is not None:
+            self._writer.close()
+            self._writer = None
+            _remove_experiment(self.run_dir)
 
     def close(self) -> None:
         """Complete the run; its files stay readable through this logger."""
@@ -240,7 +256,7 @@ class BHRoutingLogger:
         )
         if kde is not None and not set(layers) <= set(kde):
             kde = None
-        writer = self.open(info, routing, kde)
+        writer = self._begin(info, routing, kde)
         writer.submit(block)
         writer.close()
 

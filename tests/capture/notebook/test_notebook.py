@@ -131,6 +131,36 @@ def test_clear_forgets_and_goes_on(demo, tmp_path):
         assert logger.get_summary()["total_tokens"] == len("kept text")
 
 
+def test_a_logger_of_a_patched_model_takes_no_other_decisions(demo, tmp_path):
+    logger = BHRoutingLogger(tmp_path, "patched")
+    with OLMoERouterPatcher(demo.model) as patcher:
+        patcher.patch_with_bh(alpha=0.3, logger=logger, kde=normal_kde(range(4)))
+        run(demo, "text")
+        for _ in range(2):  # patched, and after
+            with pytest.raises(InvalidOption, match="holds the run of a patched model"):
+                benjamini_hochberg_routing(torch.zeros(1, 8), max_k=4, logger=logger)
+            patcher.unpatch()
+    assert logger.get_summary()["total_tokens"] == len("text")
+    logger.clear()
+    assert logger.get_summary() == {"total_decisions": 0}
+    benjamini_hochberg_routing(torch.zeros(1, 8), max_k=4, logger=logger)
+    assert logger.get_summary()["total_decisions"] == 1
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_logger_of_the_function_follows_no_model(demo, tmp_path, saved):
+    logger = BHRoutingLogger(tmp_path, "function")
+    benjamini_hochberg_routing(torch.zeros(1, 8), max_k=4, logger=logger)
+    if saved:
+        logger.save_logs()
+    with OLMoERouterPatcher(demo.model) as patcher:
+        with pytest.raises(InvalidOption, match="holds decisions of benjamini_hochberg_routing"):
+            patcher.patch_with_bh(logger=logger, kde=normal_kde(range(4)))
+        assert logger.get_summary()["total_decisions"] == 1
+        logger.clear()
+        patcher.patch_with_bh(logger=logger, kde=normal_kde(range(4)))
+
+
 def test_a_logger_replaces_only_what_a_logger_wrote(demo, tmp_path):
     folder = tmp_path / "logs" / "mine"
     folder.mkdir(parents=True)
