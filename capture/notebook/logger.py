@@ -15,6 +15,7 @@ from torch import Tensor
 from capture.contract.errors import InvalidOption, RouterLogError, RunExists
 from capture.contract.kde import KdeModel
 from capture.contract.manifest import MANIFEST_NAME, Manifest, ModelInfo, Routing
+from capture.contract.whole import whole_file
 from capture.recorder import Recorder
 from capture.routers.routing import Choice
 from capture.run import new_writer
@@ -412,6 +413,5 @@ def _remove_experiment(folder: Path) -> None:
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    with whole_file(path) as file:
+        file.write(json.dumps(data, indent=1).encode() + b"\n")

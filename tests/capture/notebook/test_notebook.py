@@ -121,6 +121,15 @@ def test_without_a_logger_nothing_is_recorded(demo):
         assert patcher.recorder is None and patcher.stats == {}
 
 
+def test_a_json_log_that_cannot_be_written_leaves_nothing(tmp_path):
+    logger = BHRoutingLogger(tmp_path, "mine")
+    benjamini_hochberg_routing(torch.zeros(1, 8), max_k=4, logger=logger)
+    (tmp_path / "logs" / "mine_bh_log.json").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"mine_bh_log\.json"):
+        logger.save_logs()
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_clear_forgets_and_goes_on(demo, tmp_path):
     logger = BHRoutingLogger(tmp_path, "clear")
     with OLMoERouterPatcher(demo.model) as patcher:
