@@ -138,6 +138,16 @@ class Log:
                 data = stream.read()
         return KdeModel.from_bytes(data, f"{self.path}/kde.parquet")
 
+    @cached_property
+    def missing(self) -> tuple[str, ...]:
+        """Files that the run should have and has not, by their path inside it: rows are gone."""
+        listed = {shard.name for shard in self.manifest.shards}
+        routing, tokens = set(self.shards), set(self.token_shards)
+        return (
+            *(f"routing/{name}" for name in sorted(listed - routing)),
+            *(f"tokens/{name}" for name in sorted((listed | routing) - tokens)),
+        )
+
     def null_model(self, kde: KdeModel | None = None) -> KdeModel:
         """This null model, or the run's own for None, checked against the run.
 
@@ -147,8 +157,9 @@ class Log:
         model = kde or self.kde
         if model is None:
             raise KdeMismatch(
-                f"{self.path} has no null model of its own; name one: fit it with "
-                f"bhlog kde fit {self.path} --out null.parquet, then give it with --kde"
+                f"{self.path} has no null model of its own; fit one with bhlog kde fit {self.path} "
+                f"--trim-high {self.manifest.model.top_k} --out null.parquet and name it (--kde, "
+                "or kde= in Python)"
             )
         model.require(self.layers, self.n_experts)
         return model
@@ -374,7 +385,7 @@ class Log:
         self,
         alpha: float | Sequence[float],
         *,
-        kde: KdeModel | None = None,
+        kde: KdeModel | str | Path | None = None,
         min_k: int | None = None,
         max_k: int | None = None,
         temperature: float | None = None,
@@ -385,12 +396,17 @@ class Log:
     ) -> pl.DataFrame:
         """Summary of the decisions at other settings, for each alpha and layer and overall.
 
-        Args: what is None is as in the run; see analysis.replay.replay.settings_of and replay. With
-            `out`, every decision is written too; see analysis.replay.decisions.write_decisions.
+        Args:
+            alpha: BH level, or several.
+            kde: null model or its file; None takes the run's own.
+            min_k, max_k, temperature, renormalize: as BhOptions has them; None is as in the run.
+            layers, where: only these layers, and rows that match a condition in SQL.
+            out: folder that every decision is written to as well; see analysis.replay.decisions.
         """
         from analysis.replay.decisions import write_decisions
         from analysis.replay.replay import replay, settings_of
 
+        kde = _loaded(kde)
         settings = settings_of(
             self,
             [alpha] if isinstance(alpha, int | float) else alpha,
@@ -407,7 +423,7 @@ class Log:
 
     def profile(
         self,
-        kde: KdeModel | None = None,
+        kde: KdeModel | str | Path | None = None,
         *,
         alphas: Sequence[float] | None = None,
         kept: bool = False,
@@ -418,7 +434,7 @@ class Log:
         from analysis.replay.profile import GRID, profile_log
 
         grid = GRID if alphas is None else alphas
-        return profile_log(self, kde, alphas=grid, kept=kept, layers=layers, where=where)
+        return profile_log(self, _loaded(kde), alphas=grid, kept=kept, layers=layers, where=where)
 
     def check_layers(self, layers: Iterable[int] | None) -> set[int]:
         """The layers asked for as a set, all of the run's for None.
@@ -506,6 +522,10 @@ def open_log(path: str | Path) -> Log:
         CorruptManifest: run.json cannot be read.
     """
     return Log(path)
+
+
+def _loaded(kde: KdeModel | str | Path | None) -> KdeModel | None:
+    return KdeModel.load(kde) if isinstance(kde, str | Path) else kde
 
 
 def logits_of(batch: pa.RecordBatch) -> NDArray[np.float32]:

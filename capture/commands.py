@@ -16,7 +16,7 @@ from capture.contract.errors import InvalidOption
 
 EPILOG = """\b
 examples:
-  bhlog capture demo --text notes.txt --out runs/native --fit-kde null.parquet
+  bhlog capture demo --text notes.txt --out runs/native --fit-kde null.parquet --trim-high 8
   bhlog capture demo --text notes.txt --out runs/bh --route bh --alpha 0.3 --kde null.parquet
 """
 

@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from analysis.commands.options import check_figure, load, with_replay_options, write_figure
+from analysis.commands.options import (
+    check_figure,
+    load,
+    open_run,
+    with_replay_options,
+    write_figure,
+)
 from analysis.table import format_option, print_frame, progress_bar
 
 if TYPE_CHECKING:
@@ -87,7 +93,6 @@ def compare(
 
     from analysis.compare.budget import match_experts
     from analysis.compare.compare import compare as compare_policies
-    from analysis.log import open_log
     from analysis.policy import parse_policy
 
     if listing:
@@ -96,7 +101,7 @@ def compare(
     if run is None:
         raise click.UsageError("name the run to compare policies on, or --list")
     check_figure(figure)
-    log = open_log(run)
+    log = open_run(run)
     null = None if kde is None else load(kde)
     if not texts:
         texts = _all_policies(log, null)

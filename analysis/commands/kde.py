@@ -10,6 +10,7 @@ from analysis.commands.options import (
     check_figure,
     check_writable,
     load,
+    open_run,
     out_option,
     read_trim,
     save_model,
@@ -23,7 +24,7 @@ from capture.contract.errors import InvalidOption
 
 @click.group(
     epilog="\b\nexample:\n"
-    "  bhlog kde fit runs/native --out null.parquet\n"
+    "  bhlog kde fit runs/native --trim-high 8 --out null.parquet\n"
     "  bhlog kde check null.parquet runs/native"
 )
 def kde() -> None:
@@ -37,7 +38,7 @@ def kde() -> None:
 
 @kde.command(
     epilog="\b\nexample:\n"
-    "  bhlog kde fit runs/native --out null.parquet\n"
+    "  bhlog kde fit runs/native --trim-high 8 --out null.parquet\n"
     "  bhlog kde fit runs/a runs/b --trim-high 8 --keep-trim 0:0 --out null.parquet"
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
@@ -76,11 +77,10 @@ def fit(
 ) -> None:
     """Fit a null model from the logits of one run or several, in one pass."""
     from analysis.kde.fit import FitOptions, fit_kde
-    from analysis.log import open_log
 
     check_writable(out)
     options = FitOptions(kernel, bandwidth, trim_low, trim_high, null, keep_trim)
-    logs = [open_log(run) for run in runs]
+    logs = [open_run(run) for run in runs]
     total = sum(group.rows for log in logs for group in log.row_groups(layers))
     with progress_bar("fitting", total) as progress:
         model = fit_kde(
@@ -93,6 +93,13 @@ def fit(
             progress=progress,
         )
     save_model(model, out, output_format)
+    top_k = logs[0].manifest.model.top_k
+    if trim_high < top_k:
+        click.echo(
+            f"bhlog: --trim-high {trim_high} leaves experts that the model chose in their own "
+            f"null, so that BH finds few; --trim-high {top_k} leaves them out",
+            err=True,
+        )
 
 
 @kde.command(

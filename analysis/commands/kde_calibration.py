@@ -2,7 +2,7 @@
 
 import click
 
-from analysis.commands.options import check_figure, load, with_rows_options, write_figure
+from analysis.commands.options import check_figure, load, open_run, with_rows_options, write_figure
 from analysis.table import format_option, print_frame, progress_bar
 
 CHECK_FIGURES = ("qq", "histogram", "experts", "ranks")  # names of analysis.kde.figures.CHECKS
@@ -47,12 +47,11 @@ def compare(
     """
     from analysis.kde.comparison import DRAWN_ROWS
     from analysis.kde.comparison import compare as compare_models
-    from analysis.log import open_log
     from capture.contract.kde import layer_ranges
 
     check_figure(figure)
     first, second = load(a), load(b)
-    log = None if run is None else open_log(run)
+    log = None if run is None else open_run(run)
     known = log or experts or first.n_experts or second.n_experts
     if not known:
         click.echo("bhlog: mean experts need --run RUN or --experts E: left out", err=True)
@@ -125,10 +124,9 @@ def check(
     """
     from analysis.kde.calibration import check as check_model
     from analysis.kde.calibration import check_frame, expert_frame
-    from analysis.log import open_log
 
     check_figure(figure)
-    model, log = load(file), open_log(run)
+    model, log = load(file), open_run(run)
     total = sum(group.rows for group in log.row_groups(layers))
     with progress_bar("checking", total) as progress:
         checks = check_model(

@@ -11,6 +11,7 @@ from capture.contract.errors import InvalidOption
 from capture.contract.null import BANDWIDTH_RULES, KERNELS
 
 if TYPE_CHECKING:
+    from analysis.log import Log
     from capture.contract.kde import KdeModel
 
 
@@ -124,6 +125,20 @@ def save_model(model: "KdeModel", out: str, output_format: str) -> None:
 
     model.save(out)
     print_frame(curves_frame(model), output_format, title=out)
+
+
+def open_run(run: str) -> "Log":
+    """A run's log; says on stderr what is missing of it."""
+    from analysis.log import open_log
+
+    log = open_log(run)
+    if log.missing:
+        click.echo(
+            f"bhlog: {run}: {len(log.missing)} files are missing, from {log.missing[0]} on; what "
+            "follows is of the rest: see bhlog verify",
+            err=True,
+        )
+    return log
 
 
 def load(file: str) -> "KdeModel":

@@ -2,7 +2,7 @@
 
 import click
 
-from analysis.commands.options import load
+from analysis.commands.options import load, open_run
 from analysis.table import format_option, print_frame, progress_bar
 
 
@@ -44,7 +44,6 @@ def plot(
     import polars as pl
 
     from analysis.figures.drawing import FIGURES, draw_figures
-    from analysis.log import open_log
 
     if listing:
         rows = [
@@ -55,7 +54,7 @@ def plot(
         return
     if run is None:
         raise click.UsageError("name the run to draw, or --list")
-    log = open_log(run)
+    log = open_run(run)
     null = None if kde is None else load(kde)
     left_out: dict[str, list[str]] = {}  # figures by reason
     with progress_bar("plot", len(figures) or len(FIGURES), unit="figures") as advance:

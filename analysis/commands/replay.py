@@ -10,6 +10,7 @@ from analysis.commands.options import (
     kde_option,
     layers_option,
     load,
+    open_run,
     where_option,
     with_replay_options,
 )
@@ -89,12 +90,11 @@ def replay(
 
     Reads only the log: no model, no GPU.
     """
-    from analysis.log import open_log
     from analysis.replay.decisions import write_decisions
     from analysis.replay.replay import replay as replay_log
     from analysis.replay.replay import settings_of
 
-    log = open_log(run)
+    log = open_run(run)
     null = _null_model(kde)
     settings = settings_of(
         log,
@@ -213,10 +213,9 @@ def fidelity(native: str, bh: str, output_format: str) -> None:
 
     Both runs must hold the same text.
     """
-    from analysis.log import open_log
     from analysis.replay.fidelity import fidelity as compare
 
-    logs = open_log(native), open_log(bh)
+    logs = open_run(native), open_run(bh)
     rows = sum(log.manifest.totals.rows for log in logs)
     with progress_bar("compare", rows or None) as advance:
         frame = compare(*logs, progress=advance)
@@ -232,7 +231,6 @@ def _profile(
     where: str | None,
 ) -> "Profile":
     """The profile of a run, or the one in a file."""
-    from analysis.log import open_log
     from analysis.replay.profile import GRID, Profile, profile_log
 
     if Path(run).is_file():
@@ -241,7 +239,7 @@ def _profile(
                 f"{run}: a profile that is made already; --kde, --layers and --where need a run"
             )
         return Profile.load(run)
-    log = open_log(run)
+    log = open_run(run)
     with progress_bar("sweep", log.manifest.totals.rows or None) as advance:
         return profile_log(
             log,

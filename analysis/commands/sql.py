@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from analysis.commands.options import load
+from analysis.commands.options import load, open_run
 from capture.contract.errors import InvalidOption
 
 if TYPE_CHECKING:
@@ -16,8 +16,9 @@ _RESULT_FORMATS = ("table", "json", "csv", "markdown", "parquet")
 
 EPILOG = """\b
 examples:
-  bhlog sql runs/demo --query experts_per_token
-  bhlog sql runs/demo "SELECT layer, avg(bh_count(logits, layer, 0.1)) FROM routing GROUP BY layer"
+  bhlog sql runs/demo/native --query experts_per_token
+  bhlog sql runs/demo/bh-0.3 \\
+    "SELECT layer, avg(bh_count(logits, layer, .1)) FROM routing GROUP BY layer"
   bhlog sql --list
   bhlog sql --describe routing
 """
@@ -104,12 +105,11 @@ def sql(
         raise InvalidOption("--param belongs to --query")
     from analysis.database.database import connect
     from analysis.database.question import find_question, pairs
-    from analysis.log import open_log
 
     question = None if name is None else find_question(name)
     parameters = {} if question is None else question.values(pairs(params))
     database = connect(
-        [open_log(run) for run in runs],
+        [open_run(run) for run in runs],
         kde=None if kde is None else load(kde),
         memory_limit=memory_limit,
         threads=threads,

@@ -88,6 +88,7 @@ def _counts(log: Log) -> dict[str, Any]:
         "sources": dict(sorted(sources.items(), key=lambda item: (-item[1], item[0]))),
         "shards": len(log.shards),
         "unreadable_files": unreadable,
+        "missing_files": len(log.missing),
         "bytes": n_bytes,
         "bytes_per_row": round(n_bytes / rows, 1) if rows else None,
     }

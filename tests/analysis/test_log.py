@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import analysis.log as module
+from analysis.cli import main
 from analysis.log import layer_of, logits_of, open_log
 from capture.contract.bh import BhOptions
 from capture.contract.errors import CorruptShard, InvalidOption, KdeMismatch
@@ -185,5 +186,17 @@ def test_the_null_model_is_the_one_given_or_the_run_own(run, tmp_path):
     with pytest.raises(KdeMismatch, match="not 4"):
         log.null_model(normal_kde((0, 1)))
     native = open_log(write_run(tmp_path / "native"))
-    with pytest.raises(KdeMismatch, match="has no null model of its own; name one"):
+    with pytest.raises(KdeMismatch, match="has no null model of its own; fit one"):
         native.null_model()
+
+
+def test_what_a_run_should_have_and_has_not_is_named(tmp_path, capsys):
+    run = write_run(tmp_path / "run", n_sequences=6, n_shards=3)
+    names = open_log(run).shards
+    assert open_log(run).missing == ()
+    (run / "tokens" / names[1]).unlink()
+    (run / "routing" / names[2]).unlink()
+    assert open_log(run).missing == (f"routing/{names[2]}", f"tokens/{names[1]}")
+    with pytest.raises(SystemExit):
+        main(["sql", str(run), "SELECT count(*) FROM tokens"])
+    assert f"2 files are missing, from routing/{names[2]} on" in capsys.readouterr().err
