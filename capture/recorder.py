@@ -28,12 +28,14 @@ class _Record:
             and under BH n_selected, n_rejected (T,); until the forward ends.
         columns: the same once stacked by layer, (L, T, ...).
         nll: (T,) float32, the loss of each token; None if unknown.
+        rejected: tokens of rejected drafts, which the routers saw but no row is logged of.
     """
 
     forward: Forward
     layers: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     columns: dict[str, Tensor] = field(default_factory=dict)
     nll: Tensor | None = None
+    rejected: int = 0
 
 
 class Recorder:
@@ -124,6 +126,7 @@ class Recorder:
                 if record.forward.stream is stream:
                     keep = record.forward.keep.clone()
                     keep[:, max(0, length - record.forward.start) :] = False
+                    record.rejected += int((record.forward.keep & ~keep).sum())
                     record.forward.keep = keep
 
     def flush(self) -> None:
@@ -183,6 +186,7 @@ class Recorder:
                 phase=np.repeat(np.array([f.phase for f in forwards], dtype=np.int8), rows),
                 source=np.repeat(np.array(codes, dtype=np.int32), widths),
                 sources=tuple(names),
+                rejected=sum(record.rejected for record in records),
             )
         )
 

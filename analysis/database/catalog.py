@@ -62,6 +62,7 @@ _MEANINGS = {
     "sampled_out": "tokens left out by sampling",
     "dropped": "tokens dropped because the queue was full",
     "nonfinite": "rows with a NaN or infinite logit",
+    "rejected": "tokens of drafts that assisted decoding rejected",
     "error": "why the capture ended early",
     "versions": "of bhlog, torch, transformers",
     "n": "logits that the curve was fitted from",

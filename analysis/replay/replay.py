@@ -357,6 +357,11 @@ def _require_whole_batches(log: Log, where: str | None) -> None:
             f"{log.path}: empirical p-values rank whole batches, but tokens were left out of this "
             "log (sampled or dropped); replay it with a null model: --kde FILE"
         )
+    if manifest.totals.rejected:
+        raise InvalidOption(
+            f"{log.path}: empirical p-values rank whole batches, but drafts that were rejected are "
+            "not in this log (assisted decoding); replay it with a null model: --kde FILE"
+        )
     cutting = [] if where is None else sorted(set(condition_columns(where)) - _OF_A_FORWARD)
     if cutting:
         raise InvalidOption(

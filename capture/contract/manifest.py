@@ -68,6 +68,7 @@ class Totals:
         sampled_out: tokens left out by sampling.
         dropped: tokens dropped because the queue was full (`drop` mode).
         nonfinite: rows with a NaN or infinite logit, written as they are.
+        rejected: tokens of drafts that assisted decoding rejected, never written.
     """
 
     rows: int = 0
@@ -77,6 +78,7 @@ class Totals:
     sampled_out: int = 0
     dropped: int = 0
     nonfinite: int = 0
+    rejected: int = 0
 
     def __add__(self, other: "Totals") -> "Totals":
         mine, theirs = asdict(self), asdict(other)

@@ -33,6 +33,7 @@ class Block:
         phase: (R,) int8 index into PHASES.
         source: (R,) index into sources, -1 for unknown.
         sources: names.
+        rejected: tokens of rejected drafts among the rows, which are not kept.
     """
 
     staged: Staged
@@ -42,6 +43,7 @@ class Block:
     phase: NDArray[np.int8]
     source: NDArray[np.int32]
     sources: tuple[str, ...]
+    rejected: int = 0
 
 
 @dataclass(eq=False)

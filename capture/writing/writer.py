@@ -334,7 +334,7 @@ class RunWriter:
             token_ids=self.options.token_ids,
             sources=self._sources,
         )
-        self._count(counts, block)
+        self._count(counts + Totals(rejected=block.rejected), block)
         block.staged.release()
         self._queue.free(block.staged.n_bytes)
 

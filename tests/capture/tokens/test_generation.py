@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from analysis.log import open_log
+from analysis.replay.replay import Replay
+from capture.contract.bh import BhOptions
+from capture.contract.errors import InvalidOption
+from capture.run import route
 from tests.capture.tiny import (
     EOS,
     PAD,
@@ -248,6 +253,29 @@ def test_assisted_decoding_keeps_no_rejected_draft(model, run, same, sample):
     assert {f for f, p in zip(logged.forward[0].values(), logged.phase[0].values(), strict=True)
             if p == "prefill"} == {0}  # fmt: skip
     check_logits(model, logged)
+
+
+def test_rejected_drafts_are_counted_and_their_batches_not_replayed(model, run):
+    """The routers saw them: an empirical p-value ranks them too."""
+    ids, _ = batch([6])
+    helper = tiny_model(seed=7)
+    rows = 0
+
+    def count(module: Any, args: Any, output: Any) -> None:
+        nonlocal rows
+        rows += args[0].reshape(-1, args[0].shape[-1]).shape[0]
+
+    handle = model.model.layers[0].mlp.gate.register_forward_hook(count)
+    with torch.no_grad(), route(model, run, alpha=0.3, p_values="empirical"):
+        model.generate(
+            ids, max_new_tokens=20, do_sample=False, assistant_model=helper, eos_token_id=None
+        )
+    handle.remove()
+    log = open_log(run)
+    totals = log.manifest.totals
+    assert totals.rejected == rows - totals.tokens > 0
+    with pytest.raises(InvalidOption, match="drafts that were rejected"):
+        Replay(log, [BhOptions(alpha=0.3, p_values="empirical")])
 
 
 def test_prompt_lookup_keeps_no_rejected_draft(model, run):
