@@ -155,7 +155,12 @@ def test_an_interrupted_capture_says_how_to_go_on_and_goes_on(
 
     run_batch = capture.session._run
     monkeypatch.setattr(capture.session, "_run", interrupted)
-    assert bhlog(*command, "--out", run) == 130
+    # a shell starts background jobs, such as this suite may be, with SIGINT ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert bhlog(*command, "--out", run) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     monkeypatch.undo()
     assert f"{run} is closed; the same command with --resume" in capsys.readouterr().err
     assert open_log(run).manifest.totals.tokens == 80
