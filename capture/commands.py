@@ -126,7 +126,7 @@ def capture(
     MODEL is a folder, a hub name, or `demo`, the bundled model.
     """
     from analysis.table import progress_bar
-    from capture.contract.bh import BhOptions, Renormalize
+    from capture.contract.bh import RENORMALIZE, BhOptions
     from capture.contract.kde import KdeModel
     from capture.contract.manifest import Routing
     from capture.session import CaptureOptions, load_model, n_tokens, share
@@ -139,7 +139,6 @@ def capture(
 
     routing, null = Routing(), None
     if route == "bh":
-        weights: dict[str, Renormalize] = {"model": "model", "yes": True, "no": False}
         routing = Routing(
             "bh",
             BhOptions(
@@ -147,7 +146,7 @@ def capture(
                 min_k=min_k,
                 max_k=max_k,
                 temperature=temperature,
-                renormalize=weights[renormalize],
+                renormalize=RENORMALIZE[renormalize],
                 p_values="empirical" if empirical else "kde",
             ),
         )

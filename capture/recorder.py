@@ -13,6 +13,7 @@ from capture.contract.errors import UnknownIdentity
 from capture.routers.routing import finite_keys
 from capture.tokens.loss import token_loss
 from capture.tokens.stream import Forward, Stream
+from capture.writing.buffer import BY_LAYER
 from capture.writing.stage import Stage
 from capture.writing.writer import Block, RunWriter
 
@@ -153,7 +154,7 @@ class Recorder:
             return
         columns = [{**record.columns, **_identity(record)} for record in records]
         tensors = {
-            name: torch.cat([c[name] for c in columns], dim=int(name in _BY_LAYER))
+            name: torch.cat([c[name] for c in columns], dim=int(name in BY_LAYER))
             if len(columns) > 1
             else columns[0][name]
             for name in columns[0]
@@ -189,9 +190,6 @@ class Recorder:
                 rejected=sum(record.rejected for record in records),
             )
         )
-
-
-_BY_LAYER = ("logits", "experts", "weights", "n_selected", "n_rejected")
 
 
 def _stack(by_layer: dict[int, dict[str, Tensor]], layers: tuple[int, ...]) -> dict[str, Tensor]:

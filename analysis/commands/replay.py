@@ -15,16 +15,15 @@ from analysis.commands.options import (
     with_replay_options,
 )
 from analysis.table import format_option, print_frame, progress_bar
+from capture.contract.bh import RENORMALIZE
 from capture.contract.errors import InvalidOption
 
 if TYPE_CHECKING:
     import polars as pl
 
     from analysis.replay.profile import Profile
-    from capture.contract.bh import Renormalize
     from capture.contract.kde import KdeModel
 
-RENORMALIZE: "dict[str, Renormalize]" = {"model": "model", "yes": True, "no": False}
 DEFAULT_ALPHAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SHORT = (
     "alpha",

@@ -10,12 +10,10 @@ from numpy.typing import NDArray
 from analysis.log import Log, layer_of, logits_of
 from analysis.policy import Policy, Rows
 from analysis.replay.ranked import block_rows
-from analysis.replay.replay import Replay, p_values_of
+from analysis.replay.replay import COLUMNS, Replay, p_values_of
 from analysis.spread import draw, groups_by_layer, quotas, spread
 from capture.contract.bh import BhOptions
 from capture.contract.kde import KdeModel
-
-COLUMNS = ("layer", "logits", "experts", "forward", "rank")
 
 MOST_VALUES = 2_000_000  # logits of a sample: about 90 MB with ranks, probabilities and p-values
 MOST_ROWS = 4_000  # rows of a layer in a sample

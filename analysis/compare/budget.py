@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.compare.blocks import COLUMNS, Blocks, Sample, draw_sample, no_rows
+from analysis.compare.blocks import Blocks, Sample, draw_sample, no_rows
 from analysis.log import Log, Progress
 from analysis.policy import Policy
+from analysis.replay.replay import COLUMNS
 from capture.contract.errors import InvalidOption
 from capture.contract.kde import KdeModel
 

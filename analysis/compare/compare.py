@@ -6,10 +6,11 @@ from typing import Self
 import polars as pl
 import pyarrow as pa
 
-from analysis.compare.blocks import COLUMNS, Blocks, no_rows
+from analysis.compare.blocks import Blocks, no_rows
 from analysis.compare.budget import default_bounds, match_experts
 from analysis.log import Log, Progress, layer_of
 from analysis.policy import Policy, parse_policy
+from analysis.replay.replay import COLUMNS
 from analysis.replay.summary import LayerSummary, summary_frame
 from capture.contract.errors import InvalidOption
 from capture.contract.kde import KdeModel

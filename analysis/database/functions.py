@@ -34,8 +34,6 @@ from capture.contract.bh import (
     BhOptions,
     Decisions,
     count_rejected,
-    decide,
-    decide_by_expert,
     finite_keys,
     no_finite_logit,
     softmax_weights,
@@ -179,10 +177,7 @@ def _decisions(nulls: Nulls, rule: _Rule, logits: NDArray[np.float32]) -> Decisi
     E = logits.shape[1]
     low, high = rule.bounds(E)
     thresholds = nulls.thresholds(rule.run, rule.layer, rule.alpha, E)
-    if thresholds.ndim == 1:
-        return decide(logits, thresholds, min_k=low, max_k=high)
-    p = nulls.of(rule.run)[rule.layer].p_value(logits)
-    return decide_by_expert(logits, thresholds, p, min_k=low, max_k=high)
+    return nulls.of(rule.run)[rule.layer].decide(logits, thresholds, min_k=low, max_k=high)
 
 
 def _p_values(nulls: Nulls, logits: pa.ListArray, run: pa.Array, layer: pa.Array) -> pa.Array:

@@ -1,6 +1,5 @@
 """The null models of opened runs, by run."""
 
-import hashlib
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -67,11 +66,7 @@ class Nulls:
 
     @cached_property
     def _shared(self) -> KdeModel:
-        models = {
-            hashlib.sha256(log.kde.to_bytes()).hexdigest(): log.kde
-            for log in self.runs.values()
-            if log.kde is not None
-        }
+        models = {log.kde.sha256: log.kde for log in self.runs.values() if log.kde is not None}
         if len(models) == 1:
             return next(iter(models.values()))
         raise KdeMismatch(

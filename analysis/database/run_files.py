@@ -50,11 +50,14 @@ class RunFiles(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships no typ
 
     def outside(self) -> tuple[str, str] | None:
         """The first file that is a link out of its run's folder, and where it leads; else None."""
+        folders: dict[Log, Path] = {}
         for log, path, _ in self._files.values():
             if not log.is_local:
                 continue
+            if log not in folders:
+                folders[log] = Path(log.location).resolve()
             found = Path(log.location, path).resolve()
-            if not found.is_relative_to(Path(log.location).resolve()):
+            if not found.is_relative_to(folders[log]):
                 return f"{log.path}/{path}", str(found)
         return None
 

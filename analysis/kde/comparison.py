@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from analysis.log import Log, Progress, layer_of, logits_of
-from capture.contract.bh import BhOptions, Decisions, decide, decide_by_expert
+from capture.contract.bh import BhOptions
 from capture.contract.errors import InvalidOption, KdeMismatch
 from capture.contract.histogram import BIN_WIDTH
 from capture.contract.kde import KdeModel, LayerNull, NullCurve, layer_ranges
@@ -113,8 +113,13 @@ class _MeanExperts:
         self.count(layer_of(batch), logits_of(batch))
 
     def count(self, layer: int, logits: NDArray[np.float32]) -> None:
+        min_k, max_k = self.bounds
         selected = [
-            int(self._decide(model[layer], logits, thresholds[layer]).n_selected.sum())
+            int(
+                model[layer]
+                .decide(logits, thresholds[layer], min_k=min_k, max_k=max_k)
+                .n_selected.sum()
+            )
             for model, thresholds in zip(self.models, self.thresholds, strict=True)
         ]
         self._add(layer, len(logits), np.array(selected))
@@ -126,15 +131,6 @@ class _MeanExperts:
     def _add(self, layer: int, rows: int, total: NDArray[np.int64]) -> None:
         before = self.sums.get(layer, (0, np.zeros_like(total)))
         self.sums[layer] = (before[0] + rows, before[1] + total)
-
-    def _decide(
-        self, null: LayerNull, logits: NDArray[np.float32], thresholds: NDArray[np.float32]
-    ) -> Decisions:
-        min_k, max_k = self.bounds
-        if null.pooled:
-            return decide(logits, thresholds, min_k=min_k, max_k=max_k)
-        p = null.p_value(logits)
-        return decide_by_expert(logits, thresholds, p, min_k=min_k, max_k=max_k)
 
 
 def _pairs(a: LayerNull, b: LayerNull) -> list[tuple[NullCurve, NullCurve]]:

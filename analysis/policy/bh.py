@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.policy.policy import Policy, unit_value
-from analysis.policy.rows import Rows, last_passing
-from capture.contract.bh import critical_values, decide_by_expert
+from analysis.policy.rows import Rows
+from capture.contract.bh import critical_values, decide_by_expert, last_passing
 
 
 @dataclass(frozen=True)

@@ -131,10 +131,3 @@ class Rows(RankedRows):
         ranks = np.arange(self.n_experts, dtype=np.uint16)
         np.put_along_axis(place, order, np.broadcast_to(ranks, order.shape), axis=1)
         return place
-
-
-def last_passing(passes: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """(T,): the largest rank k from 1 whose column k - 1 is true, 0 if none is: a step-up rule."""
-    E = passes.shape[1]
-    last = E - np.argmax(passes[:, ::-1], axis=1)
-    return np.where(passes.any(axis=1), last, 0)

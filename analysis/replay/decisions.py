@@ -1,6 +1,5 @@
 """Replayed decisions as Parquet shards, row-aligned with the log they came from."""
 
-import hashlib
 import os
 import shutil
 import threading
@@ -134,7 +133,7 @@ def _null_name(log: Log, rule: Replay, kde: KdeModel | None) -> str | None:
         return "empirical"
     if kde is None:
         return None
-    sha256 = hashlib.sha256(kde.to_bytes()).hexdigest()
+    sha256 = kde.sha256
     return None if sha256 == log.manifest.routing.kde_sha256 else f"kde-{sha256[:8]}"
 
 

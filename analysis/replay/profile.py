@@ -6,7 +6,6 @@ at every alpha of the grid, exactly as replay would count it, and with it the me
 under any bounds.
 """
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -362,7 +361,7 @@ def profile_log(
     )
     if not counts.layers:
         raise InvalidOption(f"{log.path}: no rows to count" + (f" where {where}" if where else ""))
-    sha256 = hashlib.sha256(model.to_bytes()).hexdigest()
+    sha256 = model.sha256
     found = sorted(counts.layers.items())
     return Profile(
         grid,

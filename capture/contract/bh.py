@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from capture.contract.errors import InvalidOption
 
 Renormalize = bool | Literal["model"]
+RENORMALIZE: dict[str, Renormalize] = {"model": "model", "yes": True, "no": False}  # as options
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,13 @@ def finite_keys(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.where(finite, logits, np.float32(-np.inf))
 
 
+def last_passing(passes: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """(T,): the largest rank k from 1 whose column k - 1 is true, 0 if none is: a step-up rule."""
+    E = passes.shape[1]
+    last = E - np.argmax(passes[:, ::-1], axis=1)
+    return np.where(passes.any(axis=1), last, 0)
+
+
 def count_rejected(
     sorted_keys: NDArray[np.float32], thresholds: NDArray[np.float32]
 ) -> NDArray[np.uint16]:
@@ -119,10 +127,7 @@ def count_rejected(
         sorted_keys: (T, E) float32, each row falling, non-finite logits as -inf.
         thresholds: (E,) float32, t_1..t_E.
     """
-    E = thresholds.shape[-1]
-    passes = sorted_keys >= thresholds  # (T, E)
-    last = E - np.argmax(passes[:, ::-1], axis=1)
-    return np.where(passes.any(axis=1), last, 0).astype(np.uint16)
+    return last_passing(sorted_keys >= thresholds).astype(np.uint16)
 
 
 def decide(
@@ -175,8 +180,7 @@ def decide_by_expert(
     n_reached = np.zeros((len(keys), E + 1), dtype=np.int64)
     np.add.at(n_reached, (np.arange(len(keys))[:, None], reached), 1)
     passes = np.cumsum(n_reached[:, :E], axis=1) >= np.arange(1, E + 1)
-    last = E - np.argmax(passes[:, ::-1], axis=1)
-    n_rejected = np.where(passes.any(axis=1), last, 0).astype(np.uint16)
+    n_rejected = last_passing(passes).astype(np.uint16)
     return _bounded(p_value_order(keys, p), n_rejected, keys, min_k, max_k)
 
 
@@ -225,8 +229,7 @@ def decide_by_p_value(
     order = p_value_order(keys, p)
     finite_p = np.where(np.isfinite(keys), p, np.inf)
     passes = np.take_along_axis(finite_p, order, axis=1) <= critical_values(alpha, E)
-    last = E - np.argmax(passes[:, ::-1], axis=1)
-    n_rejected = np.where(passes.any(axis=1), last, 0).astype(np.uint16)
+    n_rejected = last_passing(passes).astype(np.uint16)
     return _bounded(order, n_rejected, keys, min_k, max_k)
 
 

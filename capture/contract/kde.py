@@ -6,6 +6,7 @@ Fitting lives in analysis; this module evaluates, reads and writes, with numpy a
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,11 @@ class KdeModel(Mapping[int, LayerNull]):
     def to_bytes(self) -> bytes:
         """The file as bytes: the same model gives the same bytes."""
         return null_file.to_bytes(self.layers, self.n_experts)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file, in hex digits: tells null models apart."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def save(self, path: str | Path) -> str:
         """Write the file under a temporary name, rename it, and return its sha256.

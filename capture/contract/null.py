@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from capture.contract.bh import critical_values
+from capture.contract.bh import Decisions, critical_values, decide, decide_by_expert
 from capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch
 from capture.contract.histogram import Histogram, Trim
 
@@ -195,6 +195,25 @@ class LayerNull:
         self.require(logits.shape[-1] if logits.ndim else 0)
         columns = [c.p_value(logits[..., i]) for i, c in enumerate(self.curves)]
         return np.stack(columns, axis=-1)
+
+    def decide(
+        self,
+        logits: NDArray[np.float32],
+        thresholds: NDArray[np.float32],
+        *,
+        min_k: int,
+        max_k: int,
+    ) -> Decisions:
+        """Choose each row's experts by `thresholds` of this null; see capture.contract.bh.
+
+        Args:
+            logits: (T, E) float32.
+            min_k, max_k: bounds on experts per row.
+        """
+        if self.pooled:
+            return decide(logits, thresholds, min_k=min_k, max_k=max_k)
+        p = self.p_value(logits)
+        return decide_by_expert(logits, thresholds, p, min_k=min_k, max_k=max_k)
 
     def thresholds(self, alpha: float, n_experts: int) -> NDArray[np.float32]:
         """float32 thresholds: (E,) t_k when pooled, (E, E) t_{k,i} with a curve per expert.

@@ -14,7 +14,7 @@ from capture.contract.manifest import Totals
 from capture.contract.schema import PHASES, routing_schema, tokens_schema
 from capture.writing.stage import Staged
 
-_BY_LAYER = ("logits", "experts", "weights", "n_selected", "n_rejected")
+BY_LAYER = ("logits", "experts", "weights", "n_selected", "n_rejected")
 _NO_TOKEN_ID = -1
 
 
@@ -89,7 +89,7 @@ class Buffer:
             return counts
         whole = len(rows) == len(logged)
         kept = {}
-        for name in _BY_LAYER:
+        for name in BY_LAYER:
             if name in tensors:
                 array = _host(tensors[name])
                 if not whole:

@@ -10,6 +10,7 @@ import numpy as np
 from capture.contract.errors import InvalidOption
 from capture.contract.histogram import Histogram, HistogramKey, Trim
 from capture.contract.kde import KdeModel
+from capture.contract.whole import whole_file
 from capture.writing.counting import count_shard
 from capture.writing.launch import world_size
 from capture.writing.writer import RunWriter
@@ -138,13 +139,10 @@ def _save_part(path: Path, histograms: dict[HistogramKey, Histogram], run_id: st
         head = [key.layer, expert, *key.trim, histogram.first, histogram.left_out]
         arrays[f"head{i}"] = np.array(head, dtype=np.int64)
         arrays[f"counts{i}"], arrays[f"spread{i}"] = histogram.counts, histogram.spread
-    new = path.with_name(path.name + ".part")
     try:
-        with new.open("wb") as file:
+        with whole_file(path) as file:
             np.savez(file, **arrays)
-        new.replace(path)
     except OSError as error:
-        new.unlink(missing_ok=True)
         raise InvalidOption(f"{path}: cannot be written ({error.strerror})") from error
 
 

@@ -1,6 +1,5 @@
 """The folder of a run: made by rank 0, joined by the other ranks, or continued after a stop."""
 
-import hashlib
 import json
 import shutil
 import time
@@ -125,7 +124,7 @@ def _fill(folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int) -> 
     if kde is not None:
         if rank == 0:
             kde.save(folder / "kde.parquet")
-        routing = replace(manifest.routing, kde_sha256=_sha256(kde))
+        routing = replace(manifest.routing, kde_sha256=kde.sha256)
         manifest = replace(manifest, routing=routing)
     manifest.write(folder, rank)
     sync_folder(folder)
@@ -224,7 +223,7 @@ def _check_same(path: Path, before: Manifest, now: Manifest, kde: KdeModel | Non
     old, new = before.routing, now.routing
     if (old.kind, old.options) != (new.kind, new.options):
         raise InvalidOption(f"{path}: routed by {old}, cannot resume with {new}")
-    if kde is not None and old.kde_sha256 != _sha256(kde):
+    if kde is not None and old.kde_sha256 != kde.sha256:
         raise InvalidOption(
             f"{path}: routed with another null model; resume with the run's own, "
             f"{path.with_name('kde.parquet')}"
@@ -240,10 +239,6 @@ def _count(before: Progress, tokens: Path, n_rows: int) -> Progress:
     totals = before.totals + Totals(rows=n_rows, tokens=columns.num_rows, shards=1)
     totals = replace(totals, forwards=next_forward)
     return Progress(totals, next_sequence, next_forward, windows=next_sequence)
-
-
-def _sha256(kde: KdeModel) -> str:
-    return hashlib.sha256(kde.to_bytes()).hexdigest()
 
 
 def _wait_for_leader(folder: Path) -> str:
