@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from analysis.log import logits_of, open_log
+from analysis.verify.verification import verify
 from capture.contract.manifest import ModelInfo, Routing
 from capture.writing.stage import Staged
 from capture.writing.writer import Block, RunWriter, WriterOptions
@@ -80,3 +81,9 @@ def check_run(run: Path) -> list[tuple[int, int]]:
                 np.testing.assert_array_equal(logits[i], logit(layer, *rows[-1]))
         assert rows == tokens
     return tokens
+
+
+def no_errors(run: Path) -> None:
+    """Assert that a run verifies."""
+    findings = [finding for finding in verify(open_log(run)) if finding.status == "error"]
+    assert findings == []

@@ -39,11 +39,6 @@ needs_router = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
 def answers(model: Any) -> list[Tensor]:
     """What the model says, in several ways of asking."""
     ids, mask = batch([7, 4, 2], left=True)

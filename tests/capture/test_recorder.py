@@ -1,6 +1,5 @@
 """The recorder: what routers return is kept as it was, whole forwards or nothing."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,16 +22,6 @@ from tests.capture.tiny import (
     real_tokens,
     tiny_model,
 )
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
 
 
 def test_what_a_router_returned_may_be_overwritten_afterwards(model, run):

@@ -1,6 +1,5 @@
 """Identity through `generate`: each row of its output is found in the log, token by token."""
 
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -31,16 +30,6 @@ from tests.capture.tiny import (
 )
 
 STATIC = pytest.param("static", marks=no_static_cache)
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
 
 
 def generated(output: Tensor, mask: Tensor, eos: set[int] = frozenset()) -> list[list[int]]:

@@ -6,7 +6,6 @@ import io
 import pickle
 import threading
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,18 +32,7 @@ from tests.capture.tiny import (
     plain_loss,
     read,
     real_tokens,
-    tiny_model,
 )
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
 
 
 def fed(logged: Logged) -> list[list[int | None]]:

@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,16 +18,6 @@ from tests.capture.tiny import (
     real_tokens,
     tiny_model,
 )
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
 
 
 def close_to(found: dict[int, float | None], truth: list[float], known: Any) -> None:

@@ -23,24 +23,9 @@ from capture.contract.manifest import Totals
 from capture.run import observe, route
 from capture.writing.buffer import Buffer
 from capture.writing.writer import Block, RunWriter, WriterOptions
-from tests.capture.blocks import EXPERTS, LAYERS, check_run, make_block, writer
-from tests.capture.tiny import batch, observed, read, real_tokens, tiny_model
+from tests.capture.blocks import EXPERTS, LAYERS, check_run, make_block, no_errors, writer
+from tests.capture.tiny import batch, observed, read, real_tokens
 from tests.synthetic import normal_kde
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-def no_errors(run: Path) -> None:
-    findings = [finding for finding in verify(open_log(run)) if finding.status == "error"]
-    assert findings == []
 
 
 @pytest.fixture

@@ -17,13 +17,8 @@ from capture.run import new_writer, observe, recording, route
 from capture.writing.fitting import KdeFit
 from capture.writing.writer import WriterOptions
 from tests.capture.blocks import INFO, logit, make_block
-from tests.capture.tiny import batch, tiny_model
+from tests.capture.tiny import batch
 from tests.synthetic import normal_kde
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
 
 
 def speak(model: Any, n: int = 3, patcher: RouterPatcher | None = None) -> None:

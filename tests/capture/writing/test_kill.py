@@ -9,36 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from analysis.log import open_log
-from analysis.verify.verification import verify
 from capture.contract.manifest import Routing, Totals
 from capture.patch import RouterPatcher
 from capture.run import new_writer, recording
 from capture.writing.writer import WriterOptions
-from tests.capture.blocks import LAYERS, check_run, make_block, writer
+from tests.capture.blocks import LAYERS, check_run, make_block, no_errors, writer
 from tests.capture.tiny import batch, check_logits, read, tiny_model
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-def no_errors(run: Path) -> None:
-    findings = [finding for finding in verify(open_log(run)) if finding.status == "error"]
-    assert findings == []
 
 
 # Forks a child for each line of arguments and prints its process id: torch is imported once.

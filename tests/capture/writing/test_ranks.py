@@ -100,11 +100,6 @@ def test_two_processes_under_torchrun(tmp_path):
         assert {shard[:9] for shard in log.shards} == {"rank00000", "rank00001"}
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
 def test_ranks_of_one_launch_share_a_run(run):
     first, second = writer(run, rank=0), writer(run, rank=1)
     first.submit(make_block(0))

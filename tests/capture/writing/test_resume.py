@@ -1,7 +1,6 @@
 """A run that stopped is continued: numbers and counts go on, mistakes are refused."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 
 import capture.writing.writer as writer_module
 from analysis.log import open_log
-from analysis.verify.verification import verify
 from capture.contract.bh import BhOptions
 from capture.contract.errors import CorruptShard, InvalidOption, RouterLogError
 from capture.contract.manifest import Routing, Totals
@@ -17,24 +15,9 @@ from capture.patch import RouterPatcher
 from capture.run import new_writer, recording
 from capture.writing.folder import PROGRESS, Progress
 from capture.writing.writer import RunWriter, WriterOptions
-from tests.capture.blocks import INFO, LAYERS, check_run, make_block, writer
-from tests.capture.tiny import batch, check_logits, read, tiny_model
+from tests.capture.blocks import INFO, LAYERS, check_run, make_block, no_errors, writer
+from tests.capture.tiny import batch, check_logits, read
 from tests.synthetic import normal_kde
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-def no_errors(run: Path) -> None:
-    findings = [finding for finding in verify(open_log(run)) if finding.status == "error"]
-    assert findings == []
 
 
 def test_resume_goes_on_with_numbers_and_counts(run):

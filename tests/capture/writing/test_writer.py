@@ -25,11 +25,6 @@ from tests.capture.blocks import EXPERTS, INFO, LAYERS, check_run, logit, make_b
 from tests.synthetic import normal_kde
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("padding", [0, 3])
 def test_rows_come_out_as_they_went_in(run, dtype, padding):
