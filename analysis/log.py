@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], None]  # called with the number of rows just read
 
-PIECE_LOGITS = 1 << 19  # read and folded at a time: 2 MiB, which stay in the cache
+PIECE_LOGITS = 1 << 18  # read and folded at a time: 1 MiB, which stays in the cache
 
 
 class Accumulator(Protocol):

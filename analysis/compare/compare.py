@@ -117,9 +117,8 @@ class _Summaries:
                     rows,
                     choice.n_selected,
                     choice.n_rejected,
-                    choice.chosen,
+                    choice.out_of_order,
                     top_k=self.top_k,
-                    by_logit=choice.follows_logits,
                 )
 
     def merge(self, other: Self) -> None:

@@ -11,6 +11,7 @@ from analysis.compare.budget import bounded, default_bounds
 from analysis.log import Log
 from analysis.policy import Policy
 from analysis.policy.topk import TopK
+from analysis.replay.summary import LayerSummary
 from capture.contract.errors import InvalidOption
 from capture.contract.kde import KdeModel
 
@@ -151,9 +152,8 @@ def _curve(label: str, points: list[tuple[float, float]]) -> CostCurve:
 
 def _point(policy: Policy, sample: Sample) -> tuple[float, float]:
     """Mean experts and mean probability kept over a sample."""
-    experts, kept = 0, 0.0
+    summary = LayerSummary(sample.parts[0].n_experts)
     for rows in sample.parts:
         choice = policy.decide(rows)
-        experts += int(choice.n_selected.sum())
-        kept += float(rows.kept(choice.chosen).sum(dtype=np.float64))
-    return experts / len(sample), kept / len(sample)
+        summary.add(rows, choice.n_selected, choice.n_rejected, choice.out_of_order, top_k=1)
+    return summary.mean_experts, summary.probability_kept

@@ -41,7 +41,7 @@ class Bh(Policy):
 def step_up(rows: Rows, alpha: float) -> NDArray[np.integer]:
     """(T,) n_rejected by the one decision rule, wherever p-values come from."""
     if rows.p_follows_logits:
-        return rows.n_rejected(rows.thresholds(alpha))
+        return rows.step_up(rows.thresholds(alpha), 0, rows.n_experts)[0]
     if rows.null is not None:
         thresholds = rows.thresholds(alpha)
         E = rows.n_experts

@@ -39,6 +39,11 @@ class Choice:
             return self.rows.chosen(self.n_selected)
         return self.rows.chosen_by_p(self.n_selected)
 
+    @property
+    def out_of_order(self) -> NDArray[np.bool_] | None:
+        """The same; None where they are the first n_selected by falling logit."""
+        return None if self.follows_logits else self.chosen
+
 
 @dataclass(frozen=True)
 class Policy(ABC):

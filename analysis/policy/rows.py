@@ -40,17 +40,9 @@ class Rows(RankedRows):
             nothing = np.zeros(len(logits) + 1, dtype=np.int32)
             logged = pa.ListArray.from_arrays(pa.array(nothing), pa.array([], pa.uint16()))
         super().__init__(logits, logged)
-        self.logits, self.null = logits, null
+        self.null = null
         self._given_p = p
         self._thresholds = {} if thresholds is None else thresholds
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @property
-    def n_experts(self) -> int:
-        """Experts per router."""
-        return int(self.keys.shape[1])
 
     @cached_property
     def n_finite(self) -> NDArray[np.int64]:
@@ -120,7 +112,7 @@ class Rows(RankedRows):
         if self.p_follows_logits:
             return self.chosen(n_selected)
         chosen: NDArray[np.bool_] = self._place_by_p < n_selected[:, None]
-        chosen[self.undecided] = self.logged[self.undecided]
+        self.keep_logged(chosen)
         return chosen
 
     @cached_property

@@ -350,19 +350,19 @@ def profile_log(
         thresholds = model[layer].curves[0].threshold_grid(grid, log.n_experts)
         return CriticalAlphas(np.ascontiguousarray(thresholds.T))
 
-    counts = _Counts(critical, kept)
+    total = _Total()
     log.fold(
-        lambda: counts,
+        lambda: _Counts(total, critical, kept),
         ("layer", "logits"),
         layers=layers,
         where=where,
         threads=threads,
         progress=progress,
     )
-    if not counts.layers:
+    if not total.layers:
         raise InvalidOption(f"{log.path}: no rows to count" + (f" where {where}" if where else ""))
     sha256 = model.sha256
-    found = sorted(counts.layers.items())
+    found = sorted(total.layers.items())
     return Profile(
         grid,
         {layer: counted.rows for layer, counted in found},
@@ -373,26 +373,49 @@ def profile_log(
     )
 
 
-class _Counts:
+class _Total:
     """Rows by layer, rank and critical alpha.
 
     One serves all threads, since it is large and sums of integers commute.
     """
 
-    def __init__(self, critical: Callable[[int], CriticalAlphas], kept: bool) -> None:
+    def __init__(self) -> None:
         self.layers: dict[int, Counted] = {}
-        self._critical, self._kept = critical, kept
         self._lock = threading.Lock()
 
-    def update(self, batch: pa.RecordBatch) -> None:
-        layer = layer_of(batch)
-        counted = self._critical(layer).count(logits_of(batch), weigh=self._kept)
+    def add(self, layer: int, counted: Counted) -> None:
         with self._lock:
             before = self.layers.get(layer)
             self.layers[layer] = counted if before is None else before + counted
 
+
+class _Counts:
+    """Counts one layer at a time, and adds it to the total when another one comes."""
+
+    def __init__(
+        self, total: _Total, critical: Callable[[int], CriticalAlphas], kept: bool
+    ) -> None:
+        self._total, self._critical, self._kept = total, critical, kept
+        self._layer = -1
+        self._counted: Counted | None = None
+
+    def update(self, batch: pa.RecordBatch) -> None:
+        layer = layer_of(batch)
+        if layer != self._layer:
+            self.hand_over()
+            self._layer = layer
+        self._counted = self._critical(layer).count(
+            logits_of(batch), weigh=self._kept, into=self._counted
+        )
+
+    def hand_over(self) -> None:
+        """Add what was counted to the total."""
+        if self._counted is not None:
+            self._total.add(self._layer, self._counted)
+            self._counted = None
+
     def merge(self, other: Self) -> None:
-        """Nothing is left to add: the other is this one."""
+        other.hand_over()
 
 
 def _sum(

@@ -52,13 +52,13 @@ class Selection:
     """The experts of T rows under one setting.
 
     Attributes:
-        n_rejected, n_selected: (T,) integers.
-        chosen: (T, E).
+        n_rejected, n_selected: (T,) int64.
+        chosen: (T, E); None where they are the first n_selected by falling logit.
     """
 
-    n_rejected: NDArray[np.integer]
-    n_selected: NDArray[np.integer]
-    chosen: NDArray[np.bool_]
+    n_rejected: NDArray[np.int64]
+    n_selected: NDArray[np.int64]
+    chosen: NDArray[np.bool_] | None
 
 
 class Replay:
@@ -168,9 +168,7 @@ class Replay:
 
     def _selections(self, ranked: RankedRows, layer: int) -> Iterator[Selection]:
         for thresholds, (low, high) in zip(self._thresholds[layer], self._bounds, strict=True):
-            n_rejected = ranked.n_rejected(thresholds)
-            n = ranked.n_selected(n_rejected, low, high)
-            yield Selection(n_rejected, n, ranked.chosen(n))
+            yield Selection(*ranked.step_up(thresholds, low, high), None)
 
     def _empirical(
         self, batch: pa.RecordBatch, logits: NDArray[np.float32]
@@ -197,8 +195,8 @@ def _by_order(replayed: Replayed, rows: slice) -> Iterator[Selection]:
     ranks = np.broadcast_to(np.arange(order.shape[1], dtype=order.dtype), order.shape)
     np.put_along_axis(place, order.astype(np.int64), ranks, axis=1)
     for n_rejected, n_selected in zip(replayed.n_rejected, replayed.n_selected, strict=True):
-        n = n_selected[rows]
-        yield Selection(n_rejected[rows], n, place < n[:, None])
+        n = n_selected[rows].astype(np.int64)
+        yield Selection(n_rejected[rows].astype(np.int64), n, place < n[:, None])
 
 
 def settings_of(
@@ -296,7 +294,6 @@ class _Summaries:
     def update(self, batch: pa.RecordBatch) -> None:
         layer, E = layer_of(batch), self.rule.n_experts
         parts = self.layers.setdefault(layer, [LayerSummary(E) for _ in self.rule.settings])
-        by_logit = self.rule.by_logit(layer)
         for ranked, choices in self.rule.choices(batch):
             for options, part, choice in zip(self.rule.settings, parts, choices, strict=True):
                 part.add(
@@ -305,7 +302,6 @@ class _Summaries:
                     choice.n_rejected,
                     choice.chosen,
                     top_k=self.top_k,
-                    by_logit=by_logit,
                     temperature=options.temperature,
                 )
 

@@ -7,7 +7,18 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis.replay.ranked import RankedRows, packed, popcount
+from analysis.kernels.tally import (
+    KEPT,
+    LOGGED_JACCARD,
+    LOGGED_RECALL,
+    NATIVE_JACCARD,
+    NATIVE_RECALL,
+    NONE_REJECTED,
+    SUMS,
+    tally,
+)
+from analysis.replay.ranked import RankedRows
+from capture.contract.errors import CorruptShard
 
 
 class LayerSummary:
@@ -16,29 +27,37 @@ class LayerSummary:
     Attributes:
         selected: (E + 1,) int64, rows by n_selected.
         load: (E,) int64, rows by chosen expert.
-        none_rejected: rows with n_rejected = 0.
-        kept: sum over rows of the softmax probability of the chosen experts.
-        native, logged: sums over rows of (Jaccard, recall) with the native top-k and with the
-            logged experts.
+        sums: float64, sums over rows; see analysis.kernels.tally.
     """
 
     def __init__(self, n_experts: int) -> None:
         self.selected = np.zeros(n_experts + 1, dtype=np.int64)
         self.load = np.zeros(n_experts, dtype=np.int64)
-        self.none_rejected = 0
-        self.kept = 0.0
-        self.native = np.zeros(2)
-        self.logged = np.zeros(2)
+        self.sums = np.zeros(SUMS)
+
+    @property
+    def rows(self) -> int:
+        """Rows that were counted."""
+        return int(self.selected.sum())
+
+    @property
+    def mean_experts(self) -> float:
+        """Mean n_selected."""
+        return float(self.selected @ np.arange(len(self.selected)) / self.rows)
+
+    @property
+    def probability_kept(self) -> float:
+        """Mean softmax probability of the chosen experts."""
+        return float(self.sums[KEPT] / self.rows)
 
     def add(
         self,
         rows: RankedRows,
-        n_selected: NDArray[np.integer],
-        n_rejected: NDArray[np.integer] | None,
-        chosen: NDArray[np.bool_],
+        n_selected: NDArray[np.int64],
+        n_rejected: NDArray[np.int64] | None,
+        chosen: NDArray[np.bool_] | None,
         *,
         top_k: int,
-        by_logit: bool,
         temperature: float = 1.0,
     ) -> None:
         """Count T rows.
@@ -46,37 +65,41 @@ class LayerSummary:
         Args:
             n_selected: (T,).
             n_rejected: (T,); None if nothing was tested.
-            chosen: (T, E), n_selected of each row.
-            by_logit: whether they are the first by falling logit.
+            chosen: (T, E), n_selected of each row; None means the first by falling logit.
             temperature: of the softmax.
         """
-        n, bits = n_selected, packed(chosen)
-        self.selected += np.bincount(n, minlength=len(self.selected))
-        self.load += chosen.sum(axis=0, dtype=np.uint32)
-        if n_rejected is not None:
-            self.none_rejected += int((n_rejected == 0).sum())
-        self.kept += float(rows.kept(chosen, temperature).sum(dtype=np.float64))
-        # by falling logit the native experts come first, so counting is enough
-        with_native = (
-            np.minimum(n, top_k) if by_logit else popcount(bits & rows.packed_first(top_k))
-        )
-        self.native += overlap_sums(with_native, n, top_k)
-        self.logged += overlap_sums(popcount(bits & rows.packed_logged), n, rows.n_logged)
+        nothing = np.empty((0, rows.n_experts), dtype=np.bool_)
+        try:
+            tally(
+                rows.logits,
+                n_selected if n_rejected is None else n_rejected,
+                n_selected,
+                rows.cuts,
+                nothing if chosen is None else chosen,
+                rows.logged_starts,
+                rows.logged_experts,
+                top_k,
+                float(temperature),
+                self.selected,
+                self.load,
+                self.sums,
+            )
+        except IndexError as error:
+            raise CorruptShard(
+                f"an expert beyond the {rows.n_experts} of the model is logged: the log is "
+                "damaged; bhlog verify names the file"
+            ) from error
 
     def merge(self, other: "LayerSummary") -> None:
         """Add the rows of another summary."""
         self.selected += other.selected
         self.load += other.load
-        self.none_rejected += other.none_rejected
-        self.kept += other.kept
-        self.native += other.native
-        self.logged += other.logged
+        self.sums += other.sums
 
     def row(self, *, min_k: int, max_k: int, top_k: int) -> dict[str, Any]:
         """The summary as the columns of summary_frame."""
-        n, E = int(self.selected.sum()), len(self.load)
+        n, E, mean = self.rows, len(self.load), self.mean_experts
         k = np.arange(E + 1)
-        mean = float(self.selected @ k / n)
         present = k[self.selected > 0]
         cumulative = np.cumsum(self.selected)
         share = self.load / max(1, self.load.sum())
@@ -91,12 +114,12 @@ class LayerSummary:
             "max_experts": int(present[-1]),
             "at_min_k": float(self.selected[min_k] / n),
             "at_max_k": float(self.selected[max_k] / n),
-            "none_rejected": self.none_rejected / n,
-            "probability_kept": self.kept / n,
-            "native_jaccard": float(self.native[0] / n),
-            "native_recall": float(self.native[1] / n),
-            "logged_jaccard": float(self.logged[0] / n),
-            "logged_recall": float(self.logged[1] / n),
+            "none_rejected": float(self.sums[NONE_REJECTED] / n),
+            "probability_kept": self.probability_kept,
+            "native_jaccard": float(self.sums[NATIVE_JACCARD] / n),
+            "native_recall": float(self.sums[NATIVE_RECALL] / n),
+            "logged_jaccard": float(self.sums[LOGGED_JACCARD] / n),
+            "logged_recall": float(self.sums[LOGGED_RECALL] / n),
             "load_entropy": float(-(spread * np.log(spread)).sum() / np.log(E)),
             "load_cv": float(share.std() * E),
             "load_gini": max(0.0, float(2 * (rising @ np.arange(1, E + 1)) / E - (E + 1) / E)),
@@ -134,21 +157,3 @@ def summary_frame(
         overall[name] = float(np.mean([row[name] for row in rows]))
     overall["dead_experts"] = sum(row["dead_experts"] for row in rows)
     return pl.DataFrame([*rows, overall], infer_schema_length=None)
-
-
-def overlap_sums(
-    both: NDArray[np.integer], a: NDArray[np.integer] | int, b: NDArray[np.integer] | int
-) -> NDArray[np.float64]:
-    """(2,) sums over rows of Jaccard and of recall (the share of b that is in a).
-
-    Two empty sets are the same, so their Jaccard is 1, and so is the recall of an empty b.
-
-    Args:
-        both: (T,) experts in both sets.
-        a, b: (T,) sizes of the sets, or one number for all rows.
-    """
-    both = both.astype(np.float64)
-    union = a + b - both
-    jaccard = (both + (union == 0)) / np.maximum(union, 1)
-    recall = (both + np.equal(b, 0)) / np.maximum(b, 1)
-    return np.array([jaccard.sum(), recall.sum()])

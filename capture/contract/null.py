@@ -13,6 +13,7 @@ from capture.contract.histogram import Histogram, Trim
 KERNELS = ("gaussian", "epanechnikov", "tophat", "triangular", "none")
 BANDWIDTH_RULES = ("scott", "silverman", "isj")
 
+_TOGETHER = 1 << 13  # thresholds computed at a time, so that they stay in the cache
 _FARTHEST = 2.0**20  # logits; a grid beyond it, or finer than its inverse, is damaged
 
 
@@ -104,7 +105,9 @@ class NullCurve:
 
     def threshold_grid(self, alphas: NDArray[np.float64], n_experts: int) -> NDArray[np.float32]:
         """(J, E) float32: thresholds at each of J alphas, the same numbers at less cost."""
-        return self._reaching(critical_values(np.asarray(alphas)[:, None], n_experts))
+        size = max(1, _TOGETHER // n_experts)
+        pieces = [alphas[start : start + size, None] for start in range(0, len(alphas), size)]
+        return np.concatenate([self._reaching(critical_values(a, n_experts)) for a in pieces])
 
     def _reaching(self, critical: NDArray[np.float64]) -> NDArray[np.float32]:
         """The smallest logits with p-values at most these, which rise along the last axis."""
@@ -130,27 +133,31 @@ class NullCurve:
         Usually that is t itself or its neighbour; around 0 float32 values lie closer together than
         the rounding of p_value. So it brackets the place in growing steps, then halves them.
         """
-        position = _place(t)
+        settled, where = t.ravel().copy(), np.arange(t.size)
+        critical = critical.ravel()
 
         def passes(place: NDArray[np.int64]) -> NDArray[np.bool_]:
-            passed: NDArray[np.bool_] = self.p_value(_float32_at(place)) <= critical
+            passed: NDArray[np.bool_] = self.p_value(_float32_at(place)) <= critical[where]
             return passed
 
+        above = _place(settled)
+        below = above - 1
+        early, late = passes(below), ~passes(above)
+        where = np.flatnonzero(early | late)  # few
+        above, below, early, late = above[where], below[where], early[where], late[where]
         reach = np.int64(1)
-        below, above = position - 1, position
-        while True:
-            early, late = passes(below), ~passes(above)
-            if not (early.any() or late.any()):
-                break
+        while early.any() or late.any():
             below = np.where(early, below - reach, below)
             above = np.where(late, above + reach, above)
             reach *= 2
+            early, late = passes(below), ~passes(above)
         while np.any(above - below > 1):
             middle = (above + below) >> 1
             passed = passes(middle)
             above = np.where(passed, middle, above)
             below = np.where(passed, below, middle)
-        return _float32_at(above)
+        settled[where] = _float32_at(above)
+        return settled.reshape(t.shape)
 
 
 @dataclass(frozen=True, eq=False)

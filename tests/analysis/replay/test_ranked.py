@@ -1,11 +1,10 @@
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from scipy.stats import false_discovery_control
 from statsmodels.stats.multitest import multipletests
 
-from analysis.replay.ranked import RankedRows, packed, popcount
+from analysis.replay.ranked import RankedRows
 from tests.analysis.replay.plain import lists, plain_rule, rows_of_logits
 from tests.synthetic import normal_null
 
@@ -20,8 +19,7 @@ def test_ranked_rows_choose_what_the_written_rule_chooses(logits, alpha, bounds)
     E, null = logits.shape[1], normal_null(0)
     low, high = bounds[0], min(bounds[1], E)
     ranked = RankedRows(logits, lists([[1, 0]] * len(logits)))
-    n_rejected = ranked.n_rejected(null.thresholds(alpha, E))
-    n = ranked.n_selected(n_rejected, low, high)
+    n_rejected, n = ranked.step_up(null.thresholds(alpha, E), low, high)
     chosen = ranked.chosen(n)
     for i, row in enumerate(logits.tolist()):
         expected = plain_rule(row, null, alpha, low, high) or (0, [1, 0])
@@ -35,8 +33,7 @@ def test_raising_alpha_never_drops_an_expert(logits, alpha):
     E, null = logits.shape[1], normal_null(0)
     ranked = RankedRows(logits, lists([[]] * len(logits)))
     few, many = (
-        ranked.chosen(ranked.n_selected(ranked.n_rejected(null.thresholds(a, E)), 0, E))
-        for a in (alpha, 2 * alpha)
+        ranked.chosen(ranked.step_up(null.thresholds(a, E), 0, E)[1]) for a in (alpha, 2 * alpha)
     )
     assert not (few & ~many).any()
 
@@ -51,14 +48,9 @@ def test_permuting_experts_permutes_the_choice(seed, alpha):
 
     def chosen(values):
         ranked = RankedRows(values, lists([[]] * 8))
-        return ranked.chosen(ranked.n_selected(ranked.n_rejected(thresholds), 1, 8))
+        return ranked.chosen(ranked.step_up(thresholds, 1, 8)[1])
 
     assert np.array_equal(chosen(logits[:, order]), chosen(logits)[:, order])
-
-
-@given(chosen=arrays(np.bool_, st.tuples(st.integers(1, 5), st.integers(2, 200))))
-def test_packed_bits_count_the_chosen(chosen):
-    assert popcount(packed(chosen)).tolist() == chosen.sum(axis=1).tolist()
 
 
 def test_counts_are_those_of_scipy_and_statsmodels():
@@ -67,7 +59,7 @@ def test_counts_are_those_of_scipy_and_statsmodels():
     logits = rng.normal(-0.4, 1.5, (200, E)).astype(np.float32)
     ranked = RankedRows(logits, lists([[]] * 200))
     for alpha in (0.01, 0.1, 0.3, 0.7):
-        counts = ranked.n_rejected(null.thresholds(alpha, E))
+        counts, _ = ranked.step_up(null.thresholds(alpha, E), 0, E)
         for row, count in zip(logits, counts, strict=True):
             p = null.p_value(row)
             assert (false_discovery_control(p) <= alpha).sum() == count

@@ -100,7 +100,10 @@ def test_decisions_are_those_of_the_written_rule(tmp_path_factory, logits, alpha
     for ranked, (choice,) in rule.choices(batch):
         assert choice.n_rejected.tolist() == decided.n_rejected[0].tolist()
         assert choice.n_selected.tolist() == decided.n_selected[0].tolist()
-        assert ranked.n_logged.tolist() == [2] * 6
+        assert choice.chosen is None
+        chosen = ranked.chosen(choice.n_selected)
+        first = [set(row[:n]) for row, n in zip(decided.order, choice.n_selected, strict=True)]
+        assert [set(np.flatnonzero(row)) for row in chosen] == first
 
 
 def test_renormalize_is_as_in_the_run_unless_given(run):

@@ -5,9 +5,9 @@ import numpy as np
 import polars as pl
 import pytest
 
+from analysis.kernels.tally import overlap
 from analysis.log import open_log
 from analysis.replay.replay import replay, settings_of
-from analysis.replay.summary import overlap_sums
 from capture.contract.bh import BhOptions
 from tests.analysis.replay.plain import plain_rule
 from tests.synthetic import normal_kde, normal_null, write_run
@@ -117,8 +117,7 @@ def test_a_replay_at_the_settings_of_the_run_overlaps_wholly_even_where_nothing_
 
 
 def test_two_empty_sets_are_the_same():
-    both, a, b = np.array([0, 0, 0]), np.array([0, 2, 0]), np.array([0, 0, 3])
-    assert overlap_sums(both, a, b).tolist() == [1.0, 2.0]
+    assert [overlap(0, a, b) for a, b in [(0, 0), (2, 0), (0, 3)]] == [(1, 1), (0, 1), (0, 0)]
 
 
 def test_no_choice_at_all_is_an_even_load(tmp_path):
