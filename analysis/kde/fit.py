@@ -10,6 +10,7 @@ from typing import Literal
 from analysis.kde.bandwidth import check_bandwidth, choose_bandwidth
 from analysis.kde.counting import count_logits
 from analysis.kde.kernel import MOST_GRID_POINTS, empirical_tail, kernel_tail
+from analysis.kernels.patterns import count_patterns
 from analysis.log import Log, Progress
 from capture.contract.errors import InvalidOption
 from capture.contract.histogram import Histogram, HistogramAccumulator, HistogramKey, Trim
@@ -65,7 +66,8 @@ class FitOptions:
 
     def accumulator(self) -> HistogramAccumulator:
         """Counts what a fit with these options needs."""
-        return HistogramAccumulator(self.trims, by_expert=self.null == "expert")
+        by_expert = self.null == "expert"
+        return HistogramAccumulator(self.trims, by_expert=by_expert, count=count_patterns)
 
 
 def fit_kde(

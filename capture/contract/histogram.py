@@ -1,10 +1,9 @@
 """Histogram of router logits: the sufficient statistic of a null model, exact in integers."""
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -22,6 +21,8 @@ _CHUNK = 1 << 16  # float32 values binned at a time, so that temporaries stay in
 _PATTERNS = 1 << 16  # of bfloat16
 _PATTERN_CHUNK = 1 << 18  # bfloat16 values counted at a time: many for each pass over the table
 _TABLE_FROM = 1 << 15  # values from which the table of patterns pays
+
+PatternCounter = Callable[[NDArray[np.float32], NDArray[np.int64]], Iterator[NDArray[np.float32]]]
 
 _scratch = threading.local()  # one buffer a thread: fresh pages would cost more than the counting
 
@@ -71,23 +72,33 @@ class Histogram:
         return cls(first=0, counts=none, spread=none, left_out=left_out)
 
     @classmethod
-    def of(cls, values: NDArray[np.float32], *, threads: int = 1) -> Self:
+    def of(
+        cls,
+        values: NDArray[np.float32],
+        *,
+        threads: int = 1,
+        count: PatternCounter | None = None,
+    ) -> Self:
         """Histogram of float32 values of any shape; those that cannot be counted are left out.
 
-        The result is the same integers for any number of threads.
+        The result is the same integers for any number of threads, and any way to count.
+
+        Args:
+            count: does what count_patterns does, which None means.
         """
         values = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
         if threads > 1:
             total = cls.empty()
             with ThreadPoolExecutor(threads) as pool:
-                for part in pool.map(cls.of, np.array_split(values, threads)):
+                parts = np.array_split(values, threads)
+                for part in pool.map(lambda values: cls.of(values, count=count), parts):
                     total = total.merge(part)
             return total
         if values.size < _TABLE_FROM:
             return cls._of_float32(values)
         times = np.zeros(_PATTERNS, dtype=np.int64)
         total = cls.empty()
-        for rest in count_patterns(values, times):
+        for rest in (count or count_patterns)(values, times):
             total = total.merge(cls._of_float32(rest))
         return total.merge(cls.of_patterns(times)) if times.any() else total
 
@@ -240,10 +251,21 @@ class HistogramAccumulator:
     the same integers. Pooled bfloat16 logits are counted by pattern and binned once, at the end.
     """
 
-    def __init__(self, trims: Iterable[Trim] = (Trim(),), *, by_expert: bool = False) -> None:
-        """Count at each of these trimming levels, per layer or per layer and expert."""
+    def __init__(
+        self,
+        trims: Iterable[Trim] = (Trim(),),
+        *,
+        by_expert: bool = False,
+        count: PatternCounter | None = None,
+    ) -> None:
+        """Count at each of these trimming levels, per layer or per layer and expert.
+
+        Args:
+            count: does what count_patterns does, which None means.
+        """
         self.trims = tuple(dict.fromkeys(Trim(*trim) for trim in trims))
         self.by_expert = by_expert
+        self._counter = count
         self._histograms: dict[HistogramKey, Histogram] = {}
         self._patterns: dict[HistogramKey, NDArray[np.int64]] = {}
 
@@ -293,7 +315,7 @@ class HistogramAccumulator:
 
     def empty_copy(self) -> "HistogramAccumulator":
         """An accumulator of the same kind that has counted nothing."""
-        return HistogramAccumulator(self.trims, by_expert=self.by_expert)
+        return HistogramAccumulator(self.trims, by_expert=self.by_expert, count=self._counter)
 
     def histograms(self) -> dict[HistogramKey, Histogram]:
         """What was counted so far, by layer, expert and trimming level, in that order."""
@@ -306,11 +328,11 @@ class HistogramAccumulator:
     def _count(self, key: HistogramKey, values: NDArray[np.float32]) -> None:
         values = np.ascontiguousarray(values, dtype=np.float32)
         if self.by_expert or values.size < _TABLE_FROM:
-            self._add(key, Histogram.of(values))
+            self._add(key, Histogram.of(values, count=self._counter))
             return
         if key not in self._patterns:
             self._patterns[key] = np.zeros(_PATTERNS, dtype=np.int64)
-        for rest in count_patterns(values, self._patterns[key]):
+        for rest in (self._counter or count_patterns)(values, self._patterns[key]):
             self._add(key, Histogram._of_float32(rest))
 
     def _add(self, key: HistogramKey, part: Histogram) -> None:
@@ -318,18 +340,12 @@ class HistogramAccumulator:
         self._histograms[key] = part if sum_so_far is None else sum_so_far.merge(part)
 
     def _count_trimmed(self, layer: int, logits: NDArray[np.float32]) -> None:
-        """Count pooled rows at every level: each stretch of ranks between two cuts once."""
+        """Count pooled rows at every level."""
+        E = logits.shape[1]
         whole = np.isfinite(logits).all(axis=1)
-        ranked = logits[whole]  # a copy
-        if len(ranked):
-            ranked.sort(axis=1)
-            E = logits.shape[1]
-            cuts = sorted({cut for trim in self.trims for cut in (trim.low, E - trim.high)})
-            for low, high in pairwise(cuts):
-                part = Histogram.of(ranked[:, low:high])
-                for trim in self.trims:
-                    if trim.low <= low < E - trim.high:
-                        self._add(HistogramKey(layer, None, trim), part)
+        ranked = np.sort(logits[whole], axis=1)
+        for trim in self.trims:
+            self._count(HistogramKey(layer, None, trim), ranked[:, trim.low : E - trim.high])
         if not whole.all():
             broken = logits[~whole]
             for trim in self.trims:

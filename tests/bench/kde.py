@@ -3,7 +3,7 @@
     python -m tests.bench.kde [--rows N] [--cdfs PATH]
 
 Needs KDEpy and scikit-learn beside the development extra. Rows of 64 bfloat16 logits, one layer in
-memory and 16 layers in a log. Peers get the same logits:
+memory and 16 layers in a log, which is the longer one. Peers get the same logits:
 KDEpy.FFTKDE all of them; scipy and scikit-learn, whose cost is n times grid points, as many as they
 can do in seconds, extrapolated. Errors are of S(x) against a direct float64 sum wherever it is at
 least 1e-8, on 320,000 logits in float32; a peer's density is summed from the right, which is the
@@ -30,6 +30,7 @@ from analysis.kde.counting import count_logits
 from analysis.kde.fit import FitOptions, fit_histograms
 from analysis.kde.kernel import kernel_tail
 from analysis.kde.refit import refit
+from analysis.kernels.patterns import count_patterns
 from analysis.log import Log, open_log
 from capture.contract.histogram import Histogram, HistogramAccumulator
 from capture.contract.kde import NullCurve
@@ -57,7 +58,7 @@ def least(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]
 
 
 def fit(values: NDArray[np.float32], threads: int = 1) -> NullCurve:
-    histogram = Histogram.of(values, threads=threads)
+    histogram = Histogram.of(values, threads=threads, count=count_patterns)
     bandwidth = choose_bandwidth(histogram, "scott")
     x0, dx, tail = kernel_tail(histogram, "gaussian", bandwidth)
     return NullCurve(expert=None, n=len(values), x0=x0, dx=dx, tail=tail, bandwidth=bandwidth)
@@ -205,6 +206,7 @@ def peak_bytes(rng: np.random.Generator, batches: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=500_000, help="rows of 64 logits")
+    parser.add_argument("--log-rows", type=int, default=4_194_304, help="rows of the log")
     parser.add_argument("--cdfs", type=Path, help="arrays x0, dx, cdf of real layers")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -221,7 +223,7 @@ def main() -> None:
         "max_relative_error": errors(plain[:320_000]),
     }
     with tempfile.TemporaryDirectory() as folder:
-        tokens = max(1, options.rows // LAYERS)
+        tokens = max(8, options.log_rows // LAYERS)
         run = write_run(
             Path(folder) / "run",
             layers=range(LAYERS),
