@@ -17,7 +17,6 @@ a finite logit, on which the rule cannot decide, is NULL too.
 """
 
 import inspect
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,11 +29,11 @@ from numpy.typing import NDArray
 
 from analysis.database.lists import ListColumn, key_groups, list_elements, logit_groups
 from analysis.database.nulls import Nulls
+from analysis.kernels.softmax import find_certainty
+from analysis.replay.ranked import RankedRows
 from capture.contract.bh import (
     BhOptions,
     Decisions,
-    count_rejected,
-    finite_keys,
     no_finite_logit,
     softmax_weights,
 )
@@ -142,17 +141,14 @@ def _bh_count(
     return pa.array(n_selected, mask=~decided)
 
 
-def _n_selected(nulls: Nulls, rule: _Rule, logits: NDArray[np.float32]) -> NDArray[np.uint16]:
+def _n_selected(nulls: Nulls, rule: _Rule, logits: NDArray[np.float32]) -> NDArray[np.integer]:
     """(T,) n_selected of _decisions, without ordering the experts, which takes most of the time."""
     E = logits.shape[1]
     low, high = rule.bounds(E)
     thresholds = nulls.thresholds(rule.run, rule.layer, rule.alpha, E)
     if thresholds.ndim == 2:
         return _decisions(nulls, rule, logits).n_selected
-    keys = finite_keys(logits)
-    falling = np.sort(keys, axis=1)[:, ::-1]
-    n_rejected = count_rejected(falling, thresholds)
-    return np.clip(n_rejected, low, high)
+    return RankedRows(logits).step_up(thresholds, low, high)[1]
 
 
 def _bh_experts(
@@ -233,34 +229,11 @@ def _certainty(_: Nulls, logits: pa.ListArray) -> pa.StructArray:
     """Entropy and largest weight of the softmax: one pass for a query that asks for both."""
     entropy, top = np.full((2, len(logits)), np.nan)
     for _key, rows, x in logit_groups(logits):
-        below, unnormalized = _exponentials(x)
-        total = unnormalized.sum(axis=1, dtype=np.float64)
-        top[rows] = 1 / total
-        # H = ln Z - sum(p * (x - max)); exp has made a logit this far below 0
-        np.maximum(below, np.float32(-200), out=below)
-        entropy[rows] = np.log(total) - np.vecdot(unnormalized, below) / total
+        found = np.empty((2, len(x)))
+        find_certainty(x, *found)
+        entropy[rows], top[rows] = found
     columns = [pa.array(values, from_pandas=True) for values in (entropy, top)]
     return pa.StructArray.from_arrays(columns, ["entropy", "top_probability"])
-
-
-# Arrays of this size are given back to the system each time and faulted in anew, which costs more
-# than what is done with them: each thread keeps its own.
-_scratch = threading.local()
-
-
-def _exponentials(logits: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(T, E) float32 x - max(x) and its exponential, valid until the thread's next call.
-
-    NaN in rows without a finite logit.
-    """
-    keys = finite_keys(logits)
-    held = getattr(_scratch, "arrays", None)
-    if held is None or held.shape[1] < keys.size:
-        held = _scratch.arrays = np.empty((2, keys.size), np.float32)
-    below, unnormalized = held[:, : keys.size].reshape(2, *keys.shape)
-    top = keys.max(axis=1, keepdims=True)
-    np.subtract(keys, np.where(np.isfinite(top), top, np.float32(np.nan)), out=below)
-    return below, np.exp(below, out=unnormalized)
 
 
 def _n_shared(_: Nulls, experts: pa.ListArray, others: pa.ListArray) -> pa.Array:

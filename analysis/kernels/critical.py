@@ -5,7 +5,7 @@ from numpy import float32, int32
 from numpy.typing import NDArray
 
 from analysis.kernels.compiled import compiled, compiled_sums, inlined
-from analysis.kernels.places import NOWHERE, find_places, largest
+from analysis.kernels.places import NOWHERE, bits_at, find_places, largest
 from analysis.kernels.softmax import LOG2_E, exponential
 from analysis.kernels.sorting import WIDTH, sort_columns
 
@@ -129,7 +129,7 @@ def _count(
         for i in range(n):
             row = lower[i]
             place = columns[row // WIDTH, k, row % WIDTH]
-            bits[0] = place if place >= 0 else int32(-place) | int32(NOWHERE)
+            bits[0] = bits_at(place)
             j = int(guides[k, bucket(value[0], lows[k], per_logit[k])])
             j += place < at[j + 1]  # most often that is all, and no branch to guess
             while place < at[j + 1]:
@@ -156,8 +156,7 @@ def _probabilities(columns: NDArray[np.int32], weights: NDArray[np.float32], one
     total = np.zeros(WIDTH, dtype=np.float32)
     for k in range(E):
         for row in range(WIDTH):
-            place = columns[k, row]
-            bits[k, row] = place if place >= int32(0) else int32(int32(-place) | int32(NOWHERE))
+            bits[k, row] = bits_at(columns[k, row])
     logits = bits.view(np.float32)
     two_to_i = powers.view(np.float32)
     for k in range(E):

@@ -39,4 +39,4 @@ def _count(bits: NDArray[np.uint32], times: NDArray[np.int64]) -> bool:
     if low:
         for i in range(bits.size):
             times[bits[i] >> np.uint32(16)] -= 1
-    return low == 0
+    return not low

@@ -36,6 +36,12 @@ def find_places(bits: NDArray[np.int32], places: NDArray[np.int32]) -> None:
 
 
 @inlined
+def bits_at(place: int32) -> int32:
+    """The float32 value at a place, seen as int32."""
+    return place if place >= int32(0) else int32(int32(-place) | int32(NOWHERE))
+
+
+@inlined
 def reaching(places: NDArray[np.int32], place: int32) -> int32:
     """How many of a row's places are at least this one."""
     if places.size == 64:  # a loop of known length runs twice as fast

@@ -1,11 +1,11 @@
-"""Softmax of a row of logits."""
+"""Softmax of rows of logits."""
 
 import numpy as np
 from numpy import float32, int32
 from numpy.typing import NDArray
 
-from analysis.kernels.compiled import inlined
-from analysis.kernels.places import NOWHERE
+from analysis.kernels.compiled import compiled_sums, inlined
+from analysis.kernels.places import NOWHERE, bits_at, find_places, largest
 
 LOG2_E = float32(1.4426950408889634)
 _LEAST = float32(-126)  # exponent of the smallest normal float32
@@ -69,3 +69,50 @@ def keep(
         total += weight
         kept += weight if chosen[expert] != int32(0) else float32(0)
     return kept / total
+
+
+@compiled_sums
+def find_certainty(
+    logits: NDArray[np.float32],
+    entropy: NDArray[np.float64],
+    top_probability: NDArray[np.float64],
+) -> None:
+    """Entropy of the softmax in nats, and its largest weight; NaN where no logit is finite.
+
+    Args:
+        logits: (T, E).
+        entropy, top_probability: (T,), written.
+    """
+    T, E = logits.shape
+    bits = logits.view(np.int32)
+    places = np.empty(E, dtype=np.int32)
+    below = np.empty(E, dtype=np.float32)
+    mantissas = np.empty(E, dtype=np.float32)
+    powers = np.empty(E, dtype=np.int32)
+    two_to_i = powers.view(np.float32)
+    top_bits = np.empty(1, dtype=np.int32)
+    top_logit = top_bits.view(np.float32)
+    for row in range(T):
+        find_places(bits[row], places)
+        top_place = largest(places)
+        if top_place == int32(NOWHERE):
+            entropy[row] = top_probability[row] = np.nan
+            continue
+        top_bits[0] = bits_at(top_place)
+        top = top_logit[0]
+        for expert in range(E):
+            finite = places[expert] > int32(NOWHERE)
+            z = logits[row, expert] - top if finite else float32(0)
+            mantissa, power = exponential(z * LOG2_E)
+            below[expert] = z if z > float32(-200) else float32(-200)  # its weight is 0
+            mantissas[expert] = mantissa if finite else float32(0)
+            powers[expert] = power
+        total = float32(0)
+        weighed = float32(0)
+        for expert in range(E):
+            weight = mantissas[expert] * two_to_i[expert]
+            total += weight
+            weighed += weight * below[expert]
+        # H = ln Z - sum(p * (x - max))
+        entropy[row] = np.log(np.float64(total)) - np.float64(weighed) / np.float64(total)
+        top_probability[row] = 1 / np.float64(total)

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from analysis.kernels.choice import choose
 from analysis.kernels.compiled import compiled_sums, inlined
-from analysis.kernels.places import NOWHERE, find_places, largest
+from analysis.kernels.places import NOWHERE, bits_at, find_places, largest
 from analysis.kernels.softmax import keep
 
 NONE_REJECTED, KEPT, NATIVE_JACCARD, NATIVE_RECALL, LOGGED_JACCARD, LOGGED_RECALL, SUMS = range(7)
@@ -81,7 +81,7 @@ def tally(
                     both += chosen[expert] & native[expert]
             else:
                 choose(places, top, n, cuts[row], chosen)
-            top_bits[0] = top if top >= 0 else int32(-top) | int32(NOWHERE)
+            top_bits[0] = bits_at(top)
             sums[KEPT] += keep(
                 logits[row], places, top_logit[0], float32(temperature), chosen, mantissas, powers
             )

@@ -36,9 +36,6 @@ class Rows(RankedRows):
         logged: pa.ListArray | None = None,
         thresholds: dict[float, NDArray[np.float32]] | None = None,
     ) -> None:
-        if logged is None:
-            nothing = np.zeros(len(logits) + 1, dtype=np.int32)
-            logged = pa.ListArray.from_arrays(pa.array(nothing), pa.array([], pa.uint16()))
         super().__init__(logits, logged)
         self.null = null
         self._given_p = p

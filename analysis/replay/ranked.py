@@ -25,7 +25,7 @@ class RankedRows:
 
     Args:
         logits: (T, E) float32.
-        logged: (T,) list column, the experts that the run used.
+        logged: (T,) list column, the experts that the run used; None means none.
 
     Attributes:
         logged_starts: (T + 1,) int32, where each row's experts start in `logged_experts`.
@@ -33,7 +33,10 @@ class RankedRows:
         cuts: (T,) int32, the place that the experts of the last n_rejected reach and no others do.
     """
 
-    def __init__(self, logits: NDArray[np.float32], logged: pa.ListArray) -> None:
+    def __init__(self, logits: NDArray[np.float32], logged: pa.ListArray | None = None) -> None:
+        if logged is None:
+            starts = pa.array(np.zeros(len(logits) + 1, dtype=np.int32))
+            logged = pa.ListArray.from_arrays(starts, pa.array([], pa.uint16()))
         self.logits = logits
         self.logged_starts = logged.offsets.to_numpy()
         self.logged_experts = logged.values.to_numpy()
