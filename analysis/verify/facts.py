@@ -37,7 +37,7 @@ def facts_of(log: Log) -> dict[str, Any]:
         **_counts(log),
     }
     totals = manifest.totals if manifest.closed else None
-    for name in ("forwards", "sampled_out", "dropped", "nonfinite"):
+    for name in ("forwards", "sampled_out", "dropped", "rejected", "nonfinite"):
         facts[name] = None if totals is None else getattr(totals, name)
     return facts | {
         "sample_every": manifest.sample_every,
