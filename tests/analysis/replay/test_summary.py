@@ -7,9 +7,12 @@ import pytest
 
 from analysis.kernels.tally import overlap
 from analysis.log import open_log
+from analysis.replay.ranked import RankedRows
 from analysis.replay.replay import replay, settings_of
+from analysis.replay.summary import LayerSummary
 from capture.contract.bh import BhOptions
-from tests.analysis.replay.plain import plain_rule
+from capture.contract.errors import CorruptShard
+from tests.analysis.replay.plain import lists, plain_rule
 from tests.synthetic import normal_kde, normal_null, write_run
 
 E, TOP_K, LAYERS = 12, 3, (0, 5)
@@ -129,3 +132,10 @@ def test_no_choice_at_all_is_an_even_load(tmp_path):
     row = open_log(folder).replay(0.1, min_k=0).row(0, named=True)
     assert (row["mean_experts"], row["none_rejected"], row["load_gini"]) == (0, 1, 0)
     assert row["dead_experts"] == E
+
+
+def test_an_expert_that_the_model_does_not_have_is_damage():
+    rows = RankedRows(np.zeros((2, 4), np.float32), lists([[1, 0], [3, 4]]))
+    n = np.array([2, 2])
+    with pytest.raises(CorruptShard, match="beyond the 4 of the model"):
+        LayerSummary(4).add(rows, n, n, None, top_k=2)
