@@ -121,7 +121,8 @@ class NullCurve:
         inside = np.clip(right, 1, last)
         above, below = self.tail[inside - 1], self.tail[inside]
         drop = np.where(above > below, above - below, 1.0)
-        cells = (inside - 1) + np.clip((above - critical) / drop, 0.0, 1.0)
+        with np.errstate(over="ignore"):  # the smallest drops; clipped at once
+            cells = (inside - 1) + np.clip((above - critical) / drop, 0.0, 1.0)
         cells = np.where(right == 0, 0.0, np.where(right > last, float(last), cells))
         t = round_up_to_float32(np.float64(self.x0) + self.dx * cells)
         t = self._settle(t, critical)

@@ -2,7 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from capture.contract import null_file
@@ -44,6 +44,7 @@ curves = st.builds(
 
 @settings(deadline=None)
 @given(curves, st.sampled_from([1e-12, 1e-4, 0.05, 0.3, 0.999]), st.sampled_from([1, 4, 64]))
+@example(NullCurve(None, 0, -3.0, 2.0**-10, np.array([5e-324, 0.0])), 1e-12, 1)
 def test_thresholds_are_the_first_float32_whose_p_value_is_at_most_critical(curve, alpha, E):
     t = curve.thresholds(alpha, E)
     critical = critical_values(alpha, E)
