@@ -47,7 +47,7 @@ def tally(
             recall of the choice with the native and the logged one.
 
     Raises:
-        IndexError: an expert beyond E was logged.
+        IndexError: an expert beyond E was logged, or more than E in a row.
     """
     T, E = logits.shape
     bits = logits.view(np.int32)
@@ -62,6 +62,8 @@ def tally(
     for row in range(T):
         n = n_selected[row]
         logged = logged_experts[logged_starts[row] : logged_starts[row + 1]]
+        if len(logged) > E:
+            raise IndexError("more experts than logits")
         for expert in logged:
             if expert >= E:
                 raise IndexError("an expert beyond the logits")

@@ -86,8 +86,8 @@ class LayerSummary:
             )
         except IndexError as error:
             raise CorruptShard(
-                f"an expert beyond the {rows.n_experts} of the model is logged: the log is "
-                "damaged; bhlog verify names the file"
+                f"an expert beyond the {rows.n_experts} of the model is logged, or more experts "
+                "than it has: the log is damaged; bhlog verify names the file"
             ) from error
 
     def merge(self, other: "LayerSummary") -> None:

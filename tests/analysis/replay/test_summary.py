@@ -139,3 +139,10 @@ def test_an_expert_that_the_model_does_not_have_is_damage():
     n = np.array([2, 2])
     with pytest.raises(CorruptShard, match="beyond the 4 of the model"):
         LayerSummary(4).add(rows, n, n, None, top_k=2)
+
+
+def test_more_logged_experts_than_the_model_has_are_damage():
+    rows = RankedRows(np.full((1, 4), np.nan, np.float32), lists([[0] * 5000]))
+    n_rejected, n = rows.step_up(np.zeros(4, np.float32), 1, 4)
+    with pytest.raises(CorruptShard, match="or more experts than it has"):
+        LayerSummary(4).add(rows, n, n_rejected, None, top_k=2)
