@@ -180,7 +180,7 @@ def _create_kde(
     for name, log in runs.items():
         model = kde or log.kde
         if model is not None:
-            rows = pq.read_table(pa.BufferReader(model.to_bytes()))
+            rows = model.to_table()
             tables.append(rows.add_column(0, "run", pa.array([name] * len(rows), pa.string())))
     _create_table(connection, "kde", pa.concat_tables(tables))
 

@@ -12,7 +12,6 @@
 | where | the condition that the rows match; null for all rows |
 """
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,7 +83,9 @@ def load_profile(path: str | Path) -> "Profile":
     from analysis.replay.profile import Profile
 
     try:
-        table = pq.read_table(io.BytesIO(Path(path).read_bytes()))
+        with pq.ParquetFile(pa.BufferReader(Path(path).read_bytes())) as file:
+            # one of Arrow's threads would end the process if it let go of the bytes at exit
+            table = file.read(use_threads=False)
     except OSError as error:
         raise CorruptProfile(
             f"{path}: cannot read a profile ({error.strerror or error}); "

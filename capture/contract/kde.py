@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from capture.contract import null_file
@@ -160,6 +161,10 @@ class KdeModel(Mapping[int, LayerNull]):
         from analysis.kde.refit import merge
 
         return merge([self, *others])
+
+    def to_table(self) -> pa.Table:
+        """The file's rows, a curve each; its schema is null_file.KDE_SCHEMA."""
+        return null_file.to_table(self.layers, self.n_experts)
 
     def to_bytes(self) -> bytes:
         """The file as bytes: the same model gives the same bytes."""

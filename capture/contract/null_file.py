@@ -59,8 +59,8 @@ _MOST_ROWS = 1 << 20  # a small file can claim more than any memory holds
 _MOST_VALUES = 1 << 28  # in a column
 
 
-def to_bytes(layers: Mapping[int, LayerNull], n_experts: int | None) -> bytes:
-    """The file as bytes: the same model gives the same bytes."""
+def to_table(layers: Mapping[int, LayerNull], n_experts: int | None) -> pa.Table:
+    """The file's rows, a curve each, with KDE_SCHEMA and the file's metadata."""
     rows = [
         row
         for layer in sorted(layers)
@@ -70,9 +70,14 @@ def to_bytes(layers: Mapping[int, LayerNull], n_experts: int | None) -> bytes:
     metadata = {_VERSION: str(KDE_SCHEMA_VERSION)}
     if n_experts is not None:
         metadata[_N_EXPERTS] = str(n_experts)
+    return pa.Table.from_pylist(rows, schema=KDE_SCHEMA.with_metadata(metadata))
+
+
+def to_bytes(layers: Mapping[int, LayerNull], n_experts: int | None) -> bytes:
+    """The file as bytes: the same model gives the same bytes."""
     buffer = io.BytesIO()
     pq.write_table(
-        pa.Table.from_pylist(rows, schema=KDE_SCHEMA.with_metadata(metadata)),
+        to_table(layers, n_experts),
         buffer,
         compression="zstd",
         use_dictionary=False,
@@ -92,7 +97,8 @@ def from_bytes(data: bytes) -> tuple[dict[int, LayerNull], int | None]:
     try:
         with pq.ParquetFile(pa.BufferReader(data)) as file:
             n_experts = _check_schema(file)
-            table = file.read()
+            # one of Arrow's threads would end the process if it let go of `data` at exit
+            table = file.read(use_threads=False)
         for i in range(table.num_rows):
             row = {key: _value(table[key][i]) for key in table.column_names}
             groups.setdefault((row["layer"], row["expert"]), []).append(row)

@@ -1,0 +1,45 @@
+"""Programs end as they should, even right after they read a file."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from analysis import open_log
+from analysis.replay.profile import profile_log
+from tests.synthetic import normal_kde, write_run
+
+TASKS = Path("/proc/self/task")
+
+pytestmark = pytest.mark.skipif(not TASKS.exists(), reason="threads are counted in /proc")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A null model file and a profile, by the class that loads each."""
+    folder = tmp_path_factory.mktemp("exit")
+    kde = normal_kde([0, 1])
+    kde.save(folder / "null.parquet")
+    log = open_log(write_run(folder / "run", layers=[0, 1], kde=kde))
+    profile_log(log, alphas=[0.1, 0.3]).save(folder / "bh.profile")
+    return {
+        "capture.contract.kde.KdeModel": folder / "null.parquet",
+        "analysis.replay.profile.Profile": folder / "bh.profile",
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["capture.contract.kde.KdeModel", "analysis.replay.profile.Profile"]
+)
+def test_reading_a_file_starts_no_thread(files, name):
+    # A thread of Arrow's that lets go of Python's memory while the interpreter ends, aborts it.
+    module, _, kind = name.rpartition(".")
+    code = (
+        f"import os, pyarrow.parquet\nfrom {module} import {kind}\n"
+        f"before = len(os.listdir({str(TASKS)!r}))\n"
+        f"{kind}.load({str(files[name])!r})\n"
+        f"print(len(os.listdir({str(TASKS)!r})) - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
