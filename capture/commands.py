@@ -129,35 +129,39 @@ def capture(
     from capture.contract.bh import RENORMALIZE, BhOptions
     from capture.contract.kde import KdeModel
     from capture.contract.manifest import Routing
-    from capture.session import CaptureOptions, load_model, n_tokens, share
-    from capture.session import capture as run_capture
     from capture.text import digest, read_documents, windows
-    from capture.writing.fitting import KdeFit
     from capture.writing.folder import check_new
     from capture.writing.launch import rank
-    from capture.writing.writer import RunWriter, WriterOptions
 
     routing, null = Routing(), None
     if route == "bh":
-        routing = Routing(
-            "bh",
-            BhOptions(
-                alpha=alpha,
-                min_k=min_k,
-                max_k=max_k,
-                temperature=temperature,
-                renormalize=RENORMALIZE[renormalize],
-                p_values="empirical" if empirical else "kde",
-            ),
+        bh = BhOptions(
+            alpha=alpha,
+            min_k=min_k,
+            max_k=max_k,
+            temperature=temperature,
+            renormalize=RENORMALIZE[renormalize],
+            p_values="empirical" if empirical else "kde",
         )
         if kde is None and resume and not empirical and (Path(out) / "kde.parquet").exists():
             kde = str(Path(out) / "kde.parquet")
-        null = KdeModel.load(kde) if kde is not None else None
+        bh.check_null(kde)
+        routing, null = Routing("bh", bh), None if kde is None else KdeModel.load(kde)
     else:
         _refuse("alpha", "kde", "empirical", "min_k", "max_k", "temperature", "renormalize")
-    fit = None if fit_kde is None else KdeFit(fit_kde, trim_low=trim_low, trim_high=trim_high)
-    if fit is None and (trim_low or trim_high):
+    if fit_kde is None and (trim_low or trim_high):
         raise InvalidOption("--trim-high and --trim-low are for --fit-kde: name its file")
+    if not resume and rank() == 0:
+        check_new(Path(out))
+    documents = list(read_documents(texts, field=field))
+
+    # from here on torch, which takes seconds to import
+    from capture.session import CaptureOptions, load_model, n_tokens, share
+    from capture.session import capture as run_capture
+    from capture.writing.fitting import KdeFit
+    from capture.writing.writer import RunWriter, WriterOptions
+
+    fit = None if fit_kde is None else KdeFit(fit_kde, trim_low=trim_low, trim_high=trim_high)
     options = CaptureOptions(
         batch_size=batch_size,
         generate=generate,
@@ -165,9 +169,6 @@ def capture(
             sample_every=sample_every, token_ids=not no_token_ids, on_full=on_full
         ),
     )
-    if not resume and rank() == 0:
-        check_new(Path(out))  # before the model is loaded
-    documents = list(read_documents(texts, field=field))
     loaded = load_model(model, device=device, dtype=dtype)
     texts_cut = windows(documents, loaded.tokenizer, max_length=max_length, max_tokens=max_tokens)
     noted = {

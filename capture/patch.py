@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from capture.contract.bh import BhOptions
-from capture.contract.errors import AlreadyPatched, InvalidOption, KdeMismatch, UnsupportedModel
+from capture.contract.errors import AlreadyPatched, UnsupportedModel
 from capture.contract.kde import KdeModel
 from capture.contract.manifest import ModelInfo, Routing
 from capture.recorder import Recorder
@@ -105,15 +105,8 @@ class RouterPatcher:
                     f"{router.family.name} can be observed but not routed by BH: "
                     f"{router.family.why_not}"
                 )
-        if routing.options.p_values == "empirical":
-            if kde is not None:
-                raise InvalidOption("empirical p-values use no null model: leave kde out")
-        elif kde is None:
-            raise KdeMismatch(
-                "BH routing needs a null model: pass kde, fit one with "
-                "bhlog kde fit RUN --out FILE, or ask for empirical p-values"
-            )
-        else:
+        routing.options.check_null(kde)
+        if kde is not None:
             kde.require(self.info.layers, self.info.n_experts)
 
     def attach(

@@ -188,13 +188,14 @@ def share(texts: Sequence[Window]) -> Sequence[Window]:
 def _run(model: Any, batch: Batch, generate: int, pad_id: int) -> int:
     """Run one batch; return the tokens it fed."""
     device = next(model.parameters()).device
-    token_ids, mask = batch.token_ids.to(device), batch.mask.to(device)
+    token_ids = torch.from_numpy(batch.token_ids).to(device)
+    mask = torch.from_numpy(batch.mask).to(device)
     if not generate:
         model(input_ids=token_ids, attention_mask=mask, use_cache=False)
         return int(batch.mask.sum())
     # generation needs the padding on the left
     width = token_ids.shape[1]
-    shift = (width - batch.mask.sum(dim=1)).tolist()
+    shift = (width - batch.mask.sum(axis=1)).tolist()
     rolled = torch.stack([row.roll(int(n)) for row, n in zip(token_ids, shift, strict=True)])
     rolled_mask = torch.stack([row.roll(int(n)) for row, n in zip(mask, shift, strict=True)])
     output = model.generate(

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from capture.contract.errors import EmptyText, InvalidOption, RouterLogError
 
@@ -46,8 +45,8 @@ class Batch:
         sources: (B,) names.
     """
 
-    token_ids: Tensor
-    mask: Tensor
+    token_ids: NDArray[np.int64]
+    mask: NDArray[np.int64]
     sources: tuple[str, ...]
 
 
@@ -190,10 +189,10 @@ def batches(windows: Sequence[Window], *, batch_size: int, pad_id: int = 0) -> I
     for start in range(0, len(windows), batch_size):
         part = windows[start : start + batch_size]
         longest = max(len(window.token_ids) for window in part)
-        token_ids = torch.full((len(part), longest), pad_id, dtype=torch.int64)
-        mask = torch.zeros_like(token_ids)
+        token_ids = np.full((len(part), longest), pad_id, dtype=np.int64)
+        mask = np.zeros_like(token_ids)
         for row, window in enumerate(part):
             n = len(window.token_ids)
-            token_ids[row, :n] = torch.tensor(window.token_ids)
+            token_ids[row, :n] = window.token_ids
             mask[row, :n] = 1
         yield Batch(token_ids, mask, tuple(window.source for window in part))

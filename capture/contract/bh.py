@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from capture.contract.errors import InvalidOption
+from capture.contract.errors import InvalidOption, KdeMismatch
 
 Renormalize = bool | Literal["model"]
 RENORMALIZE: dict[str, Renormalize] = {"model": "model", "yes": True, "no": False}  # as options
@@ -69,6 +69,21 @@ class BhOptions:
             if bound > n_experts:
                 raise InvalidOption(f"{name} is {bound}, but the model has {n_experts} experts")
         return self.min_k, max_k
+
+    def check_null(self, kde: object | None) -> None:
+        """Check that there is a null model where p-values come from one, and only there.
+
+        Raises:
+            InvalidOption: there is one, and nothing uses it.
+            KdeMismatch: there is none.
+        """
+        if self.p_values == "empirical" and kde is not None:
+            raise InvalidOption("empirical p-values use no null model: leave kde out")
+        if self.p_values == "kde" and kde is None:
+            raise KdeMismatch(
+                "BH routing needs a null model: name its file (--kde, or kde= in Python), fit one "
+                "with bhlog kde fit RUN --out FILE, or ask for empirical p-values"
+            )
 
     def renormalizes(self, norm_topk_prob: bool) -> bool:
         """Whether weights are made to sum to 1, for a model with that norm_topk_prob."""

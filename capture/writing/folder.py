@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 
 from capture.contract.errors import (
     CorruptManifest,
@@ -27,6 +26,7 @@ from capture.contract.kde import KdeModel
 from capture.contract.manifest import Manifest, ShardEntry, Totals, manifest_name
 from capture.contract.schema import SHARD_NAME
 from capture.contract.shard import sync_folder
+from capture.writing.launch import process_group
 
 RANK_WAIT_SECONDS = 60.0
 _MAY_CHANGE = ("batch_size",)  # of the options noted in the manifest, when a run is resumed
@@ -278,7 +278,7 @@ class _Store:
     @classmethod
     def of(cls, folder: Path, rank: int) -> "_Store | None":
         """None outside a process group."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if process_group() is None:
             return None
         from torch.distributed.distributed_c10d import _get_default_store
 

@@ -2,6 +2,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from importlib.resources import files
 
 import pytest
@@ -88,6 +90,28 @@ def test_a_wrong_option_ends_in_one_line_and_leaves_nothing(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert says in error and error.startswith("bhlog: ")
     assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--text", "nothing.txt"], "nothing.txt: no such file or folder"),
+        (["--alpha", 0.3], "--alpha needs --route bh"),
+        (["--route", "bh"], "needs a null model"),
+        (["--route", "bh", "--alpha", 1.5], "alpha must be between 0 and 1, got 1.5"),
+        (["--route", "bh", "--kde", "nothing.parquet"], "nothing.parquet: "),
+        (["--trim-high", 8], "--trim-high and --trim-low are for --fit-kde"),
+        (["--out", "."], "not empty"),
+    ],
+)
+def test_a_plain_mistake_is_found_before_torch_is_imported(text, tmp_path, arguments, says):
+    code = "import sys; from analysis.cli import main\ntry: main()\nfinally: print(*sys.modules)"
+    command = [sys.executable, "-c", code, "capture", "demo", "--text", text, "--out", "run"]
+    done = subprocess.run(
+        [*command, *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and says in done.stderr
+    assert "torch" not in done.stdout.split()
 
 
 def test_a_run_that_is_there_is_not_overwritten(text, tmp_path, capsys):
