@@ -1,12 +1,12 @@
 """Critical alphas of rows: at which alpha of a grid each rank is first selected, counted."""
 
 import numpy as np
-from numpy import float32, int32
+from numpy import float32
 from numpy.typing import NDArray
 
 from analysis.kernels.compiled import compiled, compiled_sums, inlined
-from analysis.kernels.places import NOWHERE, bits_at, find_places, largest
-from analysis.kernels.softmax import LOG2_E, exponential
+from analysis.kernels.places import NOWHERE, find_places, largest, value_at
+from analysis.kernels.softmax import LOG2_E, weigh
 from analysis.kernels.sorting import WIDTH, sort_columns
 
 BUCKETS = 1 << 12  # of a rank's guide
@@ -111,8 +111,6 @@ def _count(
     E = columns.shape[1]
     none = np.uint32(thresholds.shape[1] - 1)
     critical = np.full(columns.shape[0] * WIDTH, none, dtype=np.uint32)  # of the next rank
-    bits = np.empty(1, dtype=np.int32)
-    value = bits.view(np.float32)
     weights = np.empty(columns.shape if len(kept) else (0, 0, 0), dtype=np.float32)
     for tile in range(len(weights)):
         _probabilities(columns[tile], weights[tile], one)
@@ -129,8 +127,7 @@ def _count(
         for i in range(n):
             row = lower[i]
             place = columns[row // WIDTH, k, row % WIDTH]
-            bits[0] = bits_at(place)
-            j = int(guides[k, bucket(value[0], lows[k], per_logit[k])])
+            j = int(guides[k, bucket(value_at(place), lows[k], per_logit[k])])
             j += place < at[j + 1]  # most often that is all, and no branch to guess
             while place < at[j + 1]:
                 j += 1
@@ -151,21 +148,11 @@ def _count(
 def _probabilities(columns: NDArray[np.int32], weights: NDArray[np.float32], one: float) -> None:
     """(E, WIDTH): the softmax of each sorted column, times `one`."""
     E = columns.shape[0]
-    bits = np.empty((E, WIDTH), dtype=np.int32)
-    powers = np.empty(WIDTH, dtype=np.int32)
     total = np.zeros(WIDTH, dtype=np.float32)
     for k in range(E):
         for row in range(WIDTH):
-            bits[k, row] = bits_at(columns[k, row])
-    logits = bits.view(np.float32)
-    two_to_i = powers.view(np.float32)
-    for k in range(E):
-        for row in range(WIDTH):
-            weight, power = exponential((logits[k, row] - logits[0, row]) * LOG2_E)
-            weights[k, row] = weight if columns[k, row] > int32(NOWHERE) else float32(0)
-            powers[row] = power
-        for row in range(WIDTH):
-            weights[k, row] *= two_to_i[row]
+            place, top = columns[k, row], columns[0, row]
+            weights[k, row] = weigh(value_at(place), place, value_at(top), LOG2_E)
             total[row] += weights[k, row]
     for k in range(E):
         for row in range(WIDTH):

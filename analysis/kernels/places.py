@@ -1,10 +1,11 @@
 """Places: integers in the order of float32 logits, which compiled loops compare eight at a time."""
 
 import numpy as np
-from numpy import int32
+from numpy import float32, int32
 from numpy.typing import NDArray
 
 from analysis.kernels.compiled import inlined
+from capture.contract.null import float32_places
 
 NOWHERE = np.iinfo(np.int32).min  # place of what is not finite: below all others
 _MAGNITUDE = 0x7FFFFFFF
@@ -14,10 +15,9 @@ _INFINITY = 0x7F800000
 def threshold_places(thresholds: NDArray[np.float32]) -> NDArray[np.int32]:
     """int32 places of thresholds, in their shape: finite logits compare with both alike.
 
-    0 for 0 and -0, +-1 for the next to it, and so on; infinity is beyond all finite values.
+    Infinity is beyond all finite values.
     """
-    bits = np.ascontiguousarray(thresholds, dtype=np.float32).view(np.int32)
-    return np.where(bits < 0, -(bits & _MAGNITUDE), bits)
+    return float32_places(np.ascontiguousarray(thresholds, dtype=np.float32)).astype(np.int32)
 
 
 @inlined
@@ -36,9 +36,11 @@ def find_places(bits: NDArray[np.int32], places: NDArray[np.int32]) -> None:
 
 
 @inlined
-def bits_at(place: int32) -> int32:
-    """The float32 value at a place, seen as int32."""
-    return place if place >= int32(0) else int32(int32(-place) | int32(NOWHERE))
+def value_at(place: int32) -> float32:
+    """The float32 value at a place."""
+    bits = place if place >= int32(0) else int32(int32(-place) | int32(NOWHERE))
+    value: float32 = int32(bits).view(np.float32)
+    return value
 
 
 @inlined

@@ -5,15 +5,15 @@ from numpy import float32, int32
 from numpy.typing import NDArray
 
 from analysis.kernels.compiled import compiled_sums, inlined
-from analysis.kernels.places import NOWHERE, bits_at, find_places, largest
+from analysis.kernels.places import NOWHERE, find_places, largest, value_at
 
 LOG2_E = float32(1.4426950408889634)
 _LEAST = float32(-126)  # exponent of the smallest normal float32
 
 
 @inlined
-def exponential(z: float32) -> tuple[float32, int32]:
-    """2^z of a float32 up to 0, as a mantissa and the bits of a power of two; to about 5e-7.
+def exponential(z: float32) -> float32:
+    """2^z of a float32 up to 0, to about 5e-7.
 
     It is 2^i times a polynomial in z - i, i the nearest integer: exp itself would take longer than
     all else that replay does.
@@ -32,7 +32,20 @@ def exponential(z: float32) -> tuple[float32, int32]:
     m = m * f + float32(2.402264791363012e-1)
     m = m * f + float32(6.931472028550421e-1)
     m = m * f + float32(1)
-    return m, int32(int32(i + int32(127)) << int32(23))
+    two_to_i: float32 = int32(int32(i + int32(127)) << int32(23)).view(np.float32)
+    return m * two_to_i
+
+
+@inlined
+def weigh(logit: float32, place: int32, top: float32, scale: float32) -> float32:
+    """2^((logit - top) * scale), at most 1; 0 of a logit that is not finite.
+
+    Args:
+        place: of the logit.
+        top: the largest finite logit of its row.
+    """
+    weight = exponential((logit - top) * scale)
+    return weight if place > int32(NOWHERE) else float32(0)
 
 
 @inlined
@@ -42,8 +55,6 @@ def keep(
     top: float32,
     temperature: float32,
     chosen: NDArray[np.int32],
-    mantissas: NDArray[np.float32],
-    powers: NDArray[np.int32],
 ) -> float32:
     """softmax(logits / temperature) summed over the chosen experts, in float32, to about 1e-6.
 
@@ -54,18 +65,12 @@ def keep(
         top: the largest finite logit.
         temperature: above 0.
         chosen: (E,) 1 or 0.
-        mantissas, powers: (E,), overwritten; see exponential.
     """
     scale = LOG2_E / temperature
-    for expert in range(mantissas.size):
-        mantissa, power = exponential((logits[expert] - top) * scale)
-        mantissas[expert] = mantissa if places[expert] > int32(NOWHERE) else float32(0)
-        powers[expert] = power
-    two_to_i = powers.view(np.float32)
     total = float32(0)
     kept = float32(0)
-    for expert in range(mantissas.size):
-        weight = mantissas[expert] * two_to_i[expert]
+    for expert in range(places.size):
+        weight = weigh(logits[expert], places[expert], top, scale)
         total += weight
         kept += weight if chosen[expert] != int32(0) else float32(0)
     return kept / total
@@ -86,33 +91,22 @@ def find_certainty(
     T, E = logits.shape
     bits = logits.view(np.int32)
     places = np.empty(E, dtype=np.int32)
-    below = np.empty(E, dtype=np.float32)
-    mantissas = np.empty(E, dtype=np.float32)
-    powers = np.empty(E, dtype=np.int32)
-    two_to_i = powers.view(np.float32)
-    top_bits = np.empty(1, dtype=np.int32)
-    top_logit = top_bits.view(np.float32)
     for row in range(T):
         find_places(bits[row], places)
         top_place = largest(places)
         if top_place == int32(NOWHERE):
             entropy[row] = top_probability[row] = np.nan
             continue
-        top_bits[0] = bits_at(top_place)
-        top = top_logit[0]
-        for expert in range(E):
-            finite = places[expert] > int32(NOWHERE)
-            z = logits[row, expert] - top if finite else float32(0)
-            mantissa, power = exponential(z * LOG2_E)
-            below[expert] = z if z > float32(-200) else float32(-200)  # its weight is 0
-            mantissas[expert] = mantissa if finite else float32(0)
-            powers[expert] = power
+        top = value_at(top_place)
         total = float32(0)
         weighed = float32(0)
         for expert in range(E):
-            weight = mantissas[expert] * two_to_i[expert]
+            weight = weigh(logits[row, expert], places[expert], top, LOG2_E)
             total += weight
-            weighed += weight * below[expert]
+            below = logits[row, expert] - top
+            below = below if below > float32(-200) else float32(-200)  # where the weight is 0, any
+            below = below if below < float32(0) else float32(0)  # finite number serves
+            weighed += weight * below
         # H = ln Z - sum(p * (x - max))
         entropy[row] = np.log(np.float64(total)) - np.float64(weighed) / np.float64(total)
         top_probability[row] = 1 / np.float64(total)

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from analysis.kernels.choice import choose
 from analysis.kernels.compiled import compiled_sums, inlined
-from analysis.kernels.places import NOWHERE, bits_at, find_places, largest
+from analysis.kernels.places import NOWHERE, find_places, largest, value_at
 from analysis.kernels.softmax import keep
 
 NONE_REJECTED, KEPT, NATIVE_JACCARD, NATIVE_RECALL, LOGGED_JACCARD, LOGGED_RECALL, SUMS = range(7)
@@ -55,10 +55,6 @@ def tally(
     chosen = np.empty(E, dtype=np.int32)
     native = np.empty(E, dtype=np.int32)
     loads = np.zeros(E, dtype=np.int32)
-    mantissas = np.empty(E, dtype=np.float32)
-    powers = np.empty(E, dtype=np.int32)
-    top_bits = np.empty(1, dtype=np.int32)
-    top_logit = top_bits.view(np.float32)
     for row in range(T):
         n = n_selected[row]
         logged = logged_experts[logged_starts[row] : logged_starts[row + 1]]
@@ -83,10 +79,7 @@ def tally(
                     both += chosen[expert] & native[expert]
             else:
                 choose(places, top, n, cuts[row], chosen)
-            top_bits[0] = bits_at(top)
-            sums[KEPT] += keep(
-                logits[row], places, top_logit[0], float32(temperature), chosen, mantissas, powers
-            )
+            sums[KEPT] += keep(logits[row], places, value_at(top), float32(temperature), chosen)
         selected[n] += 1
         sums[NONE_REJECTED] += n_rejected[row] == 0
         for expert in range(E):
