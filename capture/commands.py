@@ -23,6 +23,7 @@ examples:
 
 @click.command(epilog=EPILOG)
 @click.argument("model")
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the hub.")
 @click.option(
     "--text",
     "texts",
@@ -96,6 +97,7 @@ examples:
 @click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
 def capture(
     model: str,
+    revision: str | None,
     texts: tuple[str, ...],
     out: str,
     route: str,
@@ -169,7 +171,7 @@ def capture(
             sample_every=sample_every, token_ids=not no_token_ids, on_full=on_full
         ),
     )
-    loaded = load_model(model, device=device, dtype=dtype)
+    loaded = load_model(model, device=device, dtype=dtype, revision=revision)
     texts_cut = windows(documents, loaded.tokenizer, max_length=max_length, max_tokens=max_tokens)
     noted = {
         "batch_size": batch_size,

@@ -1,6 +1,7 @@
 """A capture session: load a model, run text through it, log a run."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from capture.text import Batch, ByteTokenizer, Tokenizer, Window, batches
 from capture.writing.fitting import KdeFit
 from capture.writing.launch import rank, world_size
 from capture.writing.writer import RunWriter, WriterOptions
+
+# owner/name, or a name alone; what starts with a dot or a slash is a path
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 _DTYPES = "float32", "bfloat16", "float16"  # which float32 holds exactly
 
@@ -62,10 +66,15 @@ class CaptureOptions:
             raise InvalidOption(f"generate must be at least 0, got {self.generate}")
 
 
-def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(
+    name: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None
+) -> LoadedModel:
     """Load a model by folder, hub name, or `demo`, the bundled one.
 
     Args:
+        name: a folder if there is one of that name, else a name on the hub such as
+            allenai/OLMoE-1B-7B-0924, from the hub or its local cache.
+        revision: branch, tag or commit on the hub; None takes the main one.
         device: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one: the first, or
             that of this process under torchrun.
         dtype: "float32", "bfloat16", ...; "auto" takes the checkpoint's, on CPU float32.
@@ -82,21 +91,43 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Loade
     if dtype not in ("auto", *_DTYPES):
         raise InvalidOption(f"no dtype '{dtype}'; expected {', '.join(_DTYPES)} or auto")
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    if os.sep in source and not Path(source).is_dir():
-        raise RouterLogError(f"{source}: no such folder; expected a model's folder or a hub name")
+    is_folder = Path(source).is_dir()
+    if not is_folder and not _HUB_NAME.fullmatch(source):
+        raise RouterLogError(
+            f"{source}: no such folder, and no name on the hub; expected a model's folder, or a "
+            "hub name such as allenai/OLMoE-1B-7B-0924"
+        )
+    if is_folder and revision is not None:
+        raise InvalidOption(f"{source}: is a folder; a revision is of a model on the hub")
     try:
         with _quiet(name == "demo"):
-            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=wanted, revision=revision or "main"
+            )
         model = model.to(place).eval()
-        tokenizer = _tokenizer(source, model)
+        tokenizer = _tokenizer(source, model, revision)
     except RouterLogError:
         raise
     except Exception as error:  # what its files may lack has many names
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RouterLogError(f"{name}: the model cannot be loaded ({first})") from error
+        hint = (
+            ""
+            if is_folder
+            else ("; there is no such folder here, so it was looked up on the hub and in its cache")
+        )
+        raise RouterLogError(f"{name}: the model cannot be loaded ({first}){hint}") from error
     if name == "demo":
         model.config._name_or_path = "demo"
+    elif not is_folder:
+        model.config._commit_hash = _commit(source, revision)
     return LoadedModel(model, tokenizer, _pad_id(model))
+
+
+def _commit(source: str, revision: str | None) -> str | None:
+    """Commit of a model on the hub; newer transformers drop it from the config."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    return extract_commit_hash(cached_file(source, "config.json", revision=revision), None)
 
 
 @contextmanager
@@ -225,20 +256,24 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _tokenizer(source: str, model: nn.Module) -> Tokenizer:
+def _tokenizer(source: str, model: nn.Module, revision: str | None) -> Tokenizer:
+    from transformers.utils.hub import cached_file
+
     config: Any = model.config
     named = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    folder = Path(source)
-    if folder.is_dir() and not any((folder / name).exists() for name in named):
+    quiet = dict.fromkeys(
+        ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
+    )
+    if not any(cached_file(source, name, revision=revision, **quiet) for name in named):
         if 256 <= config.vocab_size <= 512:
             return ByteTokenizer()
         raise RouterLogError(
             f"{source}: no tokenizer beside the model, and its vocabulary of "
-            f"{config.vocab_size} is not one of bytes; put tokenizer.json into the folder"
+            f"{config.vocab_size} is not one of bytes; put tokenizer.json beside it"
         )
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source, revision=revision or "main")
     return _HubTokenizer(tokenizer)
 
 

@@ -196,7 +196,8 @@ def _orders_by_logit(log: Log) -> bool:
 def _shards(log: Log, progress: Progress | None) -> Iterator[Finding]:
     """Every pair of shards, row by row, and the totals over them."""
     listed = {shard.name: shard for shard in log.manifest.shards}
-    seen: dict[bytes, str] = {}  # digest of a pair's tokens -> its name
+    # by rank, since each counts its sequences from 0: digest of a pair's tokens -> its name
+    seen: dict[tuple[int, bytes], str] = {}
     by_logit = _orders_by_logit(log)
     rows = tokens = nonfinite = n_whole = broken = 0
     for name in sorted({*log.shards, *log.token_shards}):
@@ -205,7 +206,8 @@ def _shards(log: Log, progress: Progress | None) -> Iterator[Finding]:
             pair.check(progress)
         except CorruptShard as error:
             pair.problems.append(("shards", str(error)))
-        twin = seen.setdefault(pair.digest, name) if pair.digest else name
+        rank, _ = _rank_and_number(name)
+        twin = seen.setdefault((rank, pair.digest), name) if pair.digest else name
         if twin != name:
             pair.problems.append(("rows", f"holds the same tokens as {twin}"))
         entry = listed.get(name)

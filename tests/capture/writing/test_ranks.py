@@ -100,6 +100,30 @@ def test_two_processes_under_torchrun(tmp_path):
         assert {shard[:9] for shard in log.shards} == {"rank00000", "rank00001"}
 
 
+def test_ranks_that_hold_windows_of_equal_shape_verify(tmp_path):
+    """Each rank counts sequences from 0: shards of two may tell of the same places."""
+    text = tmp_path / "even.txt"
+    text.write_text("".join(f"line {i:03d}: the same length each.\n" for i in range(32)))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "--no-python", str(Path(sys.executable).with_name("bhlog")), "capture", "demo", "--text", str(text), "--max-length", "128",
+         "--out", str(tmp_path / "run")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    log = open_log(tmp_path / "run")
+    places = [
+        log.read_tokens(name, ["sequence", "position", "forward"]).to_pylist()
+        for name in log.token_shards
+    ]
+    assert len(places) == 2 and places[0] == places[1]
+    assert {finding.status for finding in verify(log)} == {"ok"}
+
+
 def test_ranks_of_one_launch_share_a_run(run):
     first, second = writer(run, rank=0), writer(run, rank=1)
     first.submit(make_block(0))
