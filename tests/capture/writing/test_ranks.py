@@ -106,7 +106,8 @@ def test_ranks_that_hold_windows_of_equal_shape_verify(tmp_path):
     text.write_text("".join(f"line {i:03d}: the same length each.\n" for i in range(32)))
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "--no-python", str(Path(sys.executable).with_name("bhlog")), "capture", "demo", "--text", str(text), "--max-length", "128",
+         "--no-python", str(Path(sys.executable).with_name("bhlog")), "capture", "demo",
+         "--text", str(text), "--max-length", "128",
          "--out", str(tmp_path / "run")],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
