@@ -27,14 +27,14 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade pip
 	$(VENV)/bin/pip install --quiet "torch==2.13.0"
-	$(VENV)/bin/pip install --quiet --editable ".[dev]"
+	$(VENV)/bin/pip install --quiet --editable ".[dev]" --config-settings editable_mode=strict
 	touch $@
 
 $(VENV4)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV4)
 	$(VENV4)/bin/pip install --quiet --upgrade pip
 	$(VENV4)/bin/pip install --quiet "torch==2.13.0"
-	$(VENV4)/bin/pip install --quiet --editable ".[transformers4]"
+	$(VENV4)/bin/pip install --quiet --editable ".[transformers4]" --config-settings editable_mode=strict
 	touch $@
 
 clean:

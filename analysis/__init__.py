@@ -5,5 +5,6 @@ Needs neither torch nor transformers.
 
 import lazy_loader
 
-# Lazy: `import analysis` costs nothing, and `bhlog --help` loads no library of numbers.
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+# Lazy: `import analysis` costs nothing, and `bhlog --help` loads no library of numbers. By its full
+# name, so that `analysis` and `bhlog.analysis` give the same objects.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub("bhlog.analysis", __file__)

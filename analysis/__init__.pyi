@@ -1,10 +1,10 @@
 from .database.database import Database as Database
 from .database.database import connect as connect
 from .figures.drawing import draw_figures as draw_figures
-from .kde.fit import FitOptions as FitOptions
-from .kde.fit import fit_kde as fit_kde
 from .log import Log as Log
 from .log import open_log as open_log
-from .policy import parse_policy as parse_policy
+from .null.fit import FitOptions as FitOptions
+from .null.fit import fit_kde as fit_kde
 from .replay.fidelity import fidelity as fidelity
-from .replay.profile import Profile as Profile
+from .replay.registry import parse_policy as parse_policy
+from .sweep.profile import Profile as Profile

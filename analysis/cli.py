@@ -7,21 +7,21 @@ from difflib import get_close_matches
 
 import click
 
-from capture.contract.errors import MissingExtra, RouterLogError
+from bhlog.capture.contract.errors import MissingExtra, RouterLogError
 
 # Where each command is defined; a module is imported only when its command is used or listed.
 COMMANDS = {
-    "demo": "capture.commands:demo",
-    "capture": "capture.commands:capture",
-    "info": "analysis.commands.info:info",
-    "verify": "analysis.commands.info:verify",
-    "fidelity": "analysis.commands.replay:fidelity",
-    "replay": "analysis.commands.replay:replay",
-    "sweep": "analysis.commands.replay:sweep",
-    "compare": "analysis.commands.compare:compare",
-    "kde": "analysis.commands.kde:kde",
-    "sql": "analysis.commands.sql:sql",
-    "plot": "analysis.commands.plot:plot",
+    "demo": "bhlog.capture.apps.commands:demo",
+    "capture": "bhlog.capture.apps.commands:capture",
+    "info": "bhlog.analysis.commands.info:info",
+    "verify": "bhlog.analysis.commands.info:verify",
+    "fidelity": "bhlog.analysis.commands.replay:fidelity",
+    "replay": "bhlog.analysis.commands.replay:replay",
+    "sweep": "bhlog.analysis.commands.replay:sweep",
+    "compare": "bhlog.analysis.commands.compare:compare",
+    "kde": "bhlog.analysis.commands.kde:kde",
+    "sql": "bhlog.analysis.commands.sql:sql",
+    "plot": "bhlog.analysis.commands.plot:plot",
 }
 
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except RouterLogError as error:
-        from analysis.table import spelled_out
+        from bhlog.analysis.output import spelled_out
 
         click.echo(f"bhlog: {spelled_out(str(error))}", err=True)
         sys.exit(1)

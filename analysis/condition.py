@@ -3,8 +3,8 @@
 import polars as pl
 import pyarrow as pa
 
-from capture.contract.errors import InvalidOption
-from capture.contract.schema import routing_schema
+from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.schema import routing_schema
 
 
 def condition_columns(where: str) -> list[str]:

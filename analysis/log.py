@@ -18,25 +18,30 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from analysis.condition import condition_columns, matches
-from analysis.storage import filesystem, reached
-from capture.contract.bh import Renormalize
-from capture.contract.errors import (
+from bhlog.analysis.condition import condition_columns, matches
+from bhlog.analysis.storage import filesystem, reached
+from bhlog.capture.contract.errors import (
     CorruptManifest,
     CorruptShard,
     InvalidOption,
     KdeMismatch,
     MissingRun,
 )
-from capture.contract.kde import KdeModel
-from capture.contract.manifest import MANIFEST_NAME, Manifest, merge_manifests
-from capture.contract.schema import SHARD_NAME, routing_schema, schema_difference, tokens_schema
+from bhlog.capture.contract.manifest import MANIFEST_NAME, Manifest, merge_manifests
+from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.rule import Renormalize
+from bhlog.capture.contract.schema import (
+    SHARD_NAME,
+    routing_schema,
+    schema_difference,
+    tokens_schema,
+)
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyRelation
 
-    from analysis.database.database import Database
-    from analysis.replay.profile import Profile
+    from bhlog.analysis.database.database import Database
+    from bhlog.analysis.sweep.profile import Profile
 
 Progress = Callable[[int], None]  # called with the number of rows just read
 
@@ -366,7 +371,7 @@ class Log:
 
     @cached_property
     def _database(self) -> "Database":
-        from analysis.database.database import connect
+        from bhlog.analysis.database.database import connect
 
         database = connect(self)
         # relations may outlive the log; an open connection complains when the interpreter ends
@@ -374,7 +379,7 @@ class Log:
         return database
 
     def sql(self, query: str, **parameters: Any) -> "DuckDBPyRelation":
-        """Ask the run in SQL; see analysis.database.database for the views. $name takes parameters.
+        """Ask the run in SQL; see analysis.database for the views. $name takes parameters.
 
         Returns:
             A DuckDB relation: .pl(), .df(), .to_arrow_table(), .fetchnumpy(), ...
@@ -403,8 +408,8 @@ class Log:
             layers, where: only these layers, and rows that match a condition in SQL.
             out: folder that every decision is written to as well; see analysis.replay.decisions.
         """
-        from analysis.replay.decisions import write_decisions
-        from analysis.replay.replay import replay, settings_of
+        from bhlog.analysis.replay.decisions import write_decisions
+        from bhlog.analysis.replay.replay import replay, settings_of
 
         kde = _loaded(kde)
         settings = settings_of(
@@ -430,8 +435,8 @@ class Log:
         layers: Iterable[int] | None = None,
         where: str | None = None,
     ) -> "Profile":
-        """Experts at every alpha of a grid, from one pass; see analysis.replay.profile."""
-        from analysis.replay.profile import GRID, profile_log
+        """Experts at every alpha of a grid, from one pass; see bhlog.analysis.sweep.profile."""
+        from bhlog.analysis.sweep.profile import GRID, profile_log
 
         grid = GRID if alphas is None else alphas
         return profile_log(self, _loaded(kde), alphas=grid, kept=kept, layers=layers, where=where)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.log import Log, RowGroup
+from bhlog.analysis.log import Log, RowGroup
 
 MOST_GROUPS = 8  # row groups read of a layer
 

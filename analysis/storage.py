@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from capture.contract.errors import MissingRun, RouterLogError
+from bhlog.capture.contract.errors import MissingRun, RouterLogError
 
 
 def filesystem(path: str) -> tuple[pafs.FileSystem, str]:

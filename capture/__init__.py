@@ -2,5 +2,6 @@
 
 import lazy_loader
 
-# Lazy: analysis imports the contract modules of this package without torch.
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+# Lazy: analysis imports the contract modules of this package without torch. By its full name, so
+# that `capture` and `bhlog.capture` give the same objects.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub("bhlog.capture", __file__)

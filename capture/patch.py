@@ -10,23 +10,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from capture.contract.bh import BhOptions
-from capture.contract.errors import AlreadyPatched, UnsupportedModel
-from capture.contract.kde import KdeModel
-from capture.contract.manifest import ModelInfo, Routing
-from capture.recorder import Recorder
-from capture.routers.family import Router, find_routers, model_info
-from capture.routers.routing import (
+from bhlog.capture.contract.errors import AlreadyPatched, UnsupportedModel
+from bhlog.capture.contract.manifest import ModelInfo, Routing
+from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.recorder import Recorder
+from bhlog.capture.routers.family import Router, find_routers, model_info
+from bhlog.capture.routers.routing import (
     TorchNull,
     empirical_order,
     finite_keys,
     select,
     weigh,
 )
-from capture.routers.stats import LayerStats
-from capture.tokens.generation import watch_generation
-from capture.tokens.identity import Tracker
-from capture.writing.writer import RunWriter
+from bhlog.capture.routers.stats import LayerStats
+from bhlog.capture.tokens.generation import watch_generation
+from bhlog.capture.tokens.identity import Tracker
+from bhlog.capture.writing.writer import RunWriter
 
 _MARK = "_bhlog_patched"
 

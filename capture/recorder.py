@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from capture.contract.errors import UnknownIdentity
-from capture.routers.routing import finite_keys
-from capture.tokens.loss import token_loss
-from capture.tokens.stream import Forward, Stream
-from capture.writing.buffer import BY_LAYER
-from capture.writing.stage import Stage
-from capture.writing.writer import Block, RunWriter
+from bhlog.capture.contract.errors import UnknownIdentity
+from bhlog.capture.routers.routing import finite_keys
+from bhlog.capture.tokens.loss import token_loss
+from bhlog.capture.tokens.stream import Forward, Stream
+from bhlog.capture.writing.buffer import BY_LAYER
+from bhlog.capture.writing.stage import Stage
+from bhlog.capture.writing.writer import Block, RunWriter
 
 _BULK_ROWS = 2048  # small forwards (decoding) leave the device together, this many rows at once
 

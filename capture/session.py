@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from capture.contract.errors import InvalidOption, RouterLogError
-from capture.contract.kde import KdeModel
-from capture.contract.manifest import Manifest, Routing
-from capture.patch import RouterPatcher
-from capture.run import new_writer, recording
-from capture.text import Batch, ByteTokenizer, Tokenizer, Window, batches
-from capture.writing.fitting import KdeFit
-from capture.writing.launch import rank, world_size
-from capture.writing.writer import RunWriter, WriterOptions
+from bhlog.capture.contract.errors import InvalidOption, RouterLogError
+from bhlog.capture.contract.manifest import Manifest, Routing
+from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.observe import new_writer, recording
+from bhlog.capture.patch import RouterPatcher
+from bhlog.capture.text import Batch, ByteTokenizer, Tokenizer, Window, batches
+from bhlog.capture.writing.fitting import KdeFit
+from bhlog.capture.writing.launch import rank, world_size
+from bhlog.capture.writing.writer import RunWriter, WriterOptions
 
 # owner/name, or a name alone; what starts with a dot or a slash is a path
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -85,7 +85,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     place = _device(device)
-    source = str(files("capture.demo")) if name == "demo" else name
+    source = str(files("bhlog.capture.demo")) if name == "demo" else name
     if dtype == "auto" and place.type == "cpu":
         dtype = "float32"  # widening is exact, and faster than bfloat16 on most CPUs
     if dtype not in ("auto", *_DTYPES):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from capture.contract.errors import EmptyText, InvalidOption, RouterLogError
+from bhlog.capture.contract.errors import EmptyText, InvalidOption, RouterLogError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 

@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from capture.contract.bh import BhOptions, Decisions, decide, finite_keys, softmax_weights
-from capture.contract.histogram import Histogram
-from capture.contract.kde import KdeModel, LayerNull, NullCurve
-from capture.contract.manifest import Manifest, ModelInfo, Routing, ShardEntry, Totals
-from capture.contract.schema import PHASES, routing_schema, shard_name, tokens_schema
-from capture.contract.shard import write_shard
+from bhlog.capture.contract.files import write_shard
+from bhlog.capture.contract.manifest import Manifest, ModelInfo, Routing, ShardEntry, Totals
+from bhlog.capture.contract.null.histogram import Histogram
+from bhlog.capture.contract.null.model import KdeModel, LayerNull, NullCurve
+from bhlog.capture.contract.rule import BhOptions, Decisions, decide, finite_keys, softmax_weights
+from bhlog.capture.contract.schema import PHASES, routing_schema, shard_name, tokens_schema
 
 TOP_K = 8
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from analysis import open_log
-from analysis.replay.profile import profile_log
+from bhlog.analysis.sweep.profile import profile_log
 from tests.synthetic import normal_kde, write_run
 
 TASKS = Path("/proc/self/task")
@@ -24,13 +24,13 @@ def files(tmp_path_factory):
     log = open_log(write_run(folder / "run", layers=[0, 1], kde=kde))
     profile_log(log, alphas=[0.1, 0.3]).save(folder / "bh.profile")
     return {
-        "capture.contract.kde.KdeModel": folder / "null.parquet",
-        "analysis.replay.profile.Profile": folder / "bh.profile",
+        "bhlog.capture.contract.null.model.KdeModel": folder / "null.parquet",
+        "bhlog.analysis.sweep.profile.Profile": folder / "bh.profile",
     }
 
 
 @pytest.mark.parametrize(
-    "name", ["capture.contract.kde.KdeModel", "analysis.replay.profile.Profile"]
+    "name", ["bhlog.capture.contract.null.model.KdeModel", "bhlog.analysis.sweep.profile.Profile"]
 )
 def test_reading_a_file_starts_no_thread(files, name):
     # A thread of Arrow's that lets go of Python's memory while the interpreter ends, aborts it.

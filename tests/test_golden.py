@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from analysis.log import Log, open_log
-from analysis.replay.replay import replay, settings_of
-from analysis.verify.verification import verify, verify_decisions
-from capture.contract.bh import BhOptions
-from capture.contract.histogram import Histogram
-from capture.contract.kde import KdeModel, LayerNull, NullCurve
+from bhlog.analysis.log import Log, open_log
+from bhlog.analysis.replay.replay import replay, settings_of
+from bhlog.analysis.verify.verification import verify, verify_decisions
+from bhlog.capture.contract.null.histogram import Histogram
+from bhlog.capture.contract.null.model import KdeModel, LayerNull, NullCurve
+from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_logits, write_run
 
 GOLDEN = Path(__file__).parent / "data" / "golden_v1"

@@ -5,23 +5,23 @@ from typing import TYPE_CHECKING
 
 import click
 
-from analysis.commands.options import (
+from bhlog.analysis.commands.options import (
     check_figure,
     load,
     open_run,
     with_replay_options,
     write_figure,
 )
-from analysis.table import format_option, print_frame, progress_bar
+from bhlog.analysis.output import format_option, print_frame, progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import polars as pl
 
-    from analysis.log import Log
-    from analysis.policy import Policy
-    from capture.contract.kde import KdeModel
+    from bhlog.analysis.log import Log
+    from bhlog.analysis.replay.families import Policy
+    from bhlog.capture.contract.null.model import KdeModel
 
 SHORT = (
     "policy",
@@ -91,9 +91,9 @@ def compare(
     """
     import polars as pl
 
-    from analysis.compare.budget import match_experts
-    from analysis.compare.compare import compare as compare_policies
-    from analysis.policy import parse_policy
+    from bhlog.analysis.replay.compare import compare as compare_policies
+    from bhlog.analysis.replay.families import parse_policy
+    from bhlog.analysis.replay.match import match_experts
 
     if listing:
         print_frame(_families(), output_format)
@@ -134,7 +134,7 @@ def compare(
 
 def _all_policies(log: "Log", null: "KdeModel | None") -> tuple[str, ...]:
     """Every family; without p-values only those that do not test."""
-    from analysis.policy import families
+    from bhlog.analysis.replay.families import families
 
     options = log.manifest.routing.options
     empirical = options is not None and options.p_values == "empirical"
@@ -152,7 +152,7 @@ def _all_policies(log: "Log", null: "KdeModel | None") -> tuple[str, ...]:
 
 def _note_bounds(log: "Log", min_k: int | None, max_k: int | None) -> None:
     """Say on stderr which bounds the run lends to every policy, top-k among them."""
-    from analysis.compare.budget import default_bounds
+    from bhlog.analysis.replay.match import default_bounds
 
     low, high = default_bounds(log, min_k, max_k)
     lent = [
@@ -185,7 +185,7 @@ def _note_misses(overall: "pl.DataFrame", experts: float) -> None:
 def _families() -> "pl.DataFrame":
     import polars as pl
 
-    from analysis.policy import families
+    from bhlog.analysis.replay.families import families
 
     rows = []
     for name, kind in families().items():
@@ -221,8 +221,8 @@ def _draw(
     layers: "Sequence[int] | None",
     where: str | None,
 ) -> None:
-    from analysis.compare.cost_curves import cost_curves
-    from analysis.compare.cost_figure import draw_comparison
+    from bhlog.analysis.figures.cost import draw_comparison
+    from bhlog.analysis.replay.cost_curves import cost_curves
 
     curves = cost_curves(
         log, policies, kde=null, min_k=min_k, max_k=max_k, layers=layers, where=where

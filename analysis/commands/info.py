@@ -4,8 +4,8 @@ import json
 
 import click
 
-from analysis.table import cell, format_option, print_frame, progress_bar
-from capture.contract.errors import CorruptRun
+from bhlog.analysis.output import cell, format_option, print_frame, progress_bar
+from bhlog.capture.contract.errors import CorruptRun
 
 _MOST_SOURCES = 8  # shown in a table; programs get all of them
 
@@ -20,8 +20,8 @@ def info(run: str, output_format: str) -> None:
     """
     import polars as pl
 
-    from analysis.log import open_log
-    from analysis.verify.facts import facts_of
+    from bhlog.analysis.log import open_log
+    from bhlog.analysis.verify.facts import facts_of
 
     facts = facts_of(open_log(run))
     if output_format == "json":
@@ -52,9 +52,9 @@ def verify(run: str, replay: bool, output_format: str) -> None:
     """
     import polars as pl
 
-    from analysis.log import open_log
-    from analysis.verify.verification import Finding, verify_decisions
-    from analysis.verify.verification import verify as verify_log
+    from bhlog.analysis.log import open_log
+    from bhlog.analysis.verify.verification import Finding, verify_decisions
+    from bhlog.analysis.verify.verification import verify as verify_log
 
     log = open_log(run)
     rows = log.manifest.totals.rows or None

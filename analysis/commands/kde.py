@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from analysis.commands.kde_calibration import check, compare
-from analysis.commands.options import (
+from bhlog.analysis.commands.kde_calibration import check, compare
+from bhlog.analysis.commands.options import (
     check_figure,
     check_writable,
     load,
@@ -18,8 +18,8 @@ from analysis.commands.options import (
     with_rows_options,
     write_figure,
 )
-from analysis.table import format_option, print_frame, progress_bar
-from capture.contract.errors import InvalidOption
+from bhlog.analysis.output import format_option, print_frame, progress_bar
+from bhlog.capture.contract.errors import InvalidOption
 
 
 @click.group(
@@ -76,7 +76,7 @@ def fit(
     output_format: str,
 ) -> None:
     """Fit a null model from the logits of one run or several, in one pass."""
-    from analysis.kde.fit import FitOptions, fit_kde
+    from bhlog.analysis.null.fit import FitOptions, fit_kde
 
     check_writable(out)
     options = FitOptions(kernel, bandwidth, trim_low, trim_high, null, keep_trim)
@@ -121,7 +121,7 @@ def refit(file: str, out: str, output_format: str, **changes: Any) -> None:
 @format_option
 def merge(files: tuple[str, ...], out: str, output_format: str) -> None:
     """Fit one null model from the histograms of several: of shards, ranks or runs."""
-    from analysis.kde.refit import merge as merge_models
+    from bhlog.analysis.null.refit import merge as merge_models
 
     check_writable(out)
     save_model(merge_models([load(file) for file in files]), out, output_format)
@@ -146,13 +146,13 @@ def show(
     file: str, alpha: float | None, experts: int | None, figure: str | None, output_format: str
 ) -> None:
     """Show what a null model was fitted from, layer by layer."""
-    from analysis.kde.tables import curves_frame
+    from bhlog.analysis.null.tables import curves_frame
 
     check_figure(figure)
     model = load(file)
     print_frame(curves_frame(model, alpha, experts), output_format, title=file)
     if figure:
-        from analysis.kde.figures import tail_page
+        from bhlog.analysis.null.figures import tail_page
 
         write_figure(tail_page({file: model}), figure)
 
@@ -171,7 +171,7 @@ def import_(folder: str, out: str, variant: str | None, output_format: str) -> N
 
     The reader admits numpy arrays and nothing else: a pickle that names anything else is refused.
     """
-    from capture.contract.pickles import load_kde_models
+    from bhlog.capture.contract.null.pickles import load_kde_models
 
     check_writable(out)
     if not Path(folder).is_dir():
@@ -191,7 +191,7 @@ def export(file: str, out: str) -> None:
     tail_{layer}      (G,) P(logit > x)
     With a curve per expert: x_{layer}_{expert}, tail_{layer}_{expert}.
     """
-    from analysis.kde.export import export_npz
+    from bhlog.analysis.null.export import export_npz
 
     check_writable(out)
     model = load(file)

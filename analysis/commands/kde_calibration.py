@@ -2,10 +2,21 @@
 
 import click
 
-from analysis.commands.options import check_figure, load, open_run, with_rows_options, write_figure
-from analysis.table import format_option, print_frame, progress_bar
+from bhlog.analysis.commands.options import (
+    check_figure,
+    load,
+    open_run,
+    with_rows_options,
+    write_figure,
+)
+from bhlog.analysis.output import format_option, print_frame, progress_bar
 
-CHECK_FIGURES = ("qq", "histogram", "experts", "ranks")  # names of analysis.kde.figures.CHECKS
+CHECK_FIGURES = (
+    "qq",
+    "histogram",
+    "experts",
+    "ranks",
+)  # names of bhlog.analysis.null.figures.CHECKS
 
 
 @click.command(
@@ -45,9 +56,9 @@ def compare(
     wasserstein  area between the tails, in logits
     experts_a/b  mean experts per row that BH selects at alpha
     """
-    from analysis.kde.comparison import DRAWN_ROWS
-    from analysis.kde.comparison import compare as compare_models
-    from capture.contract.kde import layer_ranges
+    from bhlog.analysis.null.comparison import DRAWN_ROWS
+    from bhlog.analysis.null.comparison import compare as compare_models
+    from bhlog.capture.contract.null.model import layer_ranges
 
     check_figure(figure)
     first, second = load(a), load(b)
@@ -79,7 +90,7 @@ def compare(
         )
     print_frame(frame, output_format, title=f"a: {a}   b: {b}   alpha {alpha}")
     if figure:
-        from analysis.kde.figures import tail_page
+        from bhlog.analysis.null.figures import tail_page
 
         write_figure(tail_page({a: first, b: second}), figure)
 
@@ -122,8 +133,8 @@ def check(
     ks_expert      the same distance for each expert alone: the median, and the worst
     ks_rank_k      k-th smallest p-value of a row against the k-th uniform order statistic
     """
-    from analysis.kde.calibration import check as check_model
-    from analysis.kde.calibration import check_frame, expert_frame
+    from bhlog.analysis.null.calibration import check as check_model
+    from bhlog.analysis.null.calibration import check_frame, expert_frame
 
     check_figure(figure)
     model, log = load(file), open_run(run)
@@ -141,6 +152,6 @@ def check(
     frame = expert_frame(checks) if by_expert else check_frame(checks)
     print_frame(frame, output_format, title=f"{file} on {run}")
     if figure:
-        from analysis.kde.figures import check_page
+        from bhlog.analysis.null.figures import check_page
 
         write_figure(check_page(checks, draw), figure)

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from analysis.table import print_frame
-from capture.contract.errors import InvalidOption
-from capture.contract.null import BANDWIDTH_RULES, KERNELS
+from bhlog.analysis.output import print_frame
+from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.null.curve import BANDWIDTH_RULES, KERNELS
 
 if TYPE_CHECKING:
-    from analysis.log import Log
-    from capture.contract.kde import KdeModel
+    from bhlog.analysis.log import Log
+    from bhlog.capture.contract.null.model import KdeModel
 
 
 def read_bandwidth(text: str) -> str | float:
@@ -121,7 +121,7 @@ def _with(options: tuple[Any, ...], command: Any) -> Any:
 
 def save_model(model: "KdeModel", out: str, output_format: str) -> None:
     """Write a null model and print a line per curve."""
-    from analysis.kde.tables import curves_frame
+    from bhlog.analysis.null.tables import curves_frame
 
     model.save(out)
     print_frame(curves_frame(model), output_format, title=out)
@@ -129,7 +129,7 @@ def save_model(model: "KdeModel", out: str, output_format: str) -> None:
 
 def open_run(run: str) -> "Log":
     """A run's log; says on stderr what is missing of it."""
-    from analysis.log import open_log
+    from bhlog.analysis.log import open_log
 
     log = open_log(run)
     if log.missing:
@@ -143,7 +143,7 @@ def open_run(run: str) -> "Log":
 
 def load(file: str) -> "KdeModel":
     """A null model from our file, from a run that has one, or from a folder of old pickles."""
-    from capture.contract.pickles import load_kde_models
+    from bhlog.capture.contract.null.pickles import load_kde_models
 
     own = Path(file) / "kde.parquet"
     return load_kde_models(own if own.is_file() else file)
@@ -161,7 +161,7 @@ def check_writable(out: str) -> None:
 def check_figure(figure: str | None) -> None:
     """Raise InvalidOption if no figure can be written there."""
     if figure is not None:
-        from analysis.figures.file import check_figure_name
+        from bhlog.analysis.figures.file import check_figure_name
 
         check_figure_name(figure)
         check_writable(figure)
@@ -169,7 +169,7 @@ def check_figure(figure: str | None) -> None:
 
 def write_figure(page: Any, figure: str) -> None:
     """Save a page and say so on stderr."""
-    from analysis.figures.file import save_figure
+    from bhlog.analysis.figures.file import save_figure
 
     save_figure(page, figure)
     click.echo(f"wrote {figure}", err=True)

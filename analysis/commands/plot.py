@@ -2,8 +2,8 @@
 
 import click
 
-from analysis.commands.options import load, open_run
-from analysis.table import format_option, print_frame, progress_bar
+from bhlog.analysis.commands.options import load, open_run
+from bhlog.analysis.output import format_option, print_frame, progress_bar
 
 
 @click.command(
@@ -43,7 +43,7 @@ def plot(
     """
     import polars as pl
 
-    from analysis.figures.drawing import FIGURES, draw_figures
+    from bhlog.analysis.figures.drawing import FIGURES, draw_figures
 
     if listing:
         rows = [

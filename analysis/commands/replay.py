@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from analysis.commands.options import (
+from bhlog.analysis.commands.options import (
     check_writable,
     kde_option,
     layers_option,
@@ -14,15 +14,15 @@ from analysis.commands.options import (
     where_option,
     with_replay_options,
 )
-from analysis.table import format_option, print_frame, progress_bar
-from capture.contract.bh import RENORMALIZE
-from capture.contract.errors import InvalidOption
+from bhlog.analysis.output import format_option, print_frame, progress_bar
+from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.rule import RENORMALIZE
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from analysis.replay.profile import Profile
-    from capture.contract.kde import KdeModel
+    from bhlog.analysis.sweep.profile import Profile
+    from bhlog.capture.contract.null.model import KdeModel
 
 DEFAULT_ALPHAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SHORT = (
@@ -89,9 +89,9 @@ def replay(
 
     Reads only the log: no model, no GPU.
     """
-    from analysis.replay.decisions import write_decisions
-    from analysis.replay.replay import replay as replay_log
-    from analysis.replay.replay import settings_of
+    from bhlog.analysis.replay.decisions import write_decisions
+    from bhlog.analysis.replay.replay import replay as replay_log
+    from bhlog.analysis.replay.replay import settings_of
 
     log = open_run(run)
     null = _null_model(kde)
@@ -175,7 +175,7 @@ def sweep(
     """
     from functools import reduce
 
-    from analysis.replay.profile import Profile
+    from bhlog.analysis.sweep.profile import Profile
 
     if per_layer and target_experts is None:
         raise InvalidOption("--per-layer shares a budget: give it with --target-experts K")
@@ -212,7 +212,7 @@ def fidelity(native: str, bh: str, output_format: str) -> None:
 
     Both runs must hold the same text.
     """
-    from analysis.replay.fidelity import fidelity as compare
+    from bhlog.analysis.replay.fidelity import fidelity as compare
 
     logs = open_run(native), open_run(bh)
     rows = sum(log.manifest.totals.rows for log in logs)
@@ -230,7 +230,7 @@ def _profile(
     where: str | None,
 ) -> "Profile":
     """The profile of a run, or the one in a file."""
-    from analysis.replay.profile import GRID, Profile, profile_log
+    from bhlog.analysis.sweep.profile import GRID, Profile, profile_log
 
     if Path(run).is_file():
         if null is not None or layers or where is not None:

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from analysis.commands.options import load, open_run
-from capture.contract.errors import InvalidOption
+from bhlog.analysis.commands.options import load, open_run
+from bhlog.capture.contract.errors import InvalidOption
 
 if TYPE_CHECKING:
-    from analysis.database.database import Database
+    from bhlog.analysis.database.database import Database
 
 _RESULT_FORMATS = ("table", "json", "csv", "markdown", "parquet")
 
@@ -103,8 +103,8 @@ def sql(
         raise InvalidOption("give a query or --query, not both")
     if name is None and params:
         raise InvalidOption("--param belongs to --query")
-    from analysis.database.database import connect
-    from analysis.database.question import find_question, pairs
+    from bhlog.analysis.database.database import connect
+    from bhlog.analysis.database.question import find_question, pairs
 
     question = None if name is None else find_question(name)
     parameters = {} if question is None else question.values(pairs(params))
@@ -118,7 +118,7 @@ def sql(
     )
     with database:
         if shell_command:
-            from analysis.database.shell import shell_command as command_line
+            from bhlog.analysis.database.shell import shell_command as command_line
 
             click.echo(command_line(database.runs))
             return
@@ -128,7 +128,7 @@ def sql(
         if query is None and not sys.stdin.isatty():
             query = sys.stdin.read()
         if query is None:
-            from analysis.database.prompt import history_path, run_prompt
+            from bhlog.analysis.database.prompt import history_path, run_prompt
 
             run_prompt(
                 database,
@@ -151,7 +151,7 @@ def _answer(
     out: Path | None,
     max_rows: int,
 ) -> None:
-    from analysis.database.result import SUFFIXES, print_result, write_result
+    from bhlog.analysis.database.result import SUFFIXES, print_result, write_result
 
     schema, batches = database.batches(query, parameters)
     if out is not None:
@@ -189,8 +189,8 @@ def _exists(path: str) -> bool:
 def _print_questions(result_format: str) -> None:
     import polars as pl
 
-    from analysis.database.question import questions
-    from analysis.database.result import print_result
+    from bhlog.analysis.database.question import questions
+    from bhlog.analysis.database.result import print_result
 
     rows = pl.DataFrame(
         {
@@ -204,14 +204,14 @@ def _print_questions(result_format: str) -> None:
 
 
 def _describe(name: str, result_format: str) -> None:
-    from analysis.database.catalog import VIEWS
-    from analysis.database.question import find_question
+    from bhlog.analysis.database.catalog import VIEWS
+    from bhlog.analysis.database.question import find_question
 
     if name not in VIEWS:
         click.echo(find_question(name).text, nl=False)
         return
-    from analysis.database.database import connect
-    from analysis.database.result import print_result
+    from bhlog.analysis.database.database import connect
+    from bhlog.analysis.database.result import print_result
 
     with connect([]) as database:
         print_result(*database.describe(name), result_format, max_rows=1000)

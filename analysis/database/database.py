@@ -20,15 +20,15 @@ from typing import Any, Self
 import duckdb
 import pyarrow as pa
 
-from analysis.database.catalog import VIEWS
-from analysis.database.functions import FUNCTIONS, register_functions
-from analysis.database.nulls import Nulls
-from analysis.database.run_files import SCHEME, RunFiles
-from analysis.database.views import create_views
-from analysis.log import Log
-from capture.contract.errors import CorruptShard, InvalidOption, KdeMismatch, RouterLogError
-from capture.contract.kde import KdeModel
-from capture.contract.schema import routing_schema
+from bhlog.analysis.database.catalog import VIEWS
+from bhlog.analysis.database.functions import FUNCTIONS, register_functions
+from bhlog.analysis.database.nulls import Nulls
+from bhlog.analysis.database.run_files import SCHEME, RunFiles
+from bhlog.analysis.database.views import create_views
+from bhlog.analysis.log import Log
+from bhlog.capture.contract.errors import CorruptShard, InvalidOption, KdeMismatch, RouterLogError
+from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.schema import routing_schema
 
 # What a statement may be. Others change settings or files, which a log has no use for.
 _READS = ("SELECT", "CREATE", "DROP", "SET", "PRAGMA", "CALL", "MULTI")

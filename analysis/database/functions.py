@@ -27,17 +27,17 @@ import pyarrow.compute as pc
 from duckdb.func import FunctionNullHandling, PythonUDFType
 from numpy.typing import NDArray
 
-from analysis.database.lists import ListColumn, key_groups, list_elements, logit_groups
-from analysis.database.nulls import Nulls
-from analysis.kernels.softmax import find_certainty
-from analysis.replay.ranked import RankedRows
-from capture.contract.bh import (
+from bhlog.analysis.database.lists import ListColumn, key_groups, list_elements, logit_groups
+from bhlog.analysis.database.nulls import Nulls
+from bhlog.analysis.kernels.softmax import find_certainty
+from bhlog.analysis.replay.ranked import RankedRows
+from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
+from bhlog.capture.contract.rule import (
     BhOptions,
     Decisions,
     no_finite_logit,
     softmax_weights,
 )
-from capture.contract.errors import InvalidOption, KdeMismatch
 
 FUNCTIONS = (
     "bh_count",

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.log import Log
-from capture.contract.errors import KdeMismatch
-from capture.contract.kde import KdeModel
+from bhlog.analysis.log import Log
+from bhlog.capture.contract.errors import KdeMismatch
+from bhlog.capture.contract.null.model import KdeModel
 
 
 class Nulls:

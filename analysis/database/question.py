@@ -8,10 +8,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from capture.contract.errors import InvalidOption
+from bhlog.capture.contract.errors import InvalidOption
 
 if TYPE_CHECKING:
-    from analysis.database.database import Database
+    from bhlog.analysis.database.database import Database
 
 TYPES: dict[str, type[int] | type[float] | type[str]] = {
     "integer": int,
@@ -205,7 +205,7 @@ def questions() -> list[Question]:
     """All questions that come with bhlog, by name."""
     return [
         parse_question(file.name.removesuffix(".sql"), file.read_text(encoding="utf-8"))
-        for file in sorted(files("analysis.sql").iterdir(), key=lambda file: file.name)
+        for file in sorted(files("bhlog.sql").iterdir(), key=lambda file: file.name)
         if file.name.endswith(".sql")
     ]
 

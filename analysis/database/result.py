@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.cells import cell_len
 
-from analysis.table import as_json, cell, print_table
-from capture.contract.errors import InvalidOption
-from capture.contract.whole import whole_file
+from bhlog.analysis.output import as_json, cell, print_table
+from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.files import whole_file
 
 SUFFIXES = {".json": "json", ".csv": "csv", ".md": "markdown", ".parquet": "parquet"}
 

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 from fsspec import AbstractFileSystem
 
-from analysis.log import Log
-from capture.contract.schema import SHARD_NAME
+from bhlog.analysis.log import Log
+from bhlog.capture.contract.schema import SHARD_NAME
 
 SCHEME = "bhlog"
 

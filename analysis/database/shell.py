@@ -7,9 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from analysis.database.run_files import SCHEME, RunFiles
-from analysis.database.views import RUNS, SELECTIONS, runs_table
-from analysis.log import Log
+from bhlog.analysis.database.run_files import SCHEME, RunFiles
+from bhlog.analysis.database.views import RUNS, SELECTIONS, runs_table
+from bhlog.analysis.log import Log
 
 
 def shell_command(runs: Mapping[str, Log]) -> str:

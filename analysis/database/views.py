@@ -8,15 +8,15 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from analysis.database.catalog import VIEWS, meaning
-from analysis.database.run_files import SCHEME, RunFiles
-from analysis.log import Log
-from analysis.replay.decisions import SCHEMA as DECISIONS
-from capture.contract.errors import CorruptManifest, CorruptShard
-from capture.contract.kde import KdeModel
-from capture.contract.manifest import Totals
-from capture.contract.null_file import KDE_SCHEMA
-from capture.contract.schema import routing_schema, schema_difference, tokens_schema
+from bhlog.analysis.database.catalog import VIEWS, meaning
+from bhlog.analysis.database.run_files import SCHEME, RunFiles
+from bhlog.analysis.log import Log
+from bhlog.analysis.replay.decisions import SCHEMA as DECISIONS
+from bhlog.capture.contract.errors import CorruptManifest, CorruptShard
+from bhlog.capture.contract.manifest import Totals
+from bhlog.capture.contract.null.file import KDE_SCHEMA
+from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.schema import routing_schema, schema_difference, tokens_schema
 
 # experts, weights and logits are indexed rather than unnested, so that unused ones are not read.
 SELECTIONS = """

@@ -11,16 +11,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from analysis.figures import figures
-from analysis.figures.file import save_figure
-from analysis.figures.load import ExpertLoad, expert_load, source_load
-from analysis.figures.sample import LayerSample, sample_rows
-from analysis.log import Log
-from analysis.replay.profile import profile_log
-from analysis.replay.replay import replay, settings_of
-from capture.contract.bh import BhOptions, critical_values
-from capture.contract.errors import InvalidOption, KdeMismatch
-from capture.contract.kde import KdeModel
+from bhlog.analysis.figures import figures
+from bhlog.analysis.figures.file import save_figure
+from bhlog.analysis.figures.load import ExpertLoad, expert_load, source_load
+from bhlog.analysis.figures.sample import LayerSample, sample_rows
+from bhlog.analysis.log import Log
+from bhlog.analysis.replay.replay import replay, settings_of
+from bhlog.analysis.sweep.profile import profile_log
+from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
+from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.rule import BhOptions, critical_values
 
 # even in the logarithm where few experts pass, then in steps of 0.03
 SWEEP_ALPHAS = (

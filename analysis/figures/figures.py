@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from capture.contract.bh import critical_values
+from bhlog.capture.contract.rule import critical_values
 
 # Okabe and Ito (2008): told apart by readers of every colour vision
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#777777"

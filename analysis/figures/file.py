@@ -5,8 +5,8 @@ from pathlib import Path
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
-from capture.contract.errors import InvalidOption
-from capture.contract.whole import whole_file
+from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.files import whole_file
 
 
 def save_figure(figure: Figure, path: str | Path, *, dpi: float | None = None) -> Path:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from analysis.log import Log, Progress, layer_of
+from bhlog.analysis.log import Log, Progress, layer_of
 
 
 class ExpertLoad:

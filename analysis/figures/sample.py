@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.log import Log
-from analysis.replay.replay import COLUMNS, Replay, p_values_of
-from analysis.spread import draw, groups_by_layer, quotas, spread
-from capture.contract.bh import BhOptions
-from capture.contract.kde import KdeModel
+from bhlog.analysis.log import Log
+from bhlog.analysis.replay.replay import COLUMNS, Replay, p_values_of
+from bhlog.analysis.spread import draw, groups_by_layer, quotas, spread
+from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.rule import BhOptions
 
 MOST_VALUES = 4_000_000  # logits kept over all layers: about 50 MB with their p-values
 MOST_ROWS = 2_000  # rows kept of a layer
@@ -56,7 +56,7 @@ def sample_rows(
         kde: null model; None takes the run's own.
 
     Raises:
-        InvalidOption, KdeMismatch: see analysis.replay.replay.Replay.
+        InvalidOption, KdeMismatch: see bhlog.analysis.replay.replay.Replay.
     """
     rule = Replay(log, [options], kde)
     null = None if rule.empirical else kde or log.kde

@@ -4,8 +4,8 @@ import numpy as np
 from numpy import int32
 from numpy.typing import NDArray
 
-from analysis.kernels.compiled import compiled, inlined
-from analysis.kernels.places import NOWHERE, find_places, largest, reaching
+from bhlog.analysis.kernels.compiled import compiled, inlined
+from bhlog.analysis.kernels.places import NOWHERE, find_places, largest, reaching
 
 
 @compiled

@@ -4,10 +4,10 @@ import numpy as np
 from numpy import float32
 from numpy.typing import NDArray
 
-from analysis.kernels.compiled import compiled, compiled_sums, inlined
-from analysis.kernels.places import NOWHERE, find_places, largest, value_at
-from analysis.kernels.softmax import LOG2_E, weigh
-from analysis.kernels.sorting import WIDTH, sort_columns
+from bhlog.analysis.kernels.compiled import compiled, compiled_sums, inlined
+from bhlog.analysis.kernels.places import NOWHERE, find_places, largest, value_at
+from bhlog.analysis.kernels.softmax import LOG2_E, weigh
+from bhlog.analysis.kernels.sorting import WIDTH, sort_columns
 
 BUCKETS = 1 << 12  # of a rank's guide
 _HELD = 1 << 16  # logits that are sorted before they are counted

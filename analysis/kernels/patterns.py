@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.kernels.compiled import compiled
+from bhlog.analysis.kernels.compiled import compiled
 
 _STRETCH = 1 << 18  # values that are counted, or not, together
 
@@ -13,7 +13,7 @@ _STRETCH = 1 << 18  # values that are counted, or not, together
 def count_patterns(
     values: NDArray[np.float32], times: NDArray[np.int64]
 ) -> Iterator[NDArray[np.float32]]:
-    """As capture.contract.histogram.count_patterns, without the interpreter lock."""
+    """As bhlog.capture.contract.null.histogram.count_patterns, without the interpreter lock."""
     values = values.reshape(-1)
     for start in range(0, len(values), _STRETCH):
         stretch = values[start : start + _STRETCH]

@@ -4,8 +4,8 @@ import numpy as np
 from numpy import float32, int32
 from numpy.typing import NDArray
 
-from analysis.kernels.compiled import inlined
-from capture.contract.null import float32_places
+from bhlog.analysis.kernels.compiled import inlined
+from bhlog.capture.contract.null.curve import float32_places
 
 NOWHERE = np.iinfo(np.int32).min  # place of what is not finite: below all others
 _MAGNITUDE = 0x7FFFFFFF

@@ -4,8 +4,8 @@ import numpy as np
 from numpy import float32, int32
 from numpy.typing import NDArray
 
-from analysis.kernels.compiled import compiled_sums, inlined
-from analysis.kernels.places import NOWHERE, find_places, largest, value_at
+from bhlog.analysis.kernels.compiled import compiled_sums, inlined
+from bhlog.analysis.kernels.places import NOWHERE, find_places, largest, value_at
 
 LOG2_E = float32(1.4426950408889634)
 _LEAST = float32(-126)  # exponent of the smallest normal float32

@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.kernels.compiled import inlined
+from bhlog.analysis.kernels.compiled import inlined
 
 WIDTH = 32  # rows side by side
 

@@ -4,10 +4,10 @@ import numpy as np
 from numpy import float32, int32
 from numpy.typing import NDArray
 
-from analysis.kernels.choice import choose
-from analysis.kernels.compiled import compiled_sums, inlined
-from analysis.kernels.places import NOWHERE, find_places, largest, value_at
-from analysis.kernels.softmax import keep
+from bhlog.analysis.kernels.choice import choose
+from bhlog.analysis.kernels.compiled import compiled_sums, inlined
+from bhlog.analysis.kernels.places import NOWHERE, find_places, largest, value_at
+from bhlog.analysis.kernels.softmax import keep
 
 NONE_REJECTED, KEPT, NATIVE_JACCARD, NATIVE_RECALL, LOGGED_JACCARD, LOGGED_RECALL, SUMS = range(7)
 

@@ -11,20 +11,20 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from analysis.log import Log, Progress
-from analysis.replay.replay import COLUMNS, Replay, Replayed
-from capture.contract.bh import (
+from bhlog.analysis.log import Log, Progress
+from bhlog.analysis.replay.replay import COLUMNS, Replay, Replayed
+from bhlog.capture.contract.errors import InvalidOption, RouterLogError, RunExists
+from bhlog.capture.contract.files import open_part, seal, sync_folder
+from bhlog.capture.contract.manifest import ModelInfo
+from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.rule import (
     BhOptions,
     Decisions,
     finite_keys,
     no_finite_logit,
     softmax_weights,
 )
-from capture.contract.errors import InvalidOption, RouterLogError, RunExists
-from capture.contract.kde import KdeModel
-from capture.contract.manifest import ModelInfo
-from capture.contract.schema import list_type
-from capture.contract.shard import open_part, seal, sync_folder
+from bhlog.capture.contract.schema import list_type
 
 _KEYS = ("layer", "sequence", "position", "rank")
 _COLUMNS = (*dict.fromkeys([*_KEYS, *COLUMNS, "weights"]),)

@@ -7,9 +7,9 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from analysis.log import PIECE_LOGITS, Log, Progress
-from analysis.replay.replay import COLUMNS, Replay
-from capture.contract.errors import InvalidOption
+from bhlog.analysis.log import PIECE_LOGITS, Log, Progress
+from bhlog.analysis.replay.replay import COLUMNS, Replay
+from bhlog.capture.contract.errors import InvalidOption
 
 _TOKEN = ["rank", "sequence", "position"]
 _EMPTY = pl.DataFrame(

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.kernels.choice import choose_rows, step_up
-from analysis.kernels.places import NOWHERE, threshold_places
-from capture.contract.bh import finite_keys, no_finite_logit
+from bhlog.analysis.kernels.choice import choose_rows, step_up
+from bhlog.analysis.kernels.places import NOWHERE, threshold_places
+from bhlog.capture.contract.rule import finite_keys, no_finite_logit
 
 BLOCK_LOGITS = 1 << 18  # of a block: with what is derived from it, it stays in the cache
 

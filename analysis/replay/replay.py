@@ -9,11 +9,13 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.condition import condition_columns
-from analysis.log import Log, Progress, layer_of, logits_of
-from analysis.replay.ranked import RankedRows, block_rows
-from analysis.replay.summary import LayerSummary, summary_frame
-from capture.contract.bh import (
+from bhlog.analysis.condition import condition_columns
+from bhlog.analysis.log import Log, Progress, layer_of, logits_of
+from bhlog.analysis.replay.ranked import RankedRows, block_rows
+from bhlog.analysis.replay.summary import LayerSummary, summary_frame
+from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.null.model import KdeModel, LayerNull
+from bhlog.capture.contract.rule import (
     BhOptions,
     Renormalize,
     count_rejected,
@@ -24,8 +26,6 @@ from capture.contract.bh import (
     no_finite_logit,
     p_value_order,
 )
-from capture.contract.errors import InvalidOption
-from capture.contract.kde import KdeModel, LayerNull
 
 COLUMNS = ("layer", "logits", "experts", "forward", "rank")
 _OF_A_FORWARD = {"forward", "layer", "phase", "rank"}  # the same in all rows of a layer's batch
@@ -246,7 +246,7 @@ def replay(
 
     Returns:
         One row per setting and layer, and one per setting over all layers (layer null); columns as
-        in analysis.replay.summary.
+        in bhlog.analysis.replay.summary.
 
     Raises:
         InvalidOption, KdeMismatch: see Replay; or no row matches.

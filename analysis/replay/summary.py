@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from analysis.kernels.tally import (
+from bhlog.analysis.kernels.tally import (
     KEPT,
     LOGGED_JACCARD,
     LOGGED_RECALL,
@@ -17,8 +17,8 @@ from analysis.kernels.tally import (
     SUMS,
     tally,
 )
-from analysis.replay.ranked import RankedRows
-from capture.contract.errors import CorruptShard
+from bhlog.analysis.replay.ranked import RankedRows
+from bhlog.capture.contract.errors import CorruptShard
 
 
 class LayerSummary:
@@ -27,7 +27,7 @@ class LayerSummary:
     Attributes:
         selected: (E + 1,) int64, rows by n_selected.
         load: (E,) int64, rows by chosen expert.
-        sums: float64, sums over rows; see analysis.kernels.tally.
+        sums: float64, sums over rows; see bhlog.analysis.kernels.tally.
     """
 
     def __init__(self, n_experts: int) -> None:

@@ -4,8 +4,8 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from analysis.log import Log
-from capture.contract.errors import CorruptShard
+from bhlog.analysis.log import Log
+from bhlog.capture.contract.errors import CorruptShard
 
 
 def facts_of(log: Log) -> dict[str, Any]:

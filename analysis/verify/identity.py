@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from capture.contract.schema import PHASES
+from bhlog.capture.contract.schema import PHASES
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,9 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.log import Log, Progress, layer_of, logits_of
-from analysis.replay.replay import COLUMNS, Replay, padded_experts
-from capture.contract.bh import finite_keys
+from bhlog.analysis.log import Log, Progress, layer_of, logits_of
+from bhlog.analysis.replay.replay import COLUMNS, Replay, padded_experts
+from bhlog.capture.contract.rule import finite_keys
 
 
 def verify_replay(log: Log, progress: Progress | None = None) -> pl.DataFrame:

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from analysis.log import Log, logits_of
-from analysis.replay.replay import padded_experts
-from capture.contract.bh import finite_keys, no_finite_logit
+from bhlog.analysis.log import Log, logits_of
+from bhlog.analysis.replay.replay import padded_experts
+from bhlog.capture.contract.rule import finite_keys, no_finite_logit
 
 
 def expert_problems(

@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from analysis.log import Log, Progress
-from analysis.verify.identity import Identity, identity_of
-from analysis.verify.replayed import verify_replay
-from analysis.verify.rows import expert_problems
-from capture.contract.errors import CorruptKde, CorruptShard, InvalidOption, KdeMismatch
-from capture.contract.manifest import MANIFEST_NAME, manifest_name
-from capture.contract.schema import SCHEMA_VERSION, SHARD_NAME, routing_schema, tokens_schema
+from bhlog.analysis.log import Log, Progress
+from bhlog.analysis.verify.identity import Identity, identity_of
+from bhlog.analysis.verify.replayed import verify_replay
+from bhlog.analysis.verify.rows import expert_problems
+from bhlog.capture.contract.errors import CorruptKde, CorruptShard, InvalidOption, KdeMismatch
+from bhlog.capture.contract.manifest import MANIFEST_NAME, manifest_name
+from bhlog.capture.contract.schema import SCHEMA_VERSION, SHARD_NAME, routing_schema, tokens_schema
 
 FOLDERS = ("routing", "tokens")
 _KNOWN_FOLDERS = (*FOLDERS, "figures", "replay")
@@ -49,7 +49,7 @@ def verify(log: Log, progress: Progress | None = None) -> list[Finding]:
 
 
 def verify_decisions(log: Log, progress: Progress | None = None) -> list[Finding]:
-    """Replay a run at its own settings and compare every row; see analysis.verify.replayed.
+    """Replay a run at its own settings and compare every row; see bhlog.analysis.verify.replayed.
 
     A run that cannot be replayed is an error.
     """

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from capture.contract.bh import BhOptions
-from capture.contract.errors import CorruptManifest, RouterLogError
-from capture.contract.schema import SCHEMA_VERSION, SHARD_NAME
-from capture.contract.whole import whole_file
+from bhlog.capture.contract.errors import CorruptManifest, RouterLogError
+from bhlog.capture.contract.files import whole_file
+from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.contract.schema import SCHEMA_VERSION, SHARD_NAME
 
 MANIFEST_NAME = "run.json"
 

@@ -58,7 +58,7 @@ class GatedBlock:
     norm_topk_prob: bool
 
     def attach(self, hook: Callable[..., Any], *, steer: bool) -> list[Removable]:
-        """See capture.routers.family.Router.attach."""
+        """See bhlog.capture.routers.family.Router.attach."""
         if steer:
             return [BlockForward(self.block, lambda hidden: self._forward(hook, hidden))]
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capture.contract.errors import UnsupportedModel
-from capture.contract.manifest import ModelInfo
-from capture.routers.blocks4 import GatedBlock, Removable
-from capture.routers.registry import BLOCKS, FAMILIES, UNREADABLE, Family
-from capture.routers.routing import Weighing
+from bhlog.capture.contract.errors import UnsupportedModel
+from bhlog.capture.contract.manifest import ModelInfo
+from bhlog.capture.routers.blocks4 import GatedBlock, Removable
+from bhlog.capture.routers.registry import BLOCKS, FAMILIES, UNREADABLE, Family
+from bhlog.capture.routers.routing import Weighing
 
 
 @dataclass(frozen=True, eq=False)

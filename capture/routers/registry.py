@@ -240,7 +240,7 @@ _ROWS = (
 
 FAMILIES: dict[str, Family] = {family.router: family for family in _ROWS}
 
-# Blocks of transformers 4 whose gate is a plain linear layer; see capture.routers.blocks4.
+# Blocks of transformers 4 whose gate is a plain linear layer; see bhlog.capture.routers.blocks4.
 BLOCKS: dict[str, Family] = {
     "MixtralSparseMoeBlock": FAMILIES["MixtralTopKRouter"],
     "OlmoeSparseMoeBlock": FAMILIES["OlmoeTopKRouter"],

@@ -1,6 +1,6 @@
 """The decision rule in torch: what replaces a router's top-k while a model runs.
 
-Compares the same float32 thresholds with the same float32 logits as capture.contract.bh, so
+Compares the same float32 thresholds with the same float32 logits as bhlog.capture.contract.rule, so
 decisions agree with the offline replay bit for bit. Nothing here waits for the device.
 """
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from capture.contract.kde import LayerNull
-from capture.kernels.loading import kernels
+from bhlog.capture.contract.null.model import LayerNull
+from bhlog.capture.kernels.loading import kernels
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +161,7 @@ def finite_keys(logits: Tensor) -> Tensor:
 
 
 def empirical_order(keys: Tensor, alpha: float, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Order and n_rejected by p-values ranked within the batch; see capture.contract.bh.
+    """Order and n_rejected by p-values ranked within the batch; see bhlog.capture.contract.rule.
 
     Args:
         keys: (T, E) float32, non-finite logits as -inf.

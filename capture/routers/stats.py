@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capture.routers.routing import Choice
+from bhlog.capture.routers.routing import Choice
 
 
 @dataclass(eq=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from capture.contract.errors import UnknownIdentity
+from bhlog.capture.contract.errors import UnknownIdentity
 
 Changed = Callable[[Any, str, Any], None]  # a cache, its method that was called, and its argument
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capture.contract.errors import UnknownIdentity
+from bhlog.capture.contract.errors import UnknownIdentity
 
 
 def new_columns(mask: Any, batch: int, start: int, length: int, device: torch.device) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from capture.kernels.loading import kernels
+from bhlog.capture.kernels.loading import kernels
 
 _ROWS = 1024  # rows at once without the kernel, to bound their float32 copy
 

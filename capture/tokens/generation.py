@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import StoppingCriteriaList
 
-from capture.tokens.identity import Tracker
+from bhlog.capture.tokens.identity import Tracker
 
 _CRITERIA = "_get_stopping_criteria"
 

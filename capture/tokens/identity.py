@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capture.contract.errors import UnknownIdentity
-from capture.tokens.cache import cache_length, find_cache, is_tuple_cache, unwatch, watch
-from capture.tokens.columns import mask_width, new_columns, packed, past_columns
-from capture.tokens.stream import NEVER, Forward, Stream
+from bhlog.capture.contract.errors import UnknownIdentity
+from bhlog.capture.tokens.cache import cache_length, find_cache, is_tuple_cache, unwatch, watch
+from bhlog.capture.tokens.columns import mask_width, new_columns, packed, past_columns
+from bhlog.capture.tokens.stream import NEVER, Forward, Stream
 
 
 class _Place(threading.local):

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from capture.tokens.cross_entropy import cross_entropy
-from capture.tokens.stream import Forward
+from bhlog.capture.tokens.cross_entropy import cross_entropy
+from bhlog.capture.tokens.stream import Forward
 
 _KEPT_ROWS = 64  # logits kept for the next forward's first token, in case drafts are rejected
 

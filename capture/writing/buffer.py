@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capture.contract.manifest import Totals
-from capture.contract.schema import PHASES, routing_schema, tokens_schema
-from capture.writing.stage import Staged
+from bhlog.capture.contract.manifest import Totals
+from bhlog.capture.contract.schema import PHASES, routing_schema, tokens_schema
+from bhlog.capture.writing.stage import Staged
 
 BY_LAYER = ("logits", "experts", "weights", "n_selected", "n_rejected")
 _NO_TOKEN_ID = -1

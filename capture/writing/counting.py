@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from capture.contract.errors import CorruptShard
-from capture.contract.histogram import HistogramAccumulator
+from bhlog.capture.contract.errors import CorruptShard
+from bhlog.capture.contract.null.histogram import HistogramAccumulator
 
 
 def counted(tables: Iterable[pa.Table], counts: HistogramAccumulator) -> Iterator[pa.Table]:

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from capture.contract.errors import InvalidOption
-from capture.contract.histogram import Histogram, HistogramKey, Trim
-from capture.contract.kde import KdeModel
-from capture.contract.whole import whole_file
-from capture.writing.counting import count_shard
-from capture.writing.launch import world_size
-from capture.writing.writer import RunWriter
+from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.files import whole_file
+from bhlog.capture.contract.null.histogram import Histogram, HistogramKey, Trim
+from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.writing.counting import count_shard
+from bhlog.capture.writing.launch import world_size
+from bhlog.capture.writing.writer import RunWriter
 
 if TYPE_CHECKING:
-    from analysis.kde.fit import FitOptions
+    from bhlog.analysis.null.fit import FitOptions
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class KdeFit:
     Attributes:
         out: file to write once the run is closed; not in the run's folder, whose kde.parquet is
             the null model in force.
-        kernel, bandwidth, trim_low, trim_high, null: see analysis.kde.fit.FitOptions.
+        kernel, bandwidth, trim_low, trim_high, null: see bhlog.analysis.null.fit.FitOptions.
     """
 
     out: str | Path
@@ -41,12 +41,12 @@ class KdeFit:
 
     @property
     def options(self) -> "FitOptions":
-        """As analysis.kde.fit takes them.
+        """As bhlog.analysis.null.fit takes them.
 
         Raises:
             InvalidOption: one is out of range.
         """
-        from analysis.kde.fit import FitOptions
+        from bhlog.analysis.null.fit import FitOptions
 
         return FitOptions(self.kernel, self.bandwidth, self.trim_low, self.trim_high, self.null)
 
@@ -92,7 +92,7 @@ class KdeFit:
         Raises:
             InvalidOption: there is no row to fit from, or the file cannot be written.
         """
-        from analysis.kde.fit import fit_histograms
+        from bhlog.analysis.null.fit import fit_histograms
 
         assert writer.sealer.histograms is not None
         histograms = writer.sealer.histograms.histograms()

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from capture.contract.errors import (
+from bhlog.capture.contract.errors import (
     CorruptManifest,
     CorruptShard,
     InvalidOption,
@@ -22,11 +22,11 @@ from capture.contract.errors import (
     RunExists,
     WriterFailed,
 )
-from capture.contract.kde import KdeModel
-from capture.contract.manifest import Manifest, ShardEntry, Totals, manifest_name
-from capture.contract.schema import SHARD_NAME
-from capture.contract.shard import sync_folder
-from capture.writing.launch import process_group
+from bhlog.capture.contract.files import sync_folder
+from bhlog.capture.contract.manifest import Manifest, ShardEntry, Totals, manifest_name
+from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.schema import SHARD_NAME
+from bhlog.capture.writing.launch import process_group
 
 RANK_WAIT_SECONDS = 60.0
 _MAY_CHANGE = ("batch_size",)  # of the options noted in the manifest, when a run is resumed

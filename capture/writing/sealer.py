@@ -6,13 +6,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from capture.contract.histogram import HistogramAccumulator
-from capture.contract.manifest import ShardEntry, Totals
-from capture.contract.schema import shard_name
-from capture.contract.shard import seal, write_part
-from capture.writing.buffer import Buffer
-from capture.writing.counting import counted
-from capture.writing.folder import Progress, next_number
+from bhlog.capture.contract.files import seal, write_part
+from bhlog.capture.contract.manifest import ShardEntry, Totals
+from bhlog.capture.contract.null.histogram import HistogramAccumulator
+from bhlog.capture.contract.schema import shard_name
+from bhlog.capture.writing.buffer import Buffer
+from bhlog.capture.writing.counting import counted
+from bhlog.capture.writing.folder import Progress, next_number
 
 
 class Sealer:

@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from capture.contract.errors import InvalidOption, WriterFailed
-from capture.contract.kde import KdeModel
-from capture.contract.manifest import Manifest, ModelInfo, Routing, Totals
-from capture.writing.buffer import Block, Buffer, logged_rows
-from capture.writing.folder import Progress, create, remove_run, resume
-from capture.writing.queue import Queue
-from capture.writing.sealer import Sealer
-from capture.writing.stage import Staged
+from bhlog.capture.contract.errors import InvalidOption, WriterFailed
+from bhlog.capture.contract.manifest import Manifest, ModelInfo, Routing, Totals
+from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.writing.buffer import Block, Buffer, logged_rows
+from bhlog.capture.writing.folder import Progress, create, remove_run, resume
+from bhlog.capture.writing.queue import Queue
+from bhlog.capture.writing.sealer import Sealer
+from bhlog.capture.writing.stage import Staged
 
 __all__ = ["Block", "RunWriter", "WriterOptions", "remove_run"]
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from analysis.cli import COMMANDS, bhlog, main
+from bhlog.analysis.cli import COMMANDS, bhlog, main
 
 
 def test_every_command_has_help_that_ends_in_an_example(capsys):
@@ -25,7 +25,7 @@ def test_a_mistyped_command_gets_the_nearest_right_one(capsys):
 
 def test_listing_commands_imports_neither_torch_nor_duckdb():
     code = (
-        "import sys; from analysis.cli import bhlog; "
+        "import sys; from bhlog.analysis.cli import bhlog; "
         "[bhlog.get_command(None, name) for name in bhlog.list_commands(None)]; "
         "print([m for m in ('torch', 'transformers', 'duckdb', 'matplotlib') if m in sys.modules])"
     )
@@ -45,14 +45,14 @@ def modules_after_importing(package):
 
 
 def test_analysis_imports_no_torch_and_only_the_contract_of_capture():
-    modules = modules_after_importing("analysis")
+    modules = modules_after_importing("bhlog.analysis")
     assert not modules & {"torch", "transformers"}
-    ours = {name for name in modules if name.startswith("capture.")}
-    assert all(name.startswith("capture.contract") for name in ours)
+    ours = {name for name in modules if name.startswith("bhlog.capture.")}
+    assert all(name.startswith("bhlog.capture.contract") for name in ours)
 
 
 def test_the_contract_needs_numpy_and_pyarrow_alone():
-    modules = {name.partition(".")[0] for name in modules_after_importing("capture.contract")}
+    modules = {name.partition(".")[0] for name in modules_after_importing("bhlog.capture.contract")}
     assert {"numpy", "pyarrow"} <= modules
     assert not modules & {"analysis", "duckdb", "matplotlib", "polars", "scipy", "torch"}
 

@@ -7,13 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import analysis.log as module
-from analysis.cli import main
-from analysis.log import layer_of, logits_of, open_log
-from capture.contract.bh import BhOptions
-from capture.contract.errors import CorruptShard, InvalidOption, KdeMismatch
-from capture.contract.kde import KdeModel
-from capture.contract.manifest import Manifest
+import bhlog.analysis.log as module
+from bhlog.analysis.cli import main
+from bhlog.analysis.log import layer_of, logits_of, open_log
+from bhlog.capture.contract.errors import CorruptShard, InvalidOption, KdeMismatch
+from bhlog.capture.contract.manifest import Manifest
+from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, normal_null, write_run
 
 LAYERS = (0, 1, 4)

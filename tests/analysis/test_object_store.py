@@ -8,11 +8,11 @@ import pyarrow.fs as pafs
 import pytest
 from moto.server import ThreadedMotoServer
 
-from analysis.cli import main
-from analysis.database.database import connect
-from analysis.log import open_log
-from capture.contract.bh import BhOptions
-from capture.contract.errors import MissingRun
+from bhlog.analysis.cli import main
+from bhlog.analysis.database.database import connect
+from bhlog.analysis.log import open_log
+from bhlog.capture.contract.errors import MissingRun
+from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run
 
 LAYERS = (0, 2)

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from capture.routers.family import find_routers
-from capture.run import observe, route
-from capture.writing.writer import WriterOptions
+from bhlog.capture.observe import observe, route
+from bhlog.capture.routers.family import find_routers
+from bhlog.capture.writing.writer import WriterOptions
 from tests.synthetic import normal_kde
 
 

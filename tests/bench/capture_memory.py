@@ -22,8 +22,8 @@ def capture(folder: Path, tokens: int) -> None:
     import torch
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
-    from capture.run import observe
-    from capture.writing.writer import WriterOptions
+    from bhlog.capture.observe import observe
+    from bhlog.capture.writing.writer import WriterOptions
 
     torch.manual_seed(0)
     torch.set_num_threads(1)

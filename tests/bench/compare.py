@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from analysis.compare.budget import match_experts
-from analysis.compare.compare import compare
-from analysis.kde.fit import fit_kde
-from analysis.log import Log, open_log
-from analysis.policy import Policy, families, parse_policy
-from capture.contract.kde import KdeModel
+from bhlog.analysis.log import Log, open_log
+from bhlog.analysis.null.fit import fit_kde
+from bhlog.analysis.replay.compare import compare
+from bhlog.analysis.replay.families import Policy, families, parse_policy
+from bhlog.analysis.replay.match import match_experts
+from bhlog.capture.contract.null.model import KdeModel
 from tests.synthetic import write_run
 
 LAYERS = 16

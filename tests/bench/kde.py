@@ -25,15 +25,15 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 from scipy.stats import gaussian_kde
 
-from analysis.kde.bandwidth import choose_bandwidth
-from analysis.kde.counting import count_logits
-from analysis.kde.fit import FitOptions, fit_histograms
-from analysis.kde.kernel import kernel_tail
-from analysis.kde.refit import refit
-from analysis.kernels.patterns import count_patterns
-from analysis.log import Log, open_log
-from capture.contract.histogram import Histogram, HistogramAccumulator
-from capture.contract.kde import NullCurve
+from bhlog.analysis.kernels.patterns import count_patterns
+from bhlog.analysis.log import Log, open_log
+from bhlog.analysis.null.counting import count_logits
+from bhlog.analysis.null.fit import FitOptions, fit_histograms
+from bhlog.analysis.null.refit import refit
+from bhlog.capture.contract.null.bandwidth import choose_bandwidth
+from bhlog.capture.contract.null.histogram import Histogram, HistogramAccumulator
+from bhlog.capture.contract.null.kernel import kernel_tail
+from bhlog.capture.contract.null.model import NullCurve
 from tests.synthetic import normal_logits, real_logits, write_run
 
 E = 64

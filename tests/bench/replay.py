@@ -31,13 +31,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analysis.kde.fit import fit_kde
-from analysis.log import Log, layer_of, logits_of, open_log
-from analysis.replay.critical import CriticalAlphas
-from analysis.replay.profile import GRID, Profile, profile_log
-from analysis.replay.replay import Replay, replay, settings_of
-from capture.contract.bh import BhOptions
-from capture.contract.kde import KdeModel, NullCurve
+from bhlog.analysis.log import Log, layer_of, logits_of, open_log
+from bhlog.analysis.null.fit import fit_kde
+from bhlog.analysis.replay.replay import Replay, replay, settings_of
+from bhlog.analysis.sweep.critical import CriticalAlphas
+from bhlog.analysis.sweep.profile import GRID, Profile, profile_log
+from bhlog.capture.contract.null.model import KdeModel, NullCurve
+from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import write_run
 
 LAYERS = 16
@@ -52,7 +52,7 @@ THREADS = os.cpu_count() or 1
 PEAK = """
 import sys
 from pathlib import Path
-from analysis.cli import main
+from bhlog.analysis.cli import main
 try:
     main(sys.argv[1:])
 finally:

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.database.database import Database, connect
-from analysis.database.question import Question, questions
-from analysis.log import Log, open_log
+from bhlog.analysis.database.database import Database, connect
+from bhlog.analysis.database.question import Question, questions
+from bhlog.analysis.log import Log, open_log
 from tests.synthetic import write_run
 
 LAYERS = 16

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analysis.log import open_log
-from capture.contract.manifest import ModelInfo, Routing
-from capture.writing.stage import Staged
-from capture.writing.writer import Block, RunWriter, WriterOptions
+from bhlog.analysis.log import open_log
+from bhlog.capture.contract.manifest import ModelInfo, Routing
+from bhlog.capture.writing.stage import Staged
+from bhlog.capture.writing.writer import Block, RunWriter, WriterOptions
 from tests.synthetic import normal_logits, real_logits
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 16, 64, 8, 2048  # of OLMoE-1B-7B; tokens per forward

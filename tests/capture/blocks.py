@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from analysis.log import logits_of, open_log
-from analysis.verify.verification import verify
-from capture.contract.manifest import ModelInfo, Routing
-from capture.writing.stage import Staged
-from capture.writing.writer import Block, RunWriter, WriterOptions
+from bhlog.analysis.log import logits_of, open_log
+from bhlog.analysis.verify.verification import verify
+from bhlog.capture.contract.manifest import ModelInfo, Routing
+from bhlog.capture.writing.stage import Staged
+from bhlog.capture.writing.writer import Block, RunWriter, WriterOptions
 
 LAYERS, EXPERTS, TOP_K = (1, 4), 6, 2
 INFO = ModelInfo("hand", "HandMade", None, LAYERS, EXPERTS, TOP_K, False)

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from capture.session import LoadedModel, load_model
+from bhlog.capture.session import LoadedModel, load_model
 from tests.capture.tiny import tiny_model
 
 

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from capture.routers.registry import FAMILIES, UNREADABLE
+from bhlog.capture.routers.registry import FAMILIES, UNREADABLE
 
 README = Path(__file__).parents[2] / "README.md"
 MARKERS = "<!-- families -->\n", "<!-- /families -->"

@@ -10,12 +10,17 @@ import pytest
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from capture.contract.bh import decide, decide_by_expert, decide_by_p_value, empirical_p_values
-from capture.contract.kde import KdeModel, LayerNull
-from capture.kernels.loading import kernels
-from capture.routers.routing import TorchNull, finite_keys, select
-from capture.run import observe, route
-from capture.tokens.cross_entropy import cross_entropy
+from bhlog.capture.contract.null.model import KdeModel, LayerNull
+from bhlog.capture.contract.rule import (
+    decide,
+    decide_by_expert,
+    decide_by_p_value,
+    empirical_p_values,
+)
+from bhlog.capture.kernels.loading import kernels
+from bhlog.capture.observe import observe, route
+from bhlog.capture.routers.routing import TorchNull, finite_keys, select
+from bhlog.capture.tokens.cross_entropy import cross_entropy
 from tests.synthetic import normal_null
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

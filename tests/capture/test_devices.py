@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.log import open_log
-from capture.contract.bh import BhOptions
-from capture.contract.manifest import Routing
-from capture.patch import RouterPatcher
-from capture.run import observe, route
-from capture.writing.writer import WriterOptions
+from bhlog.analysis.log import open_log
+from bhlog.capture.contract.manifest import Routing
+from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.observe import observe, route
+from bhlog.capture.patch import RouterPatcher
+from bhlog.capture.writing.writer import WriterOptions
 from tests.capture.tiny import LAYERS, batch, check_logits, read, real_tokens, tiny_model
 from tests.synthetic import normal_kde
 

@@ -10,7 +10,7 @@ from importlib.resources import files
 import pytest
 from safetensors.torch import load_file, save_file
 
-from analysis.log import open_log
+from bhlog.analysis.log import open_log
 
 MAIN, OTHER = "a" * 40, "b" * 40
 
@@ -24,7 +24,7 @@ def cache(tmp_path_factory):
         snapshot = model / "snapshots" / commit
         snapshot.mkdir(parents=True)
         for name in ("config.json", "model.safetensors"):
-            shutil.copy(str(files("capture.demo") / name), snapshot / name)
+            shutil.copy(str(files("bhlog.capture.demo") / name), snapshot / name)
     weights = load_file(model / "snapshots" / OTHER / "model.safetensors")
     halved = {name: value * 0.5 for name, value in weights.items()}
     save_file(halved, model / "snapshots" / OTHER / "model.safetensors", {"format": "pt"})
@@ -42,7 +42,7 @@ def bhlog(cache, tmp_path_factory):
 
     def run(*commands):
         code = (
-            "import json, sys; from analysis.cli import main\n"
+            "import json, sys; from bhlog.analysis.cli import main\n"
             "for command in json.loads(sys.argv[1]):\n"
             "    try: main(command)\n"
             "    except SystemExit as end: print('code', end.code, file=sys.stderr)\n"

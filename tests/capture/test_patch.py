@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.log import logits_of, open_log
-from capture.contract.bh import decide, softmax_weights
-from capture.contract.errors import (
+from bhlog.analysis.log import logits_of, open_log
+from bhlog.capture.contract.errors import (
     AlreadyPatched,
     InvalidOption,
     KdeMismatch,
     RunExists,
     UnsupportedModel,
 )
-from capture.patch import RouterPatcher
-from capture.routers.family import find_routers
-from capture.run import observe, route
+from bhlog.capture.contract.rule import decide, softmax_weights
+from bhlog.capture.observe import observe, route
+from bhlog.capture.patch import RouterPatcher
+from bhlog.capture.routers.family import find_routers
 from tests.capture.tiny import (
     EXPERTS,
     LAYERS,

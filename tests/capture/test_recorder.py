@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.log import open_log
-from capture.contract.errors import UnknownIdentity
-from capture.routers.family import find_routers
-from capture.writing.writer import WriterOptions
+from bhlog.analysis.log import open_log
+from bhlog.capture.contract.errors import UnknownIdentity
+from bhlog.capture.routers.family import find_routers
+from bhlog.capture.writing.writer import WriterOptions
 from tests.capture.tiny import (
     CACHE,
     EXPERTS,
@@ -50,7 +50,7 @@ def test_what_a_router_returned_may_be_overwritten_afterwards(model, run):
 
 def test_small_forwards_leave_together(model, run, monkeypatch):
     blocks: list[int] = []
-    from capture.writing.writer import RunWriter
+    from bhlog.capture.writing.writer import RunWriter
 
     submit = RunWriter.submit
 

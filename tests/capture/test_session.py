@@ -4,18 +4,18 @@ from typing import Any
 import pytest
 import torch
 
-from analysis.log import open_log
-from capture.contract.bh import BhOptions
-from capture.contract.errors import (
+from bhlog.analysis.log import open_log
+from bhlog.capture.contract.errors import (
     InvalidOption,
     KdeMismatch,
     RouterLogError,
     RunExists,
 )
-from capture.contract.manifest import Routing
-from capture.session import CaptureOptions, capture, load_model
-from capture.text import Document, windows
-from capture.writing.writer import WriterOptions
+from bhlog.capture.contract.manifest import Routing
+from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.session import CaptureOptions, capture, load_model
+from bhlog.capture.text import Document, windows
+from bhlog.capture.writing.writer import WriterOptions
 from tests.synthetic import normal_kde
 
 TEXTS = [Document("prose", "The quick brown fox jumps over the dog. " * 3), Document("code", "x=1")]

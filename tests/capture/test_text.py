@@ -3,8 +3,8 @@ import os
 
 import pytest
 
-from capture.contract.errors import EmptyText, InvalidOption, RouterLogError
-from capture.text import ByteTokenizer, Document, batches, read_documents, windows
+from bhlog.capture.contract.errors import EmptyText, InvalidOption, RouterLogError
+from bhlog.capture.text import ByteTokenizer, Document, batches, read_documents, windows
 
 
 def test_a_window_holds_at_most_max_length_tokens_of_one_document():

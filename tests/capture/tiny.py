@@ -15,8 +15,8 @@ import transformers
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from analysis.log import Log, logits_of, open_log
-from capture.run import observe
+from bhlog.analysis.log import Log, logits_of, open_log
+from bhlog.capture.observe import observe
 
 LAYERS, EXPERTS, TOP_K, VOCABULARY = 3, 8, 2, 40
 PAD, EOS = 0, 2

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from analysis.cli import main
-from analysis.policy import families
-from capture.contract.bh import BhOptions
+from bhlog.analysis.cli import main
+from bhlog.analysis.replay.families import families
+from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run
 
 LAYERS = (0, 2)

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from analysis.cli import main
-from analysis.log import open_log
-from capture.contract.bh import BhOptions
-from capture.contract.manifest import Manifest, Totals
+from bhlog.analysis.cli import main
+from bhlog.analysis.log import open_log
+from bhlog.capture.contract.manifest import Manifest, Totals
+from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run
 
 LAYERS = (0, 2)

@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-from analysis.cli import main
-from analysis.kde.fit import fit_kde
-from analysis.log import open_log
-from capture.contract.kde import KdeModel
+from bhlog.analysis.cli import main
+from bhlog.analysis.log import open_log
+from bhlog.analysis.null.fit import fit_kde
+from bhlog.capture.contract.null.model import KdeModel
 from tests.synthetic import write_run
 
 
@@ -232,7 +232,7 @@ def test_help_ends_in_an_example(bhlog, command):
 
 def test_the_commands_load_without_scipy_matplotlib_or_polars_fits():
     program = (
-        "import sys, analysis.commands.kde; "
+        "import sys, bhlog.analysis.commands.kde; "
         "print([m for m in ('scipy', 'matplotlib', 'torch', 'duckdb') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

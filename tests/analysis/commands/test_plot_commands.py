@@ -2,9 +2,9 @@
 
 import pytest
 
-from analysis.cli import main
-from analysis.figures.drawing import FIGURES
-from capture.contract.bh import BhOptions
+from bhlog.analysis.cli import main
+from bhlog.analysis.figures.drawing import FIGURES
+from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run
 
 LAYERS = (0, 1, 5)

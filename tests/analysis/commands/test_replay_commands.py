@@ -6,9 +6,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.cli import main
-from analysis.log import open_log
-from capture.contract.bh import BhOptions
+from bhlog.analysis.cli import main
+from bhlog.analysis.log import open_log
+from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run
 
 LAYERS = (0, 2)

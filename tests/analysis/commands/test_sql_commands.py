@@ -11,9 +11,9 @@ import duckdb
 import polars as pl
 import pytest
 
-from analysis.cli import main
-from analysis.database.question import questions
-from capture.contract.bh import BhOptions
+from bhlog.analysis.cli import main
+from bhlog.analysis.database.question import questions
+from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run
 
 LAYERS = (0, 1, 2)
@@ -151,7 +151,7 @@ def test_the_prompt_opens_without_a_query(bhlog, monkeypatch, tmp_path):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr(
-        "analysis.database.prompt.run_prompt",
+        "bhlog.analysis.database.prompt.run_prompt",
         lambda database, **options: asked.append((list(database.runs), options)),
     )
     assert bhlog("bh", "native", "--max-rows", 7) == (0, "", "")
@@ -232,7 +232,7 @@ def test_help_names_views_examples_and_the_way_out(bhlog):
 
 
 def test_a_closed_pipe_ends_quietly(place):
-    code = "from analysis.cli import main; main()"
+    code = "from bhlog.analysis.cli import main; main()"
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}"
     query = "SELECT * FROM range(1000000)"
     line = f"{command} sql bh {shlex.quote(query)} --format csv | head -n 2"

@@ -5,12 +5,12 @@ import duckdb
 import numpy as np
 import pytest
 
-from analysis.database.catalog import VIEWS, meaning
-from analysis.database.database import connect
-from analysis.log import Log, open_log
-from analysis.replay.decisions import write_decisions
-from capture.contract.bh import BhOptions
-from capture.contract.errors import CorruptShard, InvalidOption, MissingRun, RouterLogError
+from bhlog.analysis.database.catalog import VIEWS, meaning
+from bhlog.analysis.database.database import connect
+from bhlog.analysis.log import Log, open_log
+from bhlog.analysis.replay.decisions import write_decisions
+from bhlog.capture.contract.errors import CorruptShard, InvalidOption, MissingRun, RouterLogError
+from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run
 
 

@@ -5,10 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from analysis.database.database import connect
-from analysis.log import layer_of, logits_of, open_log
-from analysis.replay.replay import Replay
-from capture.contract.bh import (
+from bhlog.analysis.database.database import connect
+from bhlog.analysis.log import layer_of, logits_of, open_log
+from bhlog.analysis.replay.replay import Replay
+from bhlog.capture.contract.errors import InvalidOption, KdeMismatch, RouterLogError
+from bhlog.capture.contract.null.model import KdeModel, LayerNull, NullCurve
+from bhlog.capture.contract.rule import (
     BhOptions,
     decide,
     decide_by_expert,
@@ -16,8 +18,6 @@ from capture.contract.bh import (
     p_value_order,
     softmax_weights,
 )
-from capture.contract.errors import InvalidOption, KdeMismatch, RouterLogError
-from capture.contract.kde import KdeModel, LayerNull, NullCurve
 from tests.synthetic import native_decisions, normal_kde, normal_logits, write_run
 
 LAYERS = (0, 1, 2)

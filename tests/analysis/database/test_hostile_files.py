@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.database.database import connect
-from analysis.log import open_log
-from capture.contract.errors import CorruptKde, CorruptManifest, CorruptShard, RouterLogError
+from bhlog.analysis.database.database import connect
+from bhlog.analysis.log import open_log
+from bhlog.capture.contract.errors import CorruptKde, CorruptManifest, CorruptShard, RouterLogError
 from tests.synthetic import normal_kde, write_run
 
 QUERIES = (

@@ -9,10 +9,10 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from analysis.database.catalog import VIEWS
-from analysis.database.database import connect
-from analysis.database.prompt import SqlCompleter, history_path, run_prompt
-from analysis.log import open_log
+from bhlog.analysis.database.catalog import VIEWS
+from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.prompt import SqlCompleter, history_path, run_prompt
+from bhlog.analysis.log import open_log
 from tests.synthetic import normal_kde, write_run
 
 

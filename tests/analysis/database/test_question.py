@@ -2,10 +2,10 @@
 
 import pytest
 
-from analysis.database.database import connect
-from analysis.database.question import NEEDS, find_question, pairs, parse_question, questions
-from analysis.log import open_log
-from capture.contract.errors import InvalidOption
+from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.question import NEEDS, find_question, pairs, parse_question, questions
+from bhlog.analysis.log import open_log
+from bhlog.capture.contract.errors import InvalidOption
 from tests.synthetic import write_run
 
 MINE = """\

@@ -7,12 +7,12 @@ from statistics import correlation, mean, median_low, pstdev
 
 import pytest
 
-from analysis.database.catalog import VIEWS
-from analysis.database.database import connect
-from analysis.database.question import find_question, questions
-from analysis.log import open_log
-from capture.contract.bh import BhOptions
-from capture.contract.errors import InvalidOption
+from bhlog.analysis.database.catalog import VIEWS
+from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.question import find_question, questions
+from bhlog.analysis.log import open_log
+from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run
 
 E = 8

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.database.database import connect
-from analysis.database.result import print_result, write_result
-from analysis.log import open_log
-from capture.contract.errors import InvalidOption
+from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.result import print_result, write_result
+from bhlog.analysis.log import open_log
+from bhlog.capture.contract.errors import InvalidOption
 from tests.synthetic import write_run
 
 # name: (SQL, what a table shows, the value in JSON)

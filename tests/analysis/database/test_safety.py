@@ -7,11 +7,11 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from analysis.cli import main
-from analysis.database.database import connect
-from analysis.database.shell import shell_statements
-from analysis.log import open_log
-from capture.contract.errors import RouterLogError
+from bhlog.analysis.cli import main
+from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.shell import shell_statements
+from bhlog.analysis.log import open_log
+from bhlog.capture.contract.errors import RouterLogError
 from tests.synthetic import write_run
 
 SECRET = "hunter2"

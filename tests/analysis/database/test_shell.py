@@ -6,11 +6,11 @@ import shlex
 import duckdb
 import pytest
 
-from analysis.database.database import connect
-from analysis.database.shell import shell_command, shell_statements
-from analysis.log import open_log
-from analysis.replay.decisions import write_decisions
-from capture.contract.bh import BhOptions
+from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.shell import shell_command, shell_statements
+from bhlog.analysis.log import open_log
+from bhlog.analysis.replay.decisions import write_decisions
+from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run
 
 LAYERS = (0, 1, 2)

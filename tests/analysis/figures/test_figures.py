@@ -9,16 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib.figure import Figure
 
-from analysis.figures import figures
-from analysis.figures import sample as sample_module
-from analysis.figures.drawing import FIGURES, SEED_FIGURES, draw_figures
-from analysis.figures.load import expert_load, source_load
-from analysis.figures.sample import sample_rows
-from analysis.log import open_log
-from capture.contract.bh import BhOptions, empirical_p_values
-from capture.contract.errors import InvalidOption, KdeMismatch
-from capture.contract.kde import KdeModel, LayerNull
-from capture.contract.manifest import Manifest
+from bhlog.analysis.figures import figures
+from bhlog.analysis.figures import sample as sample_module
+from bhlog.analysis.figures.drawing import FIGURES, SEED_FIGURES, draw_figures
+from bhlog.analysis.figures.load import expert_load, source_load
+from bhlog.analysis.figures.sample import sample_rows
+from bhlog.analysis.log import open_log
+from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
+from bhlog.capture.contract.manifest import Manifest
+from bhlog.capture.contract.null.model import KdeModel, LayerNull
+from bhlog.capture.contract.rule import BhOptions, empirical_p_values
 from tests.synthetic import normal_kde, normal_logits, write_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -96,8 +96,8 @@ def test_the_notebook_figures_are_the_first_six():
 
 def test_drawing_leaves_pyplot_alone(run, tmp_path):
     code = (
-        "import sys; from analysis.figures.drawing import draw_figures; "
-        "from analysis.log import open_log; "
+        "import sys; from bhlog.analysis.figures.drawing import draw_figures; "
+        "from bhlog.analysis.log import open_log; "
         f"draw_figures(open_log({str(run)!r}), out={str(tmp_path)!r}); "
         "print('matplotlib.pyplot' in sys.modules)"
     )
@@ -251,7 +251,7 @@ def test_a_sample_holds_rows_of_the_log_with_their_decisions(run):
 @pytest.mark.parametrize("empirical", [False, True])
 def test_a_sample_is_bounded_however_long_the_log(tmp_path, monkeypatch, empirical):
     monkeypatch.setattr(sample_module, "MOST_ROWS", 10)
-    monkeypatch.setattr("analysis.spread.MOST_GROUPS", 3)
+    monkeypatch.setattr("bhlog.analysis.spread.MOST_GROUPS", 3)
     run = write_run(
         tmp_path / "run",
         layers=(0, 1),

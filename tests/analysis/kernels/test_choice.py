@@ -1,8 +1,8 @@
 import numpy as np
 from hypothesis import given, settings
 
-from analysis.kernels.choice import choose_rows
-from analysis.kernels.places import NOWHERE
+from bhlog.analysis.kernels.choice import choose_rows
+from bhlog.analysis.kernels.places import NOWHERE
 from tests.analysis.replay.plain import rows_of_logits
 
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from analysis.kernels import patterns
-from analysis.kernels.patterns import count_patterns
-from capture.contract.histogram import Histogram, HistogramAccumulator, Trim
+from bhlog.analysis.kernels import patterns
+from bhlog.analysis.kernels.patterns import count_patterns
+from bhlog.capture.contract.null.histogram import Histogram, HistogramAccumulator, Trim
 from tests.synthetic import normal_logits
 
 

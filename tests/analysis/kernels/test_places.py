@@ -1,6 +1,6 @@
 import numpy as np
 
-from analysis.kernels.places import NOWHERE, find_places, threshold_places
+from bhlog.analysis.kernels.places import NOWHERE, find_places, threshold_places
 
 VALUES = (-3e38, -2, -1e-40, -0.0, 0.0, 1e-45, 0.5, 0.50000006, 3e38, np.inf, -np.inf, np.nan)
 

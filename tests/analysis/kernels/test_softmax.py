@@ -4,8 +4,8 @@ from numba import njit
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from analysis.kernels.places import find_places
-from analysis.kernels.softmax import find_certainty, keep
+from bhlog.analysis.kernels.places import find_places
+from bhlog.analysis.kernels.softmax import find_certainty, keep
 
 E = 40
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from analysis.kernels.sorting import WIDTH, network, sort_columns
+from bhlog.analysis.kernels.sorting import WIDTH, network, sort_columns
 
 
 @njit

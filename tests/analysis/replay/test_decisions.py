@@ -5,15 +5,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from analysis.log import open_log
-from analysis.replay import decisions
-from analysis.replay.decisions import setting_name, write_decisions
-from analysis.replay.replay import settings_of
-from capture.contract.bh import BhOptions
-from capture.contract.errors import CorruptShard, InvalidOption, RunExists
-from capture.contract.kde import KdeModel
-from capture.routers.family import find_routers
-from capture.run import route
+from bhlog.analysis.log import open_log
+from bhlog.analysis.replay import decisions
+from bhlog.analysis.replay.decisions import setting_name, write_decisions
+from bhlog.analysis.replay.replay import settings_of
+from bhlog.capture.contract.errors import CorruptShard, InvalidOption, RunExists
+from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.observe import route
+from bhlog.capture.routers.family import find_routers
 from tests.capture.families import build, inputs
 from tests.synthetic import normal_kde, normal_null, write_run
 

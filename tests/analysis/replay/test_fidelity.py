@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.kde.fit import fit_kde
-from analysis.log import open_log
-from analysis.replay import fidelity as module
-from analysis.replay.fidelity import fidelity
-from capture.contract.bh import BhOptions
-from capture.contract.errors import InvalidOption
-from capture.run import observe, route
+from bhlog.analysis.log import open_log
+from bhlog.analysis.null.fit import fit_kde
+from bhlog.analysis.replay import fidelity as module
+from bhlog.analysis.replay.fidelity import fidelity
+from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.observe import observe, route
 from tests.capture.tiny import batch, tiny_model
 from tests.synthetic import normal_kde, write_run
 

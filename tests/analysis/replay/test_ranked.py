@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 from statsmodels.stats.multitest import multipletests
 
-from analysis.replay.ranked import RankedRows
+from bhlog.analysis.replay.ranked import RankedRows
 from tests.analysis.replay.plain import lists, plain_rule, rows_of_logits
 from tests.synthetic import normal_null
 

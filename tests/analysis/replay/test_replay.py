@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.log import open_log
-from analysis.replay.replay import Replay, replay, settings_of
-from analysis.verify.replayed import verify_replay
-from capture.contract.bh import BhOptions
-from capture.contract.errors import InvalidOption, KdeMismatch
+from bhlog.analysis.log import open_log
+from bhlog.analysis.replay.replay import Replay, replay, settings_of
+from bhlog.analysis.verify.replayed import verify_replay
+from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
+from bhlog.capture.contract.rule import BhOptions
 from tests.analysis.replay.plain import plain_rule, rows_of_logits
 from tests.synthetic import normal_kde, normal_null, write_run
 

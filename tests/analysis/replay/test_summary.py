@@ -5,13 +5,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from analysis.kernels.tally import overlap
-from analysis.log import open_log
-from analysis.replay.ranked import RankedRows
-from analysis.replay.replay import replay, settings_of
-from analysis.replay.summary import LayerSummary
-from capture.contract.bh import BhOptions
-from capture.contract.errors import CorruptShard
+from bhlog.analysis.kernels.tally import overlap
+from bhlog.analysis.log import open_log
+from bhlog.analysis.replay.ranked import RankedRows
+from bhlog.analysis.replay.replay import replay, settings_of
+from bhlog.analysis.replay.summary import LayerSummary
+from bhlog.capture.contract.errors import CorruptShard
+from bhlog.capture.contract.rule import BhOptions
 from tests.analysis.replay.plain import lists, plain_rule
 from tests.synthetic import normal_kde, normal_null, write_run
 

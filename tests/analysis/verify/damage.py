@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from analysis.log import open_log
-from analysis.verify.verification import verify
-from capture.contract.bh import BhOptions
-from capture.contract.manifest import Manifest
-from capture.contract.schema import shard_name
-from capture.contract.shard import write_shard
+from bhlog.analysis.log import open_log
+from bhlog.analysis.verify.verification import verify
+from bhlog.capture.contract.files import write_shard
+from bhlog.capture.contract.manifest import Manifest
+from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.contract.schema import shard_name
 from tests.synthetic import normal_kde, write_run
 
 LAYERS, E = (1, 4), 8

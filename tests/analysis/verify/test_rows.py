@@ -5,9 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.log import open_log
-from analysis.verify.verification import verify_decisions
-from capture.contract.schema import shard_name
+from bhlog.analysis.log import open_log
+from bhlog.analysis.verify.verification import verify_decisions
+from bhlog.capture.contract.schema import shard_name
 from tests.analysis.verify.damage import (
     LAST,
     E,

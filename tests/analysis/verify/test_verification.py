@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.log import open_log
-from analysis.verify.verification import verify
-from capture.contract.bh import BhOptions
-from capture.contract.errors import CorruptManifest
-from capture.contract.schema import logits_type, shard_name
-from capture.contract.shard import write_shard
+from bhlog.analysis.log import open_log
+from bhlog.analysis.verify.verification import verify
+from bhlog.capture.contract.errors import CorruptManifest
+from bhlog.capture.contract.files import write_shard
+from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.contract.schema import logits_type, shard_name
 from tests.analysis.verify.damage import (
     LAST,
     LAYERS,

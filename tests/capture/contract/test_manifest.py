@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capture.contract.bh import BhOptions
-from capture.contract.errors import CorruptManifest, RouterLogError
-from capture.contract.manifest import (
+from bhlog.capture.contract.errors import CorruptManifest, RouterLogError
+from bhlog.capture.contract.manifest import (
     Manifest,
     ModelInfo,
     Routing,
@@ -16,6 +15,7 @@ from capture.contract.manifest import (
     manifest_name,
     merge_manifests,
 )
+from bhlog.capture.contract.rule import BhOptions
 
 MODEL = ModelInfo(
     name="allenai/OLMoE-1B-7B",

@@ -1,7 +1,7 @@
 import pyarrow as pa
 import pytest
 
-from capture.contract.schema import (
+from bhlog.capture.contract.schema import (
     PHASES,
     SCHEMA_VERSION,
     SHARD_NAME,

@@ -8,11 +8,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from analysis.log import logits_of, open_log
-from capture.contract.bh import decide, softmax_weights
-from capture.contract.errors import UnsupportedModel
-from capture.routers.family import find_routers
-from capture.run import observe, route
+from bhlog.analysis.log import logits_of, open_log
+from bhlog.capture.contract.errors import UnsupportedModel
+from bhlog.capture.contract.rule import decide, softmax_weights
+from bhlog.capture.observe import observe, route
+from bhlog.capture.routers.family import find_routers
 from tests.capture.tiny import TRANSFORMERS_4, batch, observed, read, real_tokens
 from tests.synthetic import normal_kde
 
@@ -185,10 +185,10 @@ def test_routing_with_the_models_own_count_changes_nothing(name):
 
 
 def test_stats_count_what_was_chosen(tmp_path):
-    from capture.contract.bh import BhOptions
-    from capture.contract.manifest import Routing
-    from capture.patch import RouterPatcher
-    from capture.run import new_writer
+    from bhlog.capture.contract.manifest import Routing
+    from bhlog.capture.contract.rule import BhOptions
+    from bhlog.capture.observe import new_writer
+    from bhlog.capture.patch import RouterPatcher
 
     model = model_of("Olmoe")
     patcher = RouterPatcher(model)

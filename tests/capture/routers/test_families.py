@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.log import logits_of, open_log
-from capture.contract.bh import BhOptions, decide
-from capture.contract.errors import UnsupportedModel
-from capture.contract.manifest import Routing
-from capture.patch import RouterPatcher
-from capture.routers.family import Router, find_routers
-from capture.routers.registry import FAMILIES, UNREADABLE
-from capture.run import observe, route
+from bhlog.analysis.log import logits_of, open_log
+from bhlog.capture.contract.errors import UnsupportedModel
+from bhlog.capture.contract.manifest import Routing
+from bhlog.capture.contract.rule import BhOptions, decide
+from bhlog.capture.observe import observe, route
+from bhlog.capture.patch import RouterPatcher
+from bhlog.capture.routers.family import Router, find_routers
+from bhlog.capture.routers.registry import FAMILIES, UNREADABLE
 from tests.capture.families import build, inputs, narrow, output, packages, readme_table, table
 from tests.synthetic import normal_kde
 

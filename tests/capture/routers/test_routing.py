@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from capture.contract.bh import (
+from bhlog.capture.contract.manifest import Routing
+from bhlog.capture.contract.null.model import LayerNull, NullCurve
+from bhlog.capture.contract.rule import (
     BhOptions,
     Decisions,
     decide,
@@ -18,11 +20,9 @@ from capture.contract.bh import (
     no_finite_logit,
     softmax_weights,
 )
-from capture.contract.bh import empirical_p_values as slow_p_values
-from capture.contract.kde import LayerNull, NullCurve
-from capture.contract.manifest import Routing
-from capture.patch import RouterPatcher
-from capture.routers.routing import (
+from bhlog.capture.contract.rule import empirical_p_values as slow_p_values
+from bhlog.capture.patch import RouterPatcher
+from bhlog.capture.routers.routing import (
     Choice,
     TorchNull,
     Weighing,
@@ -32,7 +32,7 @@ from capture.routers.routing import (
     select,
     weigh,
 )
-from capture.routers.stats import LayerStats
+from bhlog.capture.routers.stats import LayerStats
 from tests.capture.tiny import EXPERTS, LAYERS, batch, tiny_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from capture.tokens.cross_entropy import cross_entropy
+from bhlog.capture.tokens.cross_entropy import cross_entropy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from analysis.log import open_log
-from analysis.replay.replay import Replay
-from capture.contract.bh import BhOptions
-from capture.contract.errors import InvalidOption
-from capture.run import route
+from bhlog.analysis.log import open_log
+from bhlog.analysis.replay.replay import Replay
+from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.observe import route
 from tests.capture.tiny import (
     EOS,
     PAD,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from capture.contract.errors import UnknownIdentity
-from capture.tokens.identity import Tracker
-from capture.writing.writer import WriterOptions
+from bhlog.capture.contract.errors import UnknownIdentity
+from bhlog.capture.tokens.identity import Tracker
+from bhlog.capture.writing.writer import WriterOptions
 from tests.capture.tiny import (
     CACHE,
     EOS,
@@ -256,7 +256,7 @@ def test_a_cache_that_comes_out_but_did_not_go_in_is_refused(model, run):
     ],
 )
 def test_a_generation_whose_cache_is_not_found_is_refused(model, run, options, monkeypatch):
-    monkeypatch.setattr("capture.tokens.identity.find_cache", lambda values: None)
+    monkeypatch.setattr("bhlog.capture.tokens.identity.find_cache", lambda values: None)
     ids, _ = batch([5, 5])
     with observed(model, run), pytest.raises(UnknownIdentity, match="cache"):
         model.generate(ids, max_new_tokens=3, do_sample=False, **options)

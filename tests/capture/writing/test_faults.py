@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-import capture.contract.shard
-import capture.writing.sealer as sealer_module
-import capture.writing.writer as writer_module
-from analysis.log import open_log
-from analysis.verify.verification import verify
-from capture.contract.errors import WriterFailed
-from capture.contract.manifest import Totals
-from capture.run import observe, route
-from capture.writing.buffer import Buffer
-from capture.writing.writer import Block, RunWriter, WriterOptions
+import bhlog.capture.contract.files
+import bhlog.capture.writing.sealer as sealer_module
+import bhlog.capture.writing.writer as writer_module
+from bhlog.analysis.log import open_log
+from bhlog.analysis.verify.verification import verify
+from bhlog.capture.contract.errors import WriterFailed
+from bhlog.capture.contract.manifest import Totals
+from bhlog.capture.observe import observe, route
+from bhlog.capture.writing.buffer import Buffer
+from bhlog.capture.writing.writer import Block, RunWriter, WriterOptions
 from tests.capture.blocks import EXPERTS, LAYERS, check_run, make_block, no_errors, writer
 from tests.capture.tiny import batch, observed, read, real_tokens
 from tests.synthetic import normal_kde
@@ -104,10 +104,10 @@ def test_a_shard_that_fails_at_any_moment_leaves_no_half(run, monkeypatch, folde
         return call
 
     if moment == "seal":
-        monkeypatch.setattr(sealer_module, "seal", fails("seal", capture.contract.shard.seal))
+        monkeypatch.setattr(sealer_module, "seal", fails("seal", bhlog.capture.contract.files.seal))
     else:
         monkeypatch.setattr(
-            sealer_module, "write_part", fails(moment, capture.contract.shard.write_part)
+            sealer_module, "write_part", fails(moment, bhlog.capture.contract.files.write_part)
         )
     with pytest.raises(WriterFailed, match="No space left"):
         log_writer.submit(make_block(1))
@@ -171,7 +171,7 @@ def break_gathering(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
 
 def test_a_writer_error_reaches_the_next_forward_once(model, run, monkeypatch):
     break_gathering(monkeypatch, after=1)
-    monkeypatch.setattr("capture.recorder._BULK_ROWS", 1)
+    monkeypatch.setattr("bhlog.capture.recorder._BULK_ROWS", 1)
     ids, _ = batch([5])
     raised = 0
     with observed(model, run, options=WriterOptions(shard_rows=1)) as patcher:

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.kde.fit import FitOptions, fit_kde
-from analysis.log import open_log
-from capture.contract.errors import CorruptShard, InvalidOption, WriterFailed
-from capture.contract.kde import KdeModel
-from capture.contract.manifest import Routing
-from capture.patch import RouterPatcher
-from capture.run import new_writer, observe, recording, route
-from capture.writing.fitting import KdeFit
-from capture.writing.writer import WriterOptions
+from bhlog.analysis.log import open_log
+from bhlog.analysis.null.fit import FitOptions, fit_kde
+from bhlog.capture.contract.errors import CorruptShard, InvalidOption, WriterFailed
+from bhlog.capture.contract.manifest import Routing
+from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.observe import new_writer, observe, recording, route
+from bhlog.capture.patch import RouterPatcher
+from bhlog.capture.writing.fitting import KdeFit
+from bhlog.capture.writing.writer import WriterOptions
 from tests.capture.blocks import INFO, logit, make_block
 from tests.capture.tiny import batch
 from tests.synthetic import normal_kde
@@ -105,9 +105,9 @@ def test_a_resumed_run_counts_its_earlier_shards(model, tmp_path):
 
 def test_a_writers_error_leaves_the_null_of_the_sealed_shards(model, tmp_path, monkeypatch):
     out, run = tmp_path / "null.parquet", tmp_path / "run"
-    import capture.writing.sealer
+    import bhlog.capture.writing.sealer
 
-    seal, sealed = capture.writing.sealer.seal, []
+    seal, sealed = bhlog.capture.writing.sealer.seal, []
 
     def fail_later(part: Path) -> None:
         if len(sealed) == 4:
@@ -115,7 +115,7 @@ def test_a_writers_error_leaves_the_null_of_the_sealed_shards(model, tmp_path, m
         sealed.append(part)
         seal(part)
 
-    monkeypatch.setattr(capture.writing.sealer, "seal", fail_later)
+    monkeypatch.setattr(bhlog.capture.writing.sealer, "seal", fail_later)
     with (
         pytest.raises(WriterFailed),
         observe(model, run, options=WriterOptions(shard_rows=20, threads=1), fit_kde=out) as p,

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.log import open_log
-from capture.contract.manifest import Routing, Totals
-from capture.patch import RouterPatcher
-from capture.run import new_writer, recording
-from capture.writing.writer import WriterOptions
+from bhlog.analysis.log import open_log
+from bhlog.capture.contract.manifest import Routing, Totals
+from bhlog.capture.observe import new_writer, recording
+from bhlog.capture.patch import RouterPatcher
+from bhlog.capture.writing.writer import WriterOptions
 from tests.capture.blocks import LAYERS, check_run, make_block, no_errors, writer
 from tests.capture.tiny import batch, check_logits, read, tiny_model
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-import capture.writing.folder
-from analysis.log import open_log
-from analysis.verify.verification import verify
-from capture.contract.errors import RunExists, WriterFailed
-from capture.contract.manifest import Manifest
+import bhlog.capture.writing.folder
+from bhlog.analysis.log import open_log
+from bhlog.analysis.verify.verification import verify
+from bhlog.capture.contract.errors import RunExists, WriterFailed
+from bhlog.capture.contract.manifest import Manifest
 from tests.capture.blocks import INFO, check_run, make_block, writer
 
 ROOT = Path(__file__).parents[3]
@@ -26,10 +26,10 @@ from pathlib import Path
 warnings.simplefilter("error")
 import torch
 import torch.distributed as dist
-from capture.contract.errors import RunExists
-from capture.patch import RouterPatcher
-from capture.contract.manifest import Routing
-from capture.run import new_writer, observe, recording
+from bhlog.capture.contract.errors import RunExists
+from bhlog.capture.patch import RouterPatcher
+from bhlog.capture.contract.manifest import Routing
+from bhlog.capture.observe import new_writer, observe, recording
 from tests.capture.tiny import batch, tiny_model
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -138,7 +138,7 @@ def test_ranks_of_one_launch_share_a_run(run):
 
 
 def test_a_rank_waits_for_rank_0_and_then_gives_up(run, monkeypatch):
-    monkeypatch.setattr(capture.writing.folder, "RANK_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(bhlog.capture.writing.folder, "RANK_WAIT_SECONDS", 0.2)
     with pytest.raises(WriterFailed, match="rank 0 wrote no manifest"):
         writer(run, rank=1)
 
@@ -150,7 +150,7 @@ def test_a_rank_refuses_a_run_of_an_earlier_launch(run, stale):
         writer(run, rank=1).close()
     else:
         age = timedelta(seconds=5 if stale == "closed" else 60)
-        made = (capture.writing.folder._STARTED - age).isoformat(timespec="seconds")
+        made = (bhlog.capture.writing.folder._STARTED - age).isoformat(timespec="seconds")
         manifest = Manifest.from_json((run / "run.json").read_bytes(), "")
         replace(manifest, created=made, closed=made if stale == "closed" else None).write(run)
     before = {path: path.read_bytes() for path in run.glob("*.json")}

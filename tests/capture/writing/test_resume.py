@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-import capture.writing.writer as writer_module
-from analysis.log import open_log
-from capture.contract.bh import BhOptions
-from capture.contract.errors import CorruptShard, InvalidOption, RouterLogError
-from capture.contract.manifest import Routing, Totals
-from capture.patch import RouterPatcher
-from capture.run import new_writer, recording
-from capture.writing.folder import PROGRESS, Progress
-from capture.writing.writer import RunWriter, WriterOptions
+import bhlog.capture.writing.writer as writer_module
+from bhlog.analysis.log import open_log
+from bhlog.capture.contract.errors import CorruptShard, InvalidOption, RouterLogError
+from bhlog.capture.contract.manifest import Routing, Totals
+from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.observe import new_writer, recording
+from bhlog.capture.patch import RouterPatcher
+from bhlog.capture.writing.folder import PROGRESS, Progress
+from bhlog.capture.writing.writer import RunWriter, WriterOptions
 from tests.capture.blocks import INFO, LAYERS, check_run, make_block, no_errors, writer
 from tests.capture.tiny import batch, check_logits, read
 from tests.synthetic import normal_kde

@@ -15,12 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.log import logits_of, open_log
-from capture.contract.errors import InvalidOption, RouterLogError, RunExists
-from capture.contract.manifest import Routing, Totals
-from capture.writing.buffer import Buffer
-from capture.writing.stage import PinnedPool, Staged
-from capture.writing.writer import RunWriter, WriterOptions
+from bhlog.analysis.log import logits_of, open_log
+from bhlog.capture.contract.errors import InvalidOption, RouterLogError, RunExists
+from bhlog.capture.contract.manifest import Routing, Totals
+from bhlog.capture.writing.buffer import Buffer
+from bhlog.capture.writing.stage import PinnedPool, Staged
+from bhlog.capture.writing.writer import RunWriter, WriterOptions
 from tests.capture.blocks import EXPERTS, INFO, LAYERS, check_run, logit, make_block, writer
 from tests.synthetic import normal_kde
 
@@ -311,7 +311,7 @@ def test_an_empty_run_closes(run):
 
 
 def test_shards_are_sealed_in_order_though_encoded_side_by_side(run, monkeypatch):
-    import capture.writing.sealer as module
+    import bhlog.capture.writing.sealer as module
 
     order: list[str] = []
     write_part, seal = module.write_part, module.seal

@@ -1,1 +1,0 @@
-"""Policies compared over one log, at equal cost."""

@@ -1,0 +1,294 @@
+"""How well a null model is calibrated on a run.
+
+Logits of bfloat16 models repeat, so p-values come in lumps. Every comparison here takes the middle
+of a lump (mid-p), so that the number format does not count as miscalibration.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from numpy.typing import NDArray
+from scipy.special import betainc
+
+from bhlog.analysis.log import Log, Progress, layer_of, logits_of
+from bhlog.analysis.null.counting import sampled
+from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.null.histogram import ONE_VALUE, Histogram, HistogramAccumulator, kept
+from bhlog.capture.contract.null.model import KdeModel
+
+SMALLEST_P = 2.0**-1000
+_CHUNK_ROWS = 2048  # looked at together, so that temporaries stay small
+P_BINS = 1024  # in which p-values of each expert are counted
+LEVELS = (0.05, 0.01, 0.001)  # shares of p-values at most these are shown beside them
+
+
+@dataclass(frozen=True, eq=False)
+class PValues:
+    """A distribution of p-values as lumps.
+
+    Attributes:
+        p: (N,) float64, rising.
+        weight: (N,) float64, how many p-values lie at each; their sum is n.
+    """
+
+    p: NDArray[np.float64]
+    weight: NDArray[np.float64]
+
+    @property
+    def n(self) -> float:
+        """Number of p-values."""
+        return float(self.weight.sum())
+
+    @property
+    def mid_cdf(self) -> NDArray[np.float64]:
+        """(N,) float64: the share below each p, plus half the share at it."""
+        if not len(self.p):
+            return np.zeros(0)
+        share: NDArray[np.float64] = (np.cumsum(self.weight) - self.weight / 2) / self.n
+        return share
+
+    @property
+    def ks(self) -> float:
+        """Kolmogorov-Smirnov distance from uniform; NaN without p-values."""
+        return self.ks_against(self.p)
+
+    def ks_against(self, cdf: NDArray[np.float64]) -> float:
+        """Kolmogorov-Smirnov distance from a distribution with this CDF at p."""
+        return float(np.abs(self.mid_cdf - cdf).max()) if len(self.p) else float("nan")
+
+    def share_below(self, level: float) -> float:
+        """Share of p-values at most level; level itself when calibrated."""
+        return float(self.cdf(np.array(level)))
+
+    def cdf(self, p: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Share of p-values at most p, from lumps spread to their neighbours; NaN without any."""
+        if not len(self.p):
+            return np.full(p.shape, np.nan)
+        return np.interp(p, self.p, self.mid_cdf, left=0.0, right=1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCheck:
+    """P-values of one layer of a run under a null model.
+
+    Attributes:
+        layer: decoder layer.
+        n_experts: experts per router.
+        trimmed: p-values of the logits that the null's own trimming level keeps.
+        by_expert: the same, of each expert.
+        by_rank: p-values of the row's k-th smallest p-value, by k; no trimming.
+        popularity: (E,) float64, share of rows in which an expert is among the top_k logits.
+        left_out: logits without a p-value (NaN or infinite), in all rows.
+    """
+
+    layer: int
+    n_experts: int
+    trimmed: PValues
+    by_expert: tuple[PValues, ...]
+    by_rank: Mapping[int, PValues]
+    popularity: NDArray[np.float64]
+    left_out: int
+
+    def rank_ks(self, k: int) -> float:
+        """KS distance of the k-th smallest p-value from the k-th uniform order statistic."""
+        found = self.by_rank[k]
+        return found.ks_against(betainc(k, self.n_experts - k + 1, found.p))
+
+
+def check(
+    kde: KdeModel,
+    log: Log,
+    *,
+    ranks: Sequence[int] = (1, 2, 4, 8),
+    layers: Iterable[int] | None = None,
+    where: str | None = None,
+    sample: float = 1.0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> list[LayerCheck]:
+    """Are the p-values of a run's logits uniform under a null model?
+
+    Args:
+        ranks: which order statistics to look at; those above the number of experts are left out.
+        layers, where, threads, progress: which rows, and how they are read; see Log.fold.
+        sample: share of tokens; see bhlog.analysis.null.fit.fit_kde.
+
+    Raises:
+        KdeMismatch: the null model does not cover the layers or experts.
+        InvalidOption: no rows.
+    """
+    if not 0 < sample <= 1:
+        raise InvalidOption(f"sample must be above 0 and at most 1, got {sample}")
+    wanted = sorted(log.check_layers(layers))
+    E, top_k = log.n_experts, log.manifest.model.top_k
+    kde.require(wanted, E)
+    ranks = [k for k in ranks if 1 <= k <= E]
+    columns = ["logits"] if sample == 1 else ["logits", "rank", "sequence", "position"]
+    folded = log.fold(
+        lambda: _PValueFold(kde, tuple(ranks), min(top_k, E), sample),
+        columns,
+        layers=wanted,
+        where=where,
+        threads=threads,
+        progress=progress,
+    )
+    if not folded.rows:
+        raise InvalidOption(
+            f"no rows to check in {log.path}" + (f" where {where}" if where else "")
+        )
+    return folded.layer_checks(E)
+
+
+class _PValueFold:
+    """Histograms of p-values: by layer and rank in -log2 p, by expert in p itself."""
+
+    def __init__(self, kde: KdeModel, ranks: tuple[int, ...], top_k: int, sample: float) -> None:
+        self.kde, self.ranks, self.top_k, self.sample = kde, ranks, top_k, sample
+        self.bits = HistogramAccumulator()
+        self.by_rank = HistogramAccumulator(by_expert=True)
+        self.by_expert: dict[int, NDArray[np.int64]] = {}
+        self.chosen: dict[int, NDArray[np.int64]] = {}
+        self.rows: dict[int, int] = {}
+        self.left_out: dict[int, int] = {}
+
+    def update(self, batch: pa.RecordBatch) -> None:
+        layer, logits = layer_of(batch), logits_of(batch)
+        if self.sample < 1:
+            logits = logits[sampled(batch, self.sample)]
+        if not len(logits):
+            return
+        bits = np.empty(logits.shape, dtype=np.float32)
+        ranked = np.empty((len(logits), len(self.ranks)), dtype=np.float32)
+        for start in range(0, len(logits), _CHUNK_ROWS):
+            rows = slice(start, start + _CHUNK_ROWS)
+            bits[rows], ranked[rows] = self._count(layer, logits[rows])
+        self.bits.update(layer, bits)
+        self.by_rank.update(layer, ranked)
+
+    def _count(
+        self, layer: int, logits: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Count a few rows; returns -log2 p of the logits that trimming keeps, and by rank."""
+        null, E = self.kde[layer], logits.shape[1]
+        finite = np.isfinite(logits)
+        p = np.where(finite, null.p_value(logits), np.nan)
+        ranked = np.sort(p, axis=1)[:, [k - 1 for k in self.ranks]]
+        keep = kept(logits, null.curves[0].trim)
+        if keep is not None:
+            p = np.where(keep, p, np.nan)
+        bins = np.minimum(p * P_BINS, P_BINS - 1) + np.arange(E) * P_BINS
+        by_expert = np.bincount(bins[np.isfinite(p)].astype(np.intp), minlength=E * P_BINS)
+        keys = np.where(finite, logits, np.float32(-np.inf))
+        kth = np.partition(keys, E - self.top_k, axis=1)[:, [E - self.top_k]]
+        chosen = np.count_nonzero((keys >= kth) & finite, axis=0)
+        left_out = int(finite.size - np.count_nonzero(finite))
+        self._add(layer, len(logits), chosen, left_out, by_expert)
+        return _bits(p), _bits(ranked)
+
+    def merge(self, other: Self) -> None:
+        self.bits.merge(other.bits)
+        self.by_rank.merge(other.by_rank)
+        for layer in other.rows:
+            self._add(
+                layer,
+                other.rows[layer],
+                other.chosen[layer],
+                other.left_out[layer],
+                other.by_expert[layer],
+            )
+
+    def _add(
+        self,
+        layer: int,
+        rows: int,
+        chosen: NDArray[np.int64],
+        left_out: int,
+        by_expert: NDArray[np.int64],
+    ) -> None:
+        self.by_expert[layer] = self.by_expert.get(layer, 0) + by_expert
+        self.rows[layer] = self.rows.get(layer, 0) + rows
+        self.chosen[layer] = self.chosen.get(layer, 0) + chosen
+        self.left_out[layer] = self.left_out.get(layer, 0) + left_out
+
+    def layer_checks(self, n_experts: int) -> list[LayerCheck]:
+        """What was found, by layer."""
+        centers = (np.arange(P_BINS) + 0.5) / P_BINS
+        by_rank = {key[:2]: _from_bits(h) for key, h in self.by_rank.histograms().items()}
+        bits = {key.layer: h for key, h in self.bits.histograms().items()}
+        return [
+            LayerCheck(
+                layer=layer,
+                n_experts=n_experts,
+                trimmed=_from_bits(bits[layer]),
+                by_expert=tuple(
+                    _without_empty(centers, counts.astype(np.float64))
+                    for counts in self.by_expert[layer].reshape(n_experts, P_BINS)
+                ),
+                by_rank={k: by_rank[layer, i] for i, k in enumerate(self.ranks)},
+                popularity=self.chosen[layer] / self.rows[layer],
+                left_out=self.left_out[layer],
+            )
+            for layer in sorted(self.rows)
+        ]
+
+
+def _without_empty(p: NDArray[np.float64], weight: NDArray[np.float64]) -> PValues:
+    seen = weight > 0
+    return PValues(p[seen], weight[seen])
+
+
+def _bits(p: NDArray[np.float64]) -> NDArray[np.float32]:
+    """-log2 p as float32, on which a histogram resolves small p-values as finely as large ones."""
+    return (-np.log2(np.maximum(p, SMALLEST_P))).astype(np.float32)
+
+
+def _from_bits(histogram: Histogram) -> PValues:
+    return _without_empty(np.exp2(-histogram.nodes)[::-1], histogram.counts[::-1] / ONE_VALUE)
+
+
+def check_frame(checks: Sequence[LayerCheck]) -> pl.DataFrame:
+    """One row per layer: distances from uniform, and shares of small p-values beside their level.
+
+    Columns: n p-values; ks of all; p_0.05, p_0.01, p_0.001 the shares of p-values at most that;
+    ks_expert (median) and ks_worst with its expert; ks_rank_k of the k-th smallest p of a row
+    against the k-th uniform order statistic.
+    """
+    rows = []
+    for found in checks:
+        by_expert = np.array([values.ks for values in found.by_expert])
+        known = np.isfinite(by_expert).any()
+        rows.append(
+            {"layer": found.layer, "n": round(found.trimmed.n), "left_out": found.left_out}
+            | {"ks": found.trimmed.ks}
+            | {f"p_{level}": found.trimmed.share_below(level) for level in LEVELS}
+            | {
+                "ks_expert": float(np.nanmedian(by_expert)) if known else None,
+                "ks_worst": float(np.nanmax(by_expert)) if known else None,
+                "worst_expert": int(np.nanargmax(by_expert)) if known else None,
+            }
+            | {f"ks_rank_{k}": found.rank_ks(k) for k in found.by_rank}
+        )
+    return pl.DataFrame(rows)
+
+
+def expert_frame(checks: Sequence[LayerCheck]) -> pl.DataFrame:
+    """One row per layer and expert: popularity, and what the null makes of the expert's logits."""
+    return pl.DataFrame(
+        [
+            {
+                "layer": found.layer,
+                "expert": expert,
+                "popularity": float(found.popularity[expert]),
+                "n": round(values.n),
+                "ks": values.ks,
+                "mean_p": float(values.p @ values.weight / values.n) if values.n else None,
+            }
+            | {f"p_{level}": values.share_below(level) for level in LEVELS[:2]}
+            for found in checks
+            for expert, values in enumerate(found.by_expert)
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Sweep: answers at every alpha, from one pass over a log."""

@@ -1,0 +1,433 @@
+"""Profile: experts at every alpha of a grid, from one pass over a log.
+
+The critical alpha of rank k is the smallest alpha at which a row selects at least k experts. The
+profile counts rows by rank and critical alpha, so the share of rows with n_rejected >= k is known
+at every alpha of the grid, exactly as replay would count it, and with it the mean number of experts
+under any bounds.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from bhlog.analysis.log import Log, Progress, layer_of, logits_of
+from bhlog.analysis.sweep.budget import share_budget
+from bhlog.analysis.sweep.critical import MOST_ALPHAS, ONE, Counted, CriticalAlphas
+from bhlog.capture.contract.errors import CorruptProfile, InvalidOption, KdeMismatch
+from bhlog.capture.contract.null.model import KdeModel
+
+# 200 alphas a decade below 0.01, then steps of 0.001: the resolution of alpha_for
+GRID = tuple(
+    sorted({*np.geomspace(1e-6, 1e-2, 801).round(9).tolist(), *(i / 1000 for i in range(10, 1000))})
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """Counts of rows by layer, rank and critical alpha.
+
+    Attributes:
+        alphas: (J,) float64, rising inside (0, 1).
+        counts: by layer, rising, (E, J + 1) int64: rows whose rank k (index k - 1) becomes selected
+            at alphas[j]; the last column counts rows in which it never does.
+        kept: by layer, (E, J + 1) int64: the router probability of rank k summed over the rows of
+            each count, in units of 1 / ONE; None if it was not asked for.
+        source: ids of the runs that were counted.
+        kde_sha256: of the null model, as in run.json.
+        where: the condition that the counted rows match; None for all rows.
+    """
+
+    alphas: NDArray[np.float64]
+    counts: dict[int, NDArray[np.int64]]
+    source: tuple[str, ...]
+    kde_sha256: str
+    where: str | None = None
+    kept: dict[int, NDArray[np.int64]] | None = None
+
+    def __post_init__(self) -> None:
+        J = len(self.alphas)
+        if not _rising(self.alphas):
+            raise CorruptProfile("alphas must rise inside (0, 1)")
+        if not self.counts:
+            raise CorruptProfile("a profile needs at least one layer")
+        for layer, counts in self.counts.items():
+            if counts.ndim != 2 or counts.shape != (self.n_experts, J + 1):
+                raise CorruptProfile(
+                    f"layer {layer}: counts have the shape {counts.shape}, expected "
+                    f"{(self.n_experts, J + 1)}"
+                )
+            if counts.min(initial=0) < 0 or np.ptp(counts.sum(axis=1)):
+                raise CorruptProfile(
+                    f"layer {layer}: counts must be at least 0, with the same sum at each rank"
+                )
+            if np.diff(np.cumsum(counts, axis=1), axis=0).max(initial=0) > 0:
+                raise CorruptProfile(f"layer {layer}: a rank is selected before the one below it")
+            kept = counts if self.kept is None else self.kept.get(layer, counts[:0])
+            if kept.shape != counts.shape or kept.min() < 0:
+                raise CorruptProfile(f"layer {layer}: probability kept does not fit the counts")
+
+    @property
+    def n_experts(self) -> int:
+        """Experts per router."""
+        return len(next(iter(self.counts.values())))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that were counted, rising."""
+        return tuple(self.counts)
+
+    def rows(self, layer: int) -> int:
+        """Rows of a layer that were counted: those with a finite logit."""
+        return int(self.counts[layer][0].sum())
+
+    def mean_experts(
+        self,
+        alpha: float | Mapping[int, float],
+        *,
+        min_k: int = 1,
+        max_k: int | None = None,
+        layer: int | None = None,
+    ) -> float:
+        """Mean n_selected at an alpha, of one layer or over all (None).
+
+        Exact at the alphas of the grid; between two of them, the value at the lower one.
+
+        Args:
+            alpha: one for all layers, or by layer, as alphas_for gives them.
+
+        Raises:
+            InvalidOption: alpha is below the grid, there is no such layer, or bounds are wrong.
+        """
+        if not isinstance(alpha, Mapping):
+            return float(self.curve(min_k=min_k, max_k=max_k, layer=layer)[self._place(alpha)])
+        wanted = self.layers if layer is None else (layer,)
+        rows = [self.rows(i) for i in wanted]
+        means = [self.mean_experts(alpha[i], min_k=min_k, max_k=max_k, layer=i) for i in wanted]
+        return float(np.average(means, weights=rows))
+
+    def probability_kept(
+        self,
+        alpha: float | Mapping[int, float],
+        *,
+        min_k: int = 1,
+        max_k: int | None = None,
+        layer: int | None = None,
+    ) -> float:
+        """Mean softmax probability of the selected experts; arguments as of mean_experts.
+
+        Raises:
+            InvalidOption: as mean_experts, or the profile did not count it.
+        """
+        wanted = self.layers if layer is None else (layer,)
+        values = [
+            self._kept_curve(min_k, max_k, i)[
+                self._place(alpha[i] if isinstance(alpha, Mapping) else alpha)
+            ]
+            for i in wanted
+        ]
+        return float(np.average(values, weights=[self.rows(i) for i in wanted]))
+
+    def alpha_for(
+        self,
+        mean_experts: float,
+        *,
+        min_k: int = 1,
+        max_k: int | None = None,
+        layer: int | None = None,
+    ) -> float:
+        """The smallest alpha of the grid that gives at least this many experts per token.
+
+        Raises:
+            InvalidOption: no alpha of the grid reaches it.
+        """
+        curve = self.curve(min_k=min_k, max_k=max_k, layer=layer)
+        self._require_reached(mean_experts, curve, "" if layer is None else f"layer {layer}: ")
+        return float(self.alphas[np.searchsorted(curve, mean_experts, side="left")])
+
+    def alphas_for(
+        self, mean_experts: float, *, min_k: int = 1, max_k: int | None = None
+    ) -> dict[int, float]:
+        """An alpha for each layer: together they give at least this many experts per token.
+
+        The budget counts over all layers, and goes where experts keep most of the router's
+        probability: maximised is the mean of probability_kept, so the last expert keeps as much in
+        every layer; see bhlog.analysis.sweep.budget.
+
+        Raises:
+            InvalidOption: no alphas of the grid reach it, or the profile did not count the
+                probability kept.
+        """
+        self._require_reached(mean_experts, self.curve(min_k=min_k, max_k=max_k))
+        curves = [self.curve(min_k=min_k, max_k=max_k, layer=i) for i in self.layers]
+        rows = np.array([self.rows(i) for i in self.layers])
+        kept = [self._kept_curve(min_k, max_k, i) for i in self.layers]
+        places = share_budget(
+            np.stack(curves), np.stack(kept), rows / max(1, rows.sum()), mean_experts
+        )
+        return dict(zip(self.layers, self.alphas[places].tolist(), strict=True))
+
+    def frame(
+        self, alphas: Sequence[float], *, min_k: int = 1, max_k: int | None = None
+    ) -> pl.DataFrame:
+        """A row per alpha: mean experts of every layer (layer_0, ...) and over all (overall)."""
+        places = [self._place(alpha) for alpha in alphas]
+        columns = {
+            "overall" if layer is None else f"layer_{layer}": self.curve(
+                min_k=min_k, max_k=max_k, layer=layer
+            )[places]
+            for layer in (*self.layers, None)
+        }
+        return pl.DataFrame({"alpha": pl.Series(alphas, dtype=pl.Float64), **columns})
+
+    def curve(
+        self, *, min_k: int = 1, max_k: int | None = None, layer: int | None = None
+    ) -> NDArray[np.float64]:
+        """(J,) mean n_selected at each alpha of the grid, of one layer or over all (None).
+
+        Raises:
+            InvalidOption: there is no such layer, or bounds are wrong.
+        """
+        high = self._checked(min_k, max_k, layer)
+        selected, rows = self._selected[layer]
+        return np.asarray(min_k + (selected[high] - selected[min_k]) / max(1, rows))
+
+    def _kept_curve(self, min_k: int, max_k: int | None, layer: int) -> NDArray[np.float64]:
+        """(J,) mean probability kept at each alpha of the grid."""
+        if self.kept is None:
+            raise InvalidOption(
+                "this profile did not count the probability that experts keep; make it anew: "
+                "log.profile(kept=True) or bhlog sweep RUN --kept"
+            )
+        high = self._checked(min_k, max_k, layer)
+        by_rank = self.kept[layer]
+        always = by_rank[:min_k].sum()
+        reached = np.cumsum(by_rank[min_k:high, :-1].sum(axis=0))
+        return np.asarray((always + reached) / (ONE * max(1, self.rows(layer))))
+
+    def _checked(self, min_k: int, max_k: int | None, layer: int | None) -> int:
+        """max_k as a number; InvalidOption if a bound is wrong or there is no such layer."""
+        E = self.n_experts
+        high = E if max_k is None else max_k
+        if not 0 <= min_k <= high <= E or high < 1:
+            raise InvalidOption(f"bounds must be 0 <= min_k <= max_k <= {E}, got {min_k}, {high}")
+        if layer is not None and layer not in self.counts:
+            raise InvalidOption(
+                f"no layer {layer} in the profile; it has {', '.join(map(str, self.layers))}"
+            )
+        return high
+
+    @cached_property
+    def _selected(self) -> dict[int | None, tuple[NDArray[np.int64], int]]:
+        """By layer and over all (None): (E + 1, J) sums of min(n_rejected, k), and rows."""
+        found: dict[int | None, tuple[NDArray[np.int64], int]] = {}
+        total = np.zeros((self.n_experts + 1, len(self.alphas)), dtype=np.int64)
+        for layer, counts in self.counts.items():
+            selected = np.zeros_like(total)
+            np.cumsum(np.cumsum(counts[:, :-1], axis=1), axis=0, out=selected[1:])
+            found[layer] = selected, self.rows(layer)
+            total += selected
+        found[None] = total, sum(rows for _, rows in found.values())
+        return found
+
+    def merge(self, other: "Profile") -> "Profile":
+        """The profile of the rows of both; it keeps probabilities if both do.
+
+        Raises:
+            InvalidOption: their grids, experts, null models or conditions differ, or both count the
+                same layers of the same run.
+        """
+        if not np.array_equal(self.alphas, other.alphas) or self.n_experts != other.n_experts:
+            raise InvalidOption("profiles with other alphas or experts cannot be merged")
+        if self.kde_sha256 != other.kde_sha256:
+            raise InvalidOption(
+                f"profiles under different null models cannot be merged: {self.kde_sha256[:12]} "
+                f"and {other.kde_sha256[:12]}; sweep both runs with the same --kde FILE"
+            )
+        if self.where != other.where:
+            raise InvalidOption(
+                f"profiles of rows where {self.where or 'true'} and where {other.where or 'true'} "
+                "cannot be merged"
+            )
+        twice = sorted({*self.source} & {*other.source})
+        if twice and {*self.counts} & {*other.counts}:
+            raise InvalidOption(f"run {twice[0]} is in both profiles: its rows would count twice")
+        kept = None
+        if self.kept is not None and other.kept is not None:
+            kept = _sum(self.kept, other.kept)
+        return Profile(
+            self.alphas,
+            _sum(self.counts, other.counts),
+            tuple(sorted({*self.source, *other.source})),
+            self.kde_sha256,
+            self.where,
+            kept,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile as Parquet, whole or not at all; see bhlog.analysis.sweep.profile_file.
+
+        Raises:
+            InvalidOption: the file cannot be written there.
+        """
+        from bhlog.analysis.sweep.profile_file import save_profile
+
+        save_profile(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Profile":
+        """Read a profile.
+
+        Raises:
+            CorruptProfile: it is not there, not a profile, or breaks an invariant.
+        """
+        from bhlog.analysis.sweep.profile_file import load_profile
+
+        return load_profile(path)
+
+    def _place(self, alpha: float) -> int:
+        """The last alpha of the grid up to this one."""
+        if not self.alphas[0] <= alpha < 1:
+            raise InvalidOption(
+                f"alpha must be at least {self.alphas[0]:g}, the profile's smallest, and below 1; "
+                f"got {alpha:g}"
+            )
+        return int(np.searchsorted(self.alphas, alpha, side="right")) - 1
+
+    def _require_reached(
+        self, mean_experts: float, curve: NDArray[np.float64], where: str = ""
+    ) -> None:
+        if not mean_experts <= curve[-1]:  # NaN fails too
+            raise InvalidOption(
+                f"{where}no alpha up to {self.alphas[-1]:g} gives {mean_experts:g} experts per "
+                f"token, at most {curve[-1]:.4g} within these bounds"
+            )
+
+
+def profile_log(
+    log: Log,
+    kde: KdeModel | None = None,
+    *,
+    alphas: Sequence[float] = GRID,
+    kept: bool = False,
+    layers: Iterable[int] | None = None,
+    where: str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Profile:
+    """Profile of a log under a null model; None takes the run's own.
+
+    Rows without a finite logit are left out: the rule does not decide them.
+
+    Args:
+        alphas: the grid.
+        kept: whether to count the probability kept too, for probability_kept and alphas_for.
+        layers, where, threads, progress: which rows, and how they are read; see Log.fold.
+
+    Raises:
+        KdeMismatch: no null model, one for other layers, or one with a curve per expert.
+        InvalidOption: alphas are not rising inside (0, 1), or there are too many.
+    """
+    grid = np.asarray(alphas, dtype=np.float64)
+    if not _rising(grid) or len(grid) > MOST_ALPHAS:
+        raise InvalidOption(f"alphas must rise inside (0, 1), at most {MOST_ALPHAS:,} of them")
+    model = log.null_model(kde)
+    if not model.pooled:
+        raise KdeMismatch(
+            "a profile needs a null model pooled over experts; this one has a curve per expert, "
+            "for which replay answers: bhlog replay RUN --alpha A"
+        )
+
+    @cache
+    def critical(layer: int) -> CriticalAlphas:
+        thresholds = model[layer].curves[0].threshold_grid(grid, log.n_experts)
+        return CriticalAlphas(np.ascontiguousarray(thresholds.T))
+
+    total = _Total()
+    log.fold(
+        lambda: _Counts(total, critical, kept),
+        ("layer", "logits"),
+        layers=layers,
+        where=where,
+        threads=threads,
+        progress=progress,
+    )
+    if not total.layers:
+        raise InvalidOption(f"{log.path}: no rows to count" + (f" where {where}" if where else ""))
+    sha256 = model.sha256
+    found = sorted(total.layers.items())
+    return Profile(
+        grid,
+        {layer: counted.rows for layer, counted in found},
+        (log.manifest.run_id,),
+        sha256,
+        where,
+        {i: c.kept for i, c in found if c.kept is not None} if kept else None,
+    )
+
+
+class _Total:
+    """Rows by layer, rank and critical alpha.
+
+    One serves all threads, since it is large and sums of integers commute.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[int, Counted] = {}
+        self._lock = threading.Lock()
+
+    def add(self, layer: int, counted: Counted) -> None:
+        with self._lock:
+            before = self.layers.get(layer)
+            self.layers[layer] = counted if before is None else before + counted
+
+
+class _Counts:
+    """Counts one layer at a time, and adds it to the total when another one comes."""
+
+    def __init__(
+        self, total: _Total, critical: Callable[[int], CriticalAlphas], kept: bool
+    ) -> None:
+        self._total, self._critical, self._kept = total, critical, kept
+        self._layer = -1
+        self._counted: Counted | None = None
+
+    def update(self, batch: pa.RecordBatch) -> None:
+        layer = layer_of(batch)
+        if layer != self._layer:
+            self.hand_over()
+            self._layer = layer
+        self._counted = self._critical(layer).count(
+            logits_of(batch), weigh=self._kept, into=self._counted
+        )
+
+    def hand_over(self) -> None:
+        """Add what was counted to the total."""
+        if self._counted is not None:
+            self._total.add(self._layer, self._counted)
+            self._counted = None
+
+    def merge(self, other: Self) -> None:
+        other.hand_over()
+
+
+def _sum(
+    a: Mapping[int, NDArray[np.int64]], b: Mapping[int, NDArray[np.int64]]
+) -> dict[int, NDArray[np.int64]]:
+    """Counts of both, by layer, rising."""
+    return {
+        i: a[i] + b[i] if i in a and i in b else (a if i in a else b)[i] for i in sorted({*a, *b})
+    }
+
+
+def _rising(alphas: NDArray[np.float64]) -> bool:
+    """Whether alphas rise inside (0, 1); not if there are none, or NaN."""
+    inside = len(alphas) > 0 and alphas[0] > 0 and alphas[-1] < 1
+    return bool(inside and np.all(np.diff(alphas) > 0))

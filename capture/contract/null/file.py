@@ -1,0 +1,252 @@
+"""The null model file: a Parquet row per curve, and the histograms it can be refitted from.
+
+One row per layer, or per layer and expert, is in force: it has a `tail`. Rows without a tail keep
+the histogram of the same logits at another trimming level, from which a refit can start.
+
+| column | what |
+|---|---|
+| layer, expert | expert null: pooled over the layer's experts |
+| n, left_out | logits counted; logits not counted because they were NaN, infinite or huge |
+| lo, bin_width, counts, spread | the histogram, see histogram.py; null when imported |
+| trim_low, trim_high | logits left out of each row |
+| kernel, bandwidth, rule | kernel, its standard deviation in logits, how it was chosen |
+| x0, dx, tail | P(logit > x0 + g * dx), float64; null in rows that keep a level |
+| source | ids of the runs, or the imported file |
+
+The file's metadata holds `bhlog.kde_schema_version` and, where it is known, `bhlog.n_experts`, the
+experts per router of the model that the logits are of.
+"""
+
+import io
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bhlog.capture.contract.errors import CorruptKde
+from bhlog.capture.contract.null.curve import LayerNull, NullCurve
+from bhlog.capture.contract.null.histogram import BIN_WIDTH, LARGEST_LOGIT, Histogram, Trim
+from bhlog.capture.contract.schema import list_type, schema_difference
+
+KDE_SCHEMA_VERSION = 1
+
+_VERSION, _N_EXPERTS = b"bhlog.kde_schema_version", b"bhlog.n_experts"
+KDE_SCHEMA = pa.schema(
+    [
+        pa.field("layer", pa.uint16(), nullable=False),
+        pa.field("expert", pa.uint16()),
+        pa.field("n", pa.int64(), nullable=False),
+        pa.field("left_out", pa.int64(), nullable=False),
+        pa.field("lo", pa.float64()),
+        pa.field("bin_width", pa.float64()),
+        pa.field("counts", list_type(pa.int64())),
+        pa.field("spread", list_type(pa.int64())),
+        pa.field("trim_low", pa.uint16(), nullable=False),
+        pa.field("trim_high", pa.uint16(), nullable=False),
+        pa.field("kernel", pa.string(), nullable=False),
+        pa.field("bandwidth", pa.float64()),
+        pa.field("rule", pa.string(), nullable=False),
+        pa.field("x0", pa.float64()),
+        pa.field("dx", pa.float64()),
+        pa.field("tail", list_type(pa.float64())),
+        pa.field("source", list_type(pa.string()), nullable=False),
+    ]
+)
+_ARRAYS = ("counts", "spread", "tail")
+_MOST_ROWS = 1 << 20  # a small file can claim more than any memory holds
+_MOST_VALUES = 1 << 28  # in a column
+
+
+def to_table(layers: Mapping[int, LayerNull], n_experts: int | None) -> pa.Table:
+    """The file's rows, a curve each, with KDE_SCHEMA and the file's metadata."""
+    rows = [
+        row
+        for layer in sorted(layers)
+        for curve in layers[layer].curves
+        for row in _rows(layer, curve)
+    ]
+    metadata = {_VERSION: str(KDE_SCHEMA_VERSION)}
+    if n_experts is not None:
+        metadata[_N_EXPERTS] = str(n_experts)
+    return pa.Table.from_pylist(rows, schema=KDE_SCHEMA.with_metadata(metadata))
+
+
+def to_bytes(layers: Mapping[int, LayerNull], n_experts: int | None) -> bytes:
+    """The file as bytes: the same model gives the same bytes."""
+    buffer = io.BytesIO()
+    pq.write_table(
+        to_table(layers, n_experts),
+        buffer,
+        compression="zstd",
+        use_dictionary=False,
+        column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _ARRAYS},
+        write_statistics=False,
+    )
+    return buffer.getvalue()
+
+
+def from_bytes(data: bytes) -> tuple[dict[int, LayerNull], int | None]:
+    """Layers and n_experts of a file.
+
+    Raises:
+        CorruptKde: it is no null model file, or breaks an invariant.
+    """
+    groups: dict[tuple[int, int | None], list[dict[str, Any]]] = {}
+    try:
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            n_experts = _check_schema(file)
+            # one of Arrow's threads would end the process if it let go of `data` at exit
+            table = file.read(use_threads=False)
+        for i in range(table.num_rows):
+            row = {key: _value(table[key][i]) for key in table.column_names}
+            groups.setdefault((row["layer"], row["expert"]), []).append(row)
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is no UTF-8
+        reason = str(error).splitlines()[0][:200]
+        raise CorruptKde(f"not a null model file: {reason}") from error
+    curves: dict[int, list[NullCurve]] = {}
+    for (layer, _), rows in groups.items():
+        try:
+            curves.setdefault(layer, []).append(_curve(rows))
+        except CorruptKde as error:
+            raise CorruptKde(f"layer {layer}: {error}") from error
+    return {i: LayerNull(i, tuple(c)) for i, c in sorted(curves.items())}, n_experts
+
+
+def _check_schema(file: pq.ParquetFile) -> int | None:
+    """Raise CorruptKde unless a file has our columns in a size that can be read; n_experts."""
+    schema: pa.Schema = file.schema_arrow
+    metadata = schema.metadata or {}
+    version = metadata.get(_VERSION, b"").decode("ascii", "replace")
+    if version not in ("", str(KDE_SCHEMA_VERSION)):
+        raise CorruptKde(
+            f"a null model file of version {version[:20]!r}, this bhlog reads "
+            f"{KDE_SCHEMA_VERSION}; read it with the bhlog that wrote it"
+        )
+    if schema.remove_metadata() != KDE_SCHEMA:
+        difference = (
+            schema_difference(schema, KDE_SCHEMA) or "its columns are in another order or kind"
+        )
+        raise CorruptKde(f"not a null model file: {difference}; bhlog kde fit makes one")
+    file.scan_contents()  # raises where looking at the footer's columns would end the process
+    footer = file.metadata
+    if footer.num_rows > _MOST_ROWS:
+        raise CorruptKde(f"claims to hold {footer.num_rows:,} curves")
+    for group in range(footer.num_row_groups):
+        for column in range(footer.num_columns):
+            values = footer.row_group(group).column(column).num_values
+            if not 0 <= values <= _MOST_VALUES // footer.num_row_groups:
+                raise CorruptKde(f"claims to hold {values:,} values in a column")
+    n_experts = metadata.get(_N_EXPERTS)
+    if n_experts is None:
+        return None
+    if not (n_experts.isdigit() and 0 < int(n_experts[:9]) < 1 << 16):
+        raise CorruptKde(f"{_N_EXPERTS.decode()} is no number of experts")
+    return int(n_experts)
+
+
+def _rows(layer: int, curve: NullCurve) -> Iterator[dict[str, Any]]:
+    """Rows of a curve: the one in force, then those of the kept levels."""
+    shared = {
+        "layer": layer,
+        "expert": curve.expert,
+        "kernel": curve.kernel,
+        "rule": curve.rule,
+        "source": list(curve.source),
+    }
+    yield {
+        **shared,
+        "n": curve.n,
+        "left_out": 0,
+        "trim_low": curve.trim_low,
+        "trim_high": curve.trim_high,
+        "bandwidth": curve.bandwidth,
+        "x0": curve.x0,
+        "dx": curve.dx,
+        "tail": curve.tail,
+        **(_histogram_columns(curve.histogram) if curve.histogram else {}),
+    }
+    for trim in sorted(curve.kept):
+        yield {
+            **shared,
+            "n": curve.kept[trim].n,
+            "trim_low": trim.low,
+            "trim_high": trim.high,
+            **_histogram_columns(curve.kept[trim]),
+        }
+
+
+def _histogram_columns(histogram: Histogram) -> dict[str, Any]:
+    return {
+        "left_out": histogram.left_out,
+        "lo": histogram.lo,
+        "bin_width": BIN_WIDTH,
+        "counts": histogram.counts,
+        "spread": histogram.spread,
+    }
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    """A scalar as a Python value, a list of numbers as an array."""
+    if scalar.is_valid and isinstance(scalar, pa.ListScalar):
+        values = scalar.values
+        return tuple(values.to_pylist()) if values.type == pa.string() else values.to_numpy()
+    return scalar.as_py()
+
+
+def _curve(rows: list[dict[str, Any]]) -> NullCurve:
+    """A curve from its rows: exactly one in force, the others kept levels."""
+    in_force = [row for row in rows if row["tail"] is not None]
+    if len(in_force) != 1:
+        raise CorruptKde(f"expected one row with a tail, found {len(in_force)}")
+    row = in_force[0]
+    if row["x0"] is None or row["dx"] is None:
+        raise CorruptKde("a row has a tail but no grid x0, dx")
+    levels = [Trim(level["trim_low"], level["trim_high"]) for level in rows]
+    if len(set(levels)) < len(levels):
+        raise CorruptKde("a trimming level occurs twice")
+    kept: dict[Trim, Histogram] = {}
+    for trim, level in zip(levels, rows, strict=True):
+        if level is not row:
+            histogram = _histogram(level)
+            if histogram is None:
+                raise CorruptKde("a row has neither a tail nor a histogram")
+            kept[trim] = histogram
+    return NullCurve(
+        expert=row["expert"],
+        n=row["n"],
+        x0=row["x0"],
+        dx=row["dx"],
+        tail=row["tail"],
+        histogram=_histogram(row),
+        trim_low=row["trim_low"],
+        trim_high=row["trim_high"],
+        kernel=row["kernel"],
+        bandwidth=row["bandwidth"],
+        rule=row["rule"],
+        source=row["source"],
+        kept=kept,
+    )
+
+
+def _histogram(row: dict[str, Any]) -> Histogram | None:
+    counts, spread, lo = row["counts"], row["spread"], row["lo"]
+    if counts is None:
+        return None
+    if row["bin_width"] != BIN_WIDTH or lo is None:
+        raise CorruptKde(
+            f"histogram has lo={lo}, bin_width={row['bin_width']}; expected {BIN_WIDTH}"
+        )
+    if spread is None or len(spread) != len(counts):
+        raise CorruptKde("histogram needs a spread for each of its counts")
+    if len(counts) and min(counts.min(), spread.min()) < 0:
+        raise CorruptKde("histogram holds a negative count or spread")
+    if not abs(lo) <= LARGEST_LOGIT or lo + len(counts) * BIN_WIDTH > LARGEST_LOGIT + 1:
+        raise CorruptKde(f"histogram from {lo} on holds logits beyond {LARGEST_LOGIT:g}")
+    if counts.sum(dtype=np.float64) >= 2.0**62 or row["left_out"] < 0:
+        raise CorruptKde("histogram counts more logits than can be, or fewer than none")
+    histogram = Histogram(round(lo / BIN_WIDTH), counts, spread, row["left_out"])
+    if histogram.n != row["n"]:
+        raise CorruptKde(f"histogram counts {histogram.n} logits, the row says n = {row['n']}")
+    return histogram

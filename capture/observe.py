@@ -1,0 +1,174 @@
+"""Runs: observe or route a model inside a block, and log it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from bhlog.capture.contract.errors import InvalidOption, RouterLogError, WriterFailed
+from bhlog.capture.contract.manifest import ModelInfo, Routing
+from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.rule import BhOptions, Renormalize
+from bhlog.capture.patch import RouterPatcher
+from bhlog.capture.writing.fitting import KdeFit
+from bhlog.capture.writing.launch import rank
+from bhlog.capture.writing.writer import RunWriter, WriterOptions
+
+
+@contextmanager
+def observe(
+    model: nn.Module,
+    run: str | Path,
+    *,
+    options: WriterOptions | None = None,
+    fit_kde: KdeFit | str | Path | None = None,
+) -> Iterator[RouterPatcher]:
+    """Log a model's own routing into a new run; its outputs stay bit-identical.
+
+    Args:
+        model: a transformers model with routers.
+        run: folder of the run to write.
+        options: how it is written.
+        fit_kde: a null model to fit from what is logged, ready when the block is left; a path
+            stands for KdeFit(path).
+
+    Raises:
+        UnsupportedModel, RunExists, AlreadyPatched, InvalidOption, WriterFailed.
+    """
+    patcher = RouterPatcher(model)
+    patcher.check(Routing(), None)
+    fit = as_fit(fit_kde)
+    writer = new_writer(run, patcher.info, Routing(), options=options, fit=fit)
+    with recording(patcher, Routing(), None, writer, fit):
+        yield patcher
+
+
+@contextmanager
+def route(
+    model: nn.Module,
+    run: str | Path | None = None,
+    *,
+    alpha: float = 0.05,
+    kde: KdeModel | str | Path | None = None,
+    min_k: int = 1,
+    max_k: int | None = None,
+    temperature: float = 1.0,
+    renormalize: Renormalize = "model",
+    p_values: Literal["kde", "empirical"] = "kde",
+    options: WriterOptions | None = None,
+    fit_kde: KdeFit | str | Path | None = None,
+) -> Iterator[RouterPatcher]:
+    """Route a model by BH, and log it into a new run if one is named.
+
+    Args:
+        model: a transformers model with routers.
+        run: folder of the run to write; None logs nothing.
+        alpha, min_k, max_k, temperature, renormalize, p_values: see BhOptions.
+        kde: the null model or its file.
+        options: how the run is written.
+        fit_kde: see observe.
+
+    Raises:
+        InvalidOption, KdeMismatch, UnsupportedModel, RunExists, AlreadyPatched, WriterFailed.
+    """
+    if isinstance(kde, str | Path):
+        kde = KdeModel.load(kde)
+    routing = Routing("bh", BhOptions(alpha, min_k, max_k, temperature, renormalize, p_values))
+    patcher = RouterPatcher(model)
+    patcher.check(routing, kde)
+    writer, fit = None, as_fit(fit_kde)
+    if run is not None:
+        writer = new_writer(run, patcher.info, routing, kde=kde, options=options, fit=fit)
+    elif fit is not None:
+        raise InvalidOption("fit_kde counts what is logged: name a run to log into")
+    with recording(patcher, routing, kde, writer, fit):
+        yield patcher
+
+
+@contextmanager
+def recording(
+    patcher: RouterPatcher,
+    routing: Routing,
+    kde: KdeModel | None,
+    writer: RunWriter | None,
+    fit: KdeFit | None = None,
+) -> Iterator[None]:
+    """Attach a patcher for a block; afterwards nothing is left on the model, and the run is closed.
+
+    An exception inside the block is noted in the manifest and goes on to the caller; rows recorded
+    before it are kept, and a null model is fitted from them.
+    """
+    try:
+        patcher.attach(routing, kde, writer=writer)
+    except BaseException as error:  # it left nothing on the model
+        if writer is not None:
+            _close_quietly(writer, error, fit)
+        raise
+    try:
+        yield
+    except BaseException as error:
+        try:
+            patcher.unpatch()
+        except WriterFailed:
+            pass  # the caller gets its own error; the manifest names the writer's
+        finally:
+            if writer is not None:
+                _close_quietly(writer, error, fit)
+        raise
+    try:
+        patcher.unpatch()
+    finally:
+        if writer is not None:
+            writer.close()
+            if fit is not None:
+                fit.finish(writer)
+
+
+def _close_quietly(writer: RunWriter, error: BaseException, fit: KdeFit | None) -> None:
+    with suppress(WriterFailed):
+        writer.close(error)
+    if fit is not None:
+        with suppress(RouterLogError):
+            fit.finish(writer)
+
+
+def as_fit(fit_kde: KdeFit | str | Path | None) -> KdeFit | None:
+    """A path stands for a fit with the options that `bhlog kde fit` has by default."""
+    return KdeFit(fit_kde) if isinstance(fit_kde, str | Path) else fit_kde
+
+
+def new_writer(
+    run: str | Path,
+    info: ModelInfo,
+    routing: Routing,
+    *,
+    kde: KdeModel | None = None,
+    options: WriterOptions | None = None,
+    extra: dict[str, Any] | None = None,
+    resume: bool = False,
+    fit: KdeFit | None = None,
+) -> RunWriter:
+    """A writer for a run of this process's rank, with the versions at work."""
+    if fit is not None:
+        fit.check(run, info.n_experts)
+    writer = RunWriter(
+        run,
+        info,
+        routing,
+        kde=kde,
+        options=options,
+        versions={name: version(name) for name in ("bhlog", "torch", "transformers")},
+        extra=extra,
+        rank=rank(),
+        resume=resume,
+    )
+    if fit is not None:
+        try:
+            fit.begin(writer)
+        except BaseException as error:
+            writer.close(error)
+            raise
+    return writer
