@@ -1,15 +1,11 @@
 """The log of a run, opened for reading: manifest, null model, and folds over its rows."""
 
 import atexit
-import os
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -42,25 +38,6 @@ if TYPE_CHECKING:
 
     from bhlog.analysis.database.database import Database
     from bhlog.analysis.sweep.profile import Profile
-
-Progress = Callable[[int], None]  # called with the number of rows just read
-
-PIECE_LOGITS = 1 << 18  # read and folded at a time: 1 MiB, which stays in the cache
-
-
-class Accumulator(Protocol):
-    """A fold over record batches: every offline job is one.
-
-    `update` sees batches of one layer each; `merge` adds what another accumulator saw later in the
-    log, so merging in log order gives the same result however the log was split.
-    """
-
-    def update(self, batch: pa.RecordBatch) -> None: ...
-
-    def merge(self, other: Self) -> None: ...
-
-
-A = TypeVar("A", bound=Accumulator)
 
 
 @dataclass(frozen=True)
@@ -307,68 +284,6 @@ class Log:
         for group in self.row_groups(layers):
             yield self.read(group, columns, where)
 
-    def fold(
-        self,
-        make: Callable[[], A],
-        columns: Sequence[str],
-        *,
-        layers: Iterable[int] | None = None,
-        where: str | None = None,
-        whole_groups: bool = False,
-        threads: int | None = None,
-        progress: Progress | None = None,
-    ) -> A:
-        """Run an accumulator over the log on all cores and return it, merged in log order.
-
-        Memory stays flat: a thread holds one piece of a row group at a time, small enough for the
-        cache, and few accumulators wait to be merged.
-
-        Args:
-            make: gives a fresh accumulator; one is made per stretch of the log.
-            columns: what `update` reads; "layer" is always there.
-            layers, where: which rows; see row_groups and read.
-            whole_groups: whether `update` needs the rows of a row group at once, as empirical
-                p-values do.
-            threads: how many work at once; None means one a core.
-        """
-        needed = ["layer", *(name for name in columns if name != "layer")]
-        threads = threads or os.cpu_count() or 1
-        groups = list(self.row_groups(layers))
-        piece = max(1, PIECE_LOGITS // self.n_experts)
-        stopped = threading.Event()
-
-        def work(stretch: Sequence[RowGroup]) -> A:
-            part, name, shard = make(), "", None
-            for group in stretch:
-                if group.shard != name:
-                    name, shard = group.shard, self.open_shard("routing", group.shard)
-                most = group.rows if whole_groups else piece
-                done = 0
-                for batch in self.pieces(group, needed, where, most_rows=most, shard=shard):
-                    if stopped.is_set():
-                        return part
-                    if batch.num_rows:
-                        part.update(batch)
-                    if progress is not None:
-                        progress(min(most, group.rows - done))
-                    done += most
-            return part
-
-        total = make()
-        with ThreadPoolExecutor(threads) as pool:
-            jobs: deque[Future[A]] = deque()
-            try:
-                for stretch in _stretches(groups, 8 * threads):
-                    jobs.append(pool.submit(work, stretch))
-                    if len(jobs) == 2 * threads:
-                        total.merge(jobs.popleft().result())
-                while jobs:
-                    total.merge(jobs.popleft().result())
-            except BaseException:
-                stopped.set()
-                raise
-        return total
-
     @cached_property
     def _database(self) -> "Database":
         from bhlog.analysis.database.database import connect
@@ -545,16 +460,3 @@ def layer_of(batch: pa.RecordBatch) -> int:
     """The layer of a batch of the fold (all its rows have the same)."""
     layer: int = batch.column("layer")[0].as_py()
     return layer
-
-
-def _stretches(groups: list[RowGroup], most: int) -> list[list[RowGroup]]:
-    """Contiguous stretches of about equal rows, at most `most` of them."""
-    total: Any = sum(group.rows for group in groups)
-    parts: list[list[RowGroup]] = []
-    seen = 0
-    for group in groups:
-        if not parts or seen * most >= len(parts) * total:
-            parts.append([])
-        parts[-1].append(group)
-        seen += group.rows
-    return parts

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -9,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from bhlog.analysis.log import Log, Progress, layer_of
+from bhlog.analysis.fold import Progress, Scope, fold
+from bhlog.analysis.log import Log, layer_of
 
 
 class ExpertLoad:
@@ -49,9 +51,8 @@ class ExpertLoad:
 
 def expert_load(log: Log, progress: Progress | None = None) -> ExpertLoad:
     """Count a log's choices in one pass."""
-    return log.fold(
-        lambda: ExpertLoad(log.layers, log.n_experts), ExpertLoad.COLUMNS, progress=progress
-    )
+    counting = partial(ExpertLoad, log.layers, log.n_experts)
+    return fold(log, counting, ExpertLoad.COLUMNS, Scope(progress=progress))
 
 
 @dataclass(frozen=True, eq=False)

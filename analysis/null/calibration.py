@@ -14,8 +14,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.special import betainc
 
-from bhlog.analysis.log import Log, Progress, layer_of, logits_of
-from bhlog.analysis.null.counting import sampled
+from bhlog.analysis.fold import Progress, Scope, fold
+from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.null.histogram import ONE_VALUE, Histogram, HistogramAccumulator, kept
 from bhlog.capture.contract.null.model import KdeModel
@@ -114,27 +114,22 @@ def check(
 
     Args:
         ranks: which order statistics to look at; those above the number of experts are left out.
-        layers, where, threads, progress: which rows, and how they are read; see Log.fold.
+        layers, where, threads, progress: which rows, and how they are read; see Scope.
         sample: share of tokens; see bhlog.analysis.null.fit.fit_kde.
 
     Raises:
         KdeMismatch: the null model does not cover the layers or experts.
         InvalidOption: no rows.
     """
-    if not 0 < sample <= 1:
-        raise InvalidOption(f"sample must be above 0 and at most 1, got {sample}")
     wanted = sorted(log.check_layers(layers))
     E, top_k = log.n_experts, log.manifest.model.top_k
     kde.require(wanted, E)
     ranks = [k for k in ranks if 1 <= k <= E]
-    columns = ["logits"] if sample == 1 else ["logits", "rank", "sequence", "position"]
-    folded = log.fold(
-        lambda: _PValueFold(kde, tuple(ranks), min(top_k, E), sample),
-        columns,
-        layers=wanted,
-        where=where,
-        threads=threads,
-        progress=progress,
+    folded = fold(
+        log,
+        lambda: _PValueFold(kde, tuple(ranks), min(top_k, E)),
+        ["logits"],
+        Scope(wanted, where, sample, threads, progress),
     )
     if not folded.rows:
         raise InvalidOption(
@@ -146,8 +141,8 @@ def check(
 class _PValueFold:
     """Histograms of p-values: by layer and rank in -log2 p, by expert in p itself."""
 
-    def __init__(self, kde: KdeModel, ranks: tuple[int, ...], top_k: int, sample: float) -> None:
-        self.kde, self.ranks, self.top_k, self.sample = kde, ranks, top_k, sample
+    def __init__(self, kde: KdeModel, ranks: tuple[int, ...], top_k: int) -> None:
+        self.kde, self.ranks, self.top_k = kde, ranks, top_k
         self.bits = HistogramAccumulator()
         self.by_rank = HistogramAccumulator(by_expert=True)
         self.by_expert: dict[int, NDArray[np.int64]] = {}
@@ -157,10 +152,6 @@ class _PValueFold:
 
     def update(self, batch: pa.RecordBatch) -> None:
         layer, logits = layer_of(batch), logits_of(batch)
-        if self.sample < 1:
-            logits = logits[sampled(batch, self.sample)]
-        if not len(logits):
-            return
         bits = np.empty(logits.shape, dtype=np.float32)
         ranked = np.empty((len(logits), len(self.ranks)), dtype=np.float32)
         for start in range(0, len(logits), _CHUNK_ROWS):

@@ -8,7 +8,8 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bhlog.analysis.log import Log, Progress, layer_of, logits_of
+from bhlog.analysis.fold import Progress, Scope, fold
+from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.histogram import BIN_WIDTH
 from bhlog.capture.contract.null.model import KdeModel, LayerNull, NullCurve, layer_ranges
@@ -78,7 +79,8 @@ def compare(
         return _MeanExperts((a, b), alpha, n_experts, bounds, layers)
 
     if log is not None:
-        counted = log.fold(counting, ["logits"], layers=layers, threads=threads, progress=progress)
+        scope = Scope(layers, threads=threads, progress=progress)
+        counted = fold(log, counting, ["logits"], scope)
     else:
         counted = counting()
         for layer in layers:

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
+from bhlog.analysis.fold import Progress
 from bhlog.analysis.kernels.patterns import count_patterns
-from bhlog.analysis.log import Log, Progress
+from bhlog.analysis.log import Log
 from bhlog.analysis.null.counting import count_logits
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.null.bandwidth import check_bandwidth, choose_bandwidth
@@ -90,7 +91,7 @@ def fit_kde(
     Args:
         logs: the runs.
         options: kernel, bandwidth, trimming; None for the defaults of FitOptions.
-        layers, where, threads, progress: which rows, and how they are read; see Log.fold.
+        layers, where, threads, progress: which rows, and how they are read; see Scope.
         sample: share of tokens to read, 0 < sample <= 1; a token is in at all layers or at none,
             and the same tokens are in at every call.
 

@@ -6,7 +6,8 @@ from typing import Self
 import polars as pl
 import pyarrow as pa
 
-from bhlog.analysis.log import Log, Progress, layer_of
+from bhlog.analysis.fold import Progress, Scope, fold
+from bhlog.analysis.log import Log, layer_of
 from bhlog.analysis.replay.blocks import Blocks, no_rows
 from bhlog.analysis.replay.families import Policy, parse_policy
 from bhlog.analysis.replay.match import default_bounds, match_experts
@@ -38,7 +39,7 @@ def compare(
             bhlog.analysis.replay.match.match_experts. Texts may then leave the value out: "bh".
         min_k, max_k: bounds of policies that have none of their own; None takes the run's, or 1
             and all experts.
-        layers, where: which rows; see Log.fold.
+        layers, where: which rows; see Scope.
 
     Returns:
         One row per policy and layer, and one per policy over all layers (layer null): policy (its
@@ -64,14 +65,12 @@ def compare(
     bounds = [policy.bounds(log.n_experts, min_k, max_k) for policy in wanted]
     blocks = Blocks(log, wanted, kde, where)
     top_k = log.manifest.model.top_k
-    total = log.fold(
+    total = fold(
+        log,
         lambda: _Summaries(blocks, wanted, bounds, top_k),
         COLUMNS,
-        layers=layers,
-        where=where,
+        Scope(layers, where, threads=threads, progress=progress),
         whole_groups=blocks.empirical,
-        threads=threads,
-        progress=progress,
     )
     if not total.layers:
         raise InvalidOption(no_rows(log, where))

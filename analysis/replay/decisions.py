@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from bhlog.analysis.log import Log, Progress
+from bhlog.analysis.fold import Progress
+from bhlog.analysis.log import Log
 from bhlog.analysis.replay.replay import COLUMNS, Replay, Replayed
 from bhlog.capture.contract.errors import InvalidOption, RouterLogError, RunExists
 from bhlog.capture.contract.files import open_part, seal, sync_folder

@@ -7,7 +7,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from bhlog.analysis.log import PIECE_LOGITS, Log, Progress
+from bhlog.analysis.fold import PIECE_LOGITS, Progress
+from bhlog.analysis.log import Log
 from bhlog.analysis.replay.replay import COLUMNS, Replay
 from bhlog.capture.contract.errors import InvalidOption
 

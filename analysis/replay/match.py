@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bhlog.analysis.log import Log, Progress
+from bhlog.analysis.fold import Progress, Scope, fold
+from bhlog.analysis.log import Log
 from bhlog.analysis.replay.blocks import Blocks, Sample, draw_sample, no_rows
 from bhlog.analysis.replay.families import Policy
 from bhlog.analysis.replay.replay import COLUMNS
@@ -65,13 +66,12 @@ def match_experts(
         wanted = [search.candidates() for search in searches]
         if not any(wanted):
             break
-        counted = log.fold(
+        counted = fold(
+            log,
             partial(_Totals, blocks, [c for part in wanted for c in part]),
             COLUMNS,
-            layers=layers,
-            where=where,
+            Scope(layers, where, progress=progress),
             whole_groups=blocks.empirical,
-            progress=progress,
         )
         means = iter(counted.totals / counted.rows)
         for search, part in zip(searches, wanted, strict=True):

@@ -10,7 +10,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from bhlog.analysis.condition import condition_columns
-from bhlog.analysis.log import Log, Progress, layer_of, logits_of
+from bhlog.analysis.fold import Progress, Scope, fold
+from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.analysis.replay.ranked import RankedRows, block_rows
 from bhlog.analysis.replay.summary import LayerSummary, summary_frame
 from bhlog.capture.contract.errors import InvalidOption
@@ -68,7 +69,7 @@ class Replay:
         log: the run to replay.
         settings: BH options, one for each replay; all with the same p_values.
         kde: null model; None takes the run's own, or empirical p-values if the settings say so.
-        where: which rows it will get; see Log.fold.
+        where: which rows it will get; see Scope.
 
     Attributes:
         columns: what it reads of a log.
@@ -242,7 +243,7 @@ def replay(
     Args:
         settings: see settings_of.
         kde: null model; None takes the run's own.
-        layers, where: which rows; see Log.fold.
+        layers, where: which rows; see Scope.
 
     Returns:
         One row per setting and layer, and one per setting over all layers (layer null); columns as
@@ -253,14 +254,12 @@ def replay(
     """
     rule = Replay(log, settings, kde, where=where)
     top_k = log.manifest.model.top_k
-    total = log.fold(
+    total = fold(
+        log,
         lambda: _Summaries(rule, top_k),
         rule.columns,
-        layers=layers,
-        where=where,
+        Scope(layers, where, threads=threads, progress=progress),
         whole_groups=rule.empirical,
-        threads=threads,
-        progress=progress,
     )
     if not total.layers:
         raise InvalidOption(f"{log.path}: no rows to replay" + (f" where {where}" if where else ""))

@@ -18,7 +18,8 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bhlog.analysis.log import Log, Progress, layer_of, logits_of
+from bhlog.analysis.fold import Progress, Scope, fold
+from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.analysis.sweep.budget import share_budget
 from bhlog.analysis.sweep.critical import MOST_ALPHAS, ONE, Counted, CriticalAlphas
 from bhlog.capture.contract.errors import CorruptProfile, InvalidOption, KdeMismatch
@@ -329,7 +330,7 @@ def profile_log(
     Args:
         alphas: the grid.
         kept: whether to count the probability kept too, for probability_kept and alphas_for.
-        layers, where, threads, progress: which rows, and how they are read; see Log.fold.
+        layers, where, threads, progress: which rows, and how they are read; see Scope.
 
     Raises:
         KdeMismatch: no null model, one for other layers, or one with a curve per expert.
@@ -351,13 +352,11 @@ def profile_log(
         return CriticalAlphas(np.ascontiguousarray(thresholds.T))
 
     total = _Total()
-    log.fold(
+    fold(
+        log,
         lambda: _Counts(total, critical, kept),
         ("layer", "logits"),
-        layers=layers,
-        where=where,
-        threads=threads,
-        progress=progress,
+        Scope(layers, where, threads=threads, progress=progress),
     )
     if not total.layers:
         raise InvalidOption(f"{log.path}: no rows to count" + (f" where {where}" if where else ""))

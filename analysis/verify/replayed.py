@@ -7,7 +7,8 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bhlog.analysis.log import Log, Progress, layer_of, logits_of
+from bhlog.analysis.fold import Progress, Scope, fold
+from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.analysis.replay.replay import COLUMNS, Replay, padded_experts
 from bhlog.capture.contract.rule import finite_keys
 
@@ -27,11 +28,12 @@ def verify_replay(log: Log, progress: Progress | None = None) -> pl.DataFrame:
     """
     options = log.manifest.routing.options
     rule = None if options is None else Replay(log, [options])
-    total = log.fold(
+    total = fold(
+        log,
         lambda: _Comparison(rule, log.manifest.model.top_k),
         ("layer", "sequence", "position", *COLUMNS[1:], "n_selected", "n_rejected"),
+        Scope(progress=progress),
         whole_groups=rule is not None and rule.empirical,
-        progress=progress,
     )
     rows = [
         {"layer": layer, "rows": n, "mismatches": wrong, "first": first}

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bhlog.analysis.log import Log, Progress
+from bhlog.analysis.fold import Progress
+from bhlog.analysis.log import Log
 from bhlog.analysis.verify.identity import Identity, identity_of
 from bhlog.analysis.verify.replayed import verify_replay
 from bhlog.analysis.verify.rows import expert_problems

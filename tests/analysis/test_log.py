@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import bhlog.analysis.log as module
+import bhlog.analysis.fold as module
 from bhlog.analysis.cli import main
+from bhlog.analysis.fold import Scope, fold
 from bhlog.analysis.log import layer_of, logits_of, open_log
 from bhlog.capture.contract.errors import CorruptShard, InvalidOption, KdeMismatch
 from bhlog.capture.contract.manifest import Manifest
@@ -57,7 +58,7 @@ def in_order(run, columns=("layer", "sequence", "position", "logits", "phase")):
 @pytest.mark.parametrize("piece", [8, 8 * 7, 8 * 1000])
 def test_a_fold_shows_every_row_once_in_log_order(run, monkeypatch, threads, piece):
     monkeypatch.setattr(module, "PIECE_LOGITS", piece)
-    seen = open_log(run).fold(Seen, COLUMNS, threads=threads)
+    seen = fold(open_log(run), Seen, COLUMNS, Scope(threads=threads))
     logged = in_order(run)
     assert seen.rows == [{name: row[name] for name in seen.rows[0]} for row in logged]
     logits = np.array([row["logits"] for row in logged], np.float32)
@@ -67,20 +68,20 @@ def test_a_fold_shows_every_row_once_in_log_order(run, monkeypatch, threads, pie
 
 def test_whole_groups_come_whole(run, monkeypatch):
     monkeypatch.setattr(module, "PIECE_LOGITS", 8)
-    seen = open_log(run).fold(Seen, COLUMNS, whole_groups=True)
+    seen = fold(open_log(run), Seen, COLUMNS, whole_groups=True)
     assert seen.batches == [(layer, 20) for _ in range(3) for layer in LAYERS]
 
 
 def test_layers_and_a_condition_choose_rows(run):
     log = open_log(run)
-    seen = log.fold(Seen, COLUMNS, layers=[4, 1], where="phase = 'decode' AND sequence > 2")
+    seen = fold(log, Seen, COLUMNS, Scope([4, 1], "phase = 'decode' AND sequence > 2"))
     expected = [
         row
         for row in in_order(run)
         if row["layer"] in (1, 4) and row["phase"] == "decode" and row["sequence"] > 2
     ]
     assert seen.rows == [{name: row[name] for name in seen.rows[0]} for row in expected]
-    assert log.fold(Seen, COLUMNS, where="position > 100").rows == []
+    assert fold(log, Seen, COLUMNS, Scope(where="position > 100")).rows == []
 
 
 @pytest.mark.parametrize(
@@ -95,20 +96,20 @@ def test_layers_and_a_condition_choose_rows(run):
 )
 def test_rows_that_cannot_be_chosen_say_why(run, options, message):
     with pytest.raises(InvalidOption, match=message):
-        open_log(run).fold(Seen, COLUMNS, **options)
+        fold(open_log(run), Seen, COLUMNS, Scope(**options))
 
 
 def test_progress_adds_up_to_the_rows(run, monkeypatch):
     monkeypatch.setattr(module, "PIECE_LOGITS", 8 * 7)
     done = []
-    open_log(run).fold(Seen, COLUMNS, progress=done.append, threads=2)
+    fold(open_log(run), Seen, COLUMNS, Scope(threads=2, progress=done.append))
     assert sum(done) == 180
 
 
 def test_a_sampled_run_is_read_as_it_is(run):
     manifest = Manifest.from_json((run / "run.json").read_text(), "run.json")
     dataclasses.replace(manifest, sample_every=3).write(run)
-    assert len(open_log(run).fold(Seen, COLUMNS).rows) == 180
+    assert len(fold(open_log(run), Seen, COLUMNS).rows) == 180
     frame = open_log(run).replay(0.3)
     assert frame["logged_jaccard"].to_list() == [1.0] * 4
 
@@ -142,7 +143,7 @@ def test_a_damaged_shard_is_named(run, message):
     DAMAGE[message](run / "routing" / "rank00000-00001.parquet")
     for threads in (1, 3):
         with pytest.raises(CorruptShard, match=message):
-            open_log(run).fold(Seen, COLUMNS, threads=threads)
+            fold(open_log(run), Seen, COLUMNS, Scope(threads=threads))
 
 
 def test_an_error_stops_the_other_threads(run, monkeypatch):
@@ -158,7 +159,7 @@ def test_an_error_stops_the_other_threads(run, monkeypatch):
             time.sleep(0.002)
 
     with pytest.raises(InvalidOption, match="third"):
-        open_log(run).fold(Failing, COLUMNS, threads=2)
+        fold(open_log(run), Failing, COLUMNS, Scope(threads=2))
     assert len(updates) < 60  # of 180 pieces
 
 
@@ -174,7 +175,7 @@ def test_few_accumulators_are_alive_at_once(run, monkeypatch):
         def __del__(self):
             alive[0] -= 1
 
-    open_log(run).fold(Counting, COLUMNS, threads=1)  # 8 stretches
+    fold(open_log(run), Counting, COLUMNS, Scope(threads=1))  # 8 stretches
     assert most[0] <= 5
 
 

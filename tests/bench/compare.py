@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from bhlog.analysis.fold import Scope, fold
 from bhlog.analysis.log import Log, open_log
 from bhlog.analysis.null.fit import fit_kde
 from bhlog.analysis.replay.compare import compare
@@ -85,7 +86,7 @@ def measure(folder: Path, rows: int, cdfs: Any, threads: int, repeats: int) -> d
     open_policies = [parse_policy(name, open_value=True) for name in families()]
     policies = match_experts(log, open_policies, EXPERTS, kde=kde)
     works: dict[str, Callable[[], Any]] = {
-        "read logits": lambda: log.fold(Reading, ["logits"], threads=threads),
+        "read logits": lambda: fold(log, Reading, ["logits"], Scope(threads=threads)),
         "match": lambda: match_experts(log, open_policies, EXPERTS, kde=kde),
         "all": lambda: compare(log, policies, kde=kde, threads=threads),
     }

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 from scipy.stats import gaussian_kde
 
+from bhlog.analysis.fold import Scope, fold
 from bhlog.analysis.kernels.patterns import count_patterns
 from bhlog.analysis.log import Log, open_log
 from bhlog.analysis.null.counting import count_logits
@@ -165,7 +166,7 @@ def from_log(log: Log, threads: int) -> dict[str, Any]:
     model = fit_histograms(histograms, options, source=["bench"])
     times = least(
         {
-            "read": lambda: log.fold(Reading, ["logits"], threads=threads),
+            "read": lambda: fold(log, Reading, ["logits"], Scope(threads=threads)),
             "count": lambda: count(options),
             "fit": lambda: fit_histograms(count(options).histograms(), options, source=["bench"]),
             "fit_trimmed": lambda: fit_histograms(

@@ -6,8 +6,8 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import ndtr
 from scipy.stats import norm
 
+from bhlog.analysis.fold import sampled
 from bhlog.analysis.log import logits_of, open_log
-from bhlog.analysis.null.counting import sampled
 from bhlog.analysis.null.fit import MOST_LAYER_POINTS, FitOptions, fit_histograms, fit_kde
 from bhlog.analysis.null.refit import merge, refit
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch

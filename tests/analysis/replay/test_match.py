@@ -76,7 +76,7 @@ def test_a_log_larger_than_the_sample_is_brought_to_the_budget(log, small_sample
 
 
 def test_a_log_that_fits_the_sample_needs_no_pass(log, monkeypatch):
-    monkeypatch.setattr(log, "fold", None)
+    monkeypatch.setattr(match, "fold", None)
     policies = match_experts(log, every_family(), 2.2)
     monkeypatch.undo()
     assert reached(log, policies, 2.2)

@@ -1,0 +1,173 @@
+"""Fold: how every offline job that does not need the log's order goes over a log."""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, Self, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from bhlog.analysis.log import Log, RowGroup
+from bhlog.capture.contract.errors import InvalidOption
+
+Progress = Callable[[int], None]  # called with the number of rows just read
+
+PIECE_LOGITS = 1 << 18  # read and folded at a time: 1 MiB, which stays in the cache
+_OF_A_TOKEN = ("rank", "sequence", "position")
+
+
+class Accumulator(Protocol):
+    """A fold over record batches: every offline job is one.
+
+    `update` sees batches of one layer each; `merge` adds what another accumulator saw later in the
+    log, so merging in log order gives the same result however the log was split. It pickles.
+    """
+
+    def update(self, batch: pa.RecordBatch) -> None: ...
+
+    def merge(self, other: Self) -> None: ...
+
+
+A = TypeVar("A", bound=Accumulator)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which rows of a log a job reads, and how.
+
+    Attributes:
+        layers: only these; None means all.
+        where: only rows that match this condition in SQL, such as "phase = 'decode'".
+        sample: share of the tokens, 0 < sample <= 1; a token is in at all layers or at none, and
+            the same tokens are in each time.
+        threads: how many work at once; None means one a core.
+        progress: called with the number of rows just read.
+    """
+
+    layers: Iterable[int] | None = None
+    where: str | None = None
+    sample: float = 1.0
+    threads: int | None = None
+    progress: Progress | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+        if not 0 < self.sample <= 1:
+            raise InvalidOption(f"sample must be above 0 and at most 1, got {self.sample}")
+        if self.threads is not None and self.threads < 1:
+            raise InvalidOption(f"threads must be at least 1, got {self.threads}")
+
+    @property
+    def words(self) -> str:
+        """What narrows the rows, as the end of a sentence: " where phase = 'decode'"."""
+        words = "" if self.where is None else f" where {self.where}"
+        return words + (f" at sample {self.sample:g}" if self.sample < 1 else "")
+
+    def but(self, **changes: Any) -> "Scope":
+        """The same with other values."""
+        return replace(self, **changes)
+
+
+WHOLE = Scope()
+
+
+def fold(
+    log: Log,
+    make: Callable[[], A],
+    columns: Sequence[str],
+    scope: Scope = WHOLE,
+    *,
+    whole_groups: bool = False,
+) -> A:
+    """Run an accumulator over a log on all cores and return it, merged in log order.
+
+    Memory stays flat: a thread holds one piece of a row group at a time, small enough for the
+    cache, and few accumulators wait to be merged.
+
+    Args:
+        make: gives a fresh accumulator; one is made per stretch of the log.
+        columns: what `update` reads; "layer" is always there.
+        scope: which rows, and how they are read.
+        whole_groups: whether `update` needs the rows of a row group at once, as empirical p-values
+            do.
+    """
+    needed = ["layer", *(name for name in columns if name != "layer")]
+    if scope.sample < 1:
+        needed += [name for name in _OF_A_TOKEN if name not in needed]
+    threads = scope.threads or os.cpu_count() or 1
+    groups = list(log.row_groups(scope.layers))
+    piece = max(1, PIECE_LOGITS // log.n_experts)
+    stopped = threading.Event()
+
+    def work(stretch: Sequence[RowGroup]) -> A:
+        part, name, shard = make(), "", None
+        for group in stretch:
+            if group.shard != name:
+                name, shard = group.shard, log.open_shard("routing", group.shard)
+            most = group.rows if whole_groups else piece
+            done = 0
+            for batch in log.pieces(group, needed, scope.where, most_rows=most, shard=shard):
+                if stopped.is_set():
+                    return part
+                if scope.sample < 1:
+                    batch = batch.filter(pa.array(sampled(batch, scope.sample)))
+                if batch.num_rows:
+                    part.update(batch)
+                if scope.progress is not None:
+                    scope.progress(min(most, group.rows - done))
+                done += most
+        return part
+
+    total = make()
+    with ThreadPoolExecutor(threads) as pool:
+        jobs: deque[Future[A]] = deque()
+        try:
+            for stretch in _stretches(groups, 8 * threads):
+                jobs.append(pool.submit(work, stretch))
+                if len(jobs) == 2 * threads:
+                    total.merge(jobs.popleft().result())
+            while jobs:
+                total.merge(jobs.popleft().result())
+        except BaseException:
+            stopped.set()
+            raise
+    return total
+
+
+def sampled(batch: pa.RecordBatch, share: float) -> NDArray[np.bool_]:
+    """(T,) bool: rows of the tokens in a sample, decided by (rank, sequence, position) alone.
+
+    Reference:
+        Steele, Lea and Flood (2014), OOPSLA: the finalizer of SplitMix64.
+    """
+    rank, sequence, position = (
+        batch.column(name).to_numpy().astype(np.uint64) for name in ("rank", "sequence", "position")
+    )
+    mixed = np.zeros(len(rank), dtype=np.uint64)
+    for part in (rank, sequence, position):
+        mixed = (mixed ^ part) + np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+    uniform = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    chosen: NDArray[np.bool_] = uniform < share
+    return chosen
+
+
+def _stretches(groups: list[RowGroup], most: int) -> list[list[RowGroup]]:
+    """Contiguous stretches of about equal rows, at most `most` of them."""
+    total: Any = sum(group.rows for group in groups)
+    parts: list[list[RowGroup]] = []
+    seen = 0
+    for group in groups:
+        if not parts or seen * most >= len(parts) * total:
+            parts.append([])
+        parts[-1].append(group)
+        seen += group.rows
+    return parts
