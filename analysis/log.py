@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -27,10 +27,10 @@ from bhlog.capture.contract.manifest import MANIFEST_NAME, Manifest, merge_manif
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import Renormalize
 from bhlog.capture.contract.schema import (
+    COLUMNS,
     SHARD_NAME,
-    routing_schema,
     schema_difference,
-    tokens_schema,
+    shard_schema,
 )
 
 if TYPE_CHECKING:
@@ -98,6 +98,24 @@ class Log:
     def layers(self) -> tuple[int, ...]:
         """Decoder layers with a router, rising."""
         return self.manifest.model.layers
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the run logged logits, not decisions alone."""
+        return self.manifest.logits
+
+    def require_logits(self) -> None:
+        """Raise InvalidOption if the run has no logits."""
+        if not self.has_logits:
+            raise InvalidOption(
+                f"{self.path} has no logits, only the experts that were chosen: replays, sweeps, "
+                "null models and their checks need a run with logits"
+            )
+
+    def schema(self, folder: str) -> pa.Schema:
+        """Columns of the run's shards in `routing` or `tokens`: those of its own version."""
+        version = self.manifest.schema_version
+        return shard_schema(folder, self.n_experts, version, logits=self.has_logits)
 
     @cached_property
     def shards(self) -> tuple[str, ...]:
@@ -182,8 +200,7 @@ class Log:
                 "only when complete, so this copy is probably cut short: compare its size with "
                 "the original, or move it away to read the rest."
             ) from error
-        expected = routing_schema(self.n_experts) if folder == "routing" else tokens_schema()
-        difference = schema_difference(shard.schema_arrow, expected)
+        difference = schema_difference(shard.schema_arrow, self.schema(folder))
         if difference:
             raise CorruptShard(f"{where}: {difference}")
         return shard
@@ -228,12 +245,15 @@ class Log:
     ) -> pa.RecordBatch:
         """Columns of one row group, the rows that match `where`, as one record batch.
 
+        Columns that are newer than the run hold nulls.
+
         Args:
             where: a condition on columns in SQL, such as "phase = 'decode' AND position < 100".
             shard: the group's shard, if it is open already.
 
         Raises:
             CorruptShard: its pages cannot be decoded.
+            InvalidOption: `logits` of a run without them.
         """
         pieces = self.pieces(group, columns, where, most_rows=group.rows, shard=shard)
         table = pa.Table.from_batches(pieces).combine_chunks()
@@ -256,8 +276,11 @@ class Log:
         needed = list(columns)
         if where is not None:
             needed += [name for name in condition_columns(where) if name not in needed]
+        if "logits" in needed:
+            self.require_logits()
         shard = shard or self.open_shard("routing", group.shard)
-        read = shard.iter_batches(max(1, most_rows), [group.index], needed, use_threads=False)
+        there = [name for name in needed if name in self.schema("routing").names]
+        read = shard.iter_batches(max(1, most_rows), [group.index], there, use_threads=False)
         while True:
             try:
                 batch = next(read, None)
@@ -269,6 +292,8 @@ class Log:
                 ) from error
             if batch is None:
                 return
+            if len(there) < len(needed):
+                batch = _filled(batch, "routing", needed)
             if where is not None:
                 batch = batch.filter(matches(batch, where)).select(list(columns))
             yield batch
@@ -373,26 +398,29 @@ class Log:
 
     def tokens(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Token rows of all shards, in order of rank, shard and row."""
-        names = list(columns) if columns is not None else tokens_schema().names
+        schema = shard_schema("tokens", self.n_experts)
+        names = list(columns) if columns is not None else schema.names
         tables = [self.read_tokens(name, names) for name in self.token_shards]
-        empty = pa.schema([tokens_schema().field(name) for name in names]).empty_table()
+        empty = pa.schema([schema.field(name) for name in names]).empty_table()
         return pa.concat_tables([empty, *tables]).unify_dictionaries()
 
     def read_tokens(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Rows of one tokens shard; None reads all columns.
+        """Rows of one tokens shard; None reads all columns. Newer ones than the run hold nulls.
 
         Raises:
             CorruptShard: its pages cannot be decoded.
         """
         shard = self.open_shard("tokens", name)
+        names = [column.name for column in COLUMNS["tokens"]] if columns is None else list(columns)
+        there = [name for name in names if name in self.schema("tokens").names]
         try:
-            table: pa.Table = shard.read(columns=None if columns is None else list(columns))
+            table: pa.Table = shard.read(columns=there)
         except (pa.ArrowException, OSError) as error:
             raise CorruptShard(
                 f"{self.path}/tokens/{name}: cannot be read ({str(error).splitlines()[0]}); "
                 "restore the file, or move it away to read the rest"
             ) from error
-        return table
+        return table if len(there) == len(names) else _filled(table, "tokens", names)
 
     def _read_manifest(self) -> Manifest:
         info = self._fs.get_file_info(self._root)
@@ -446,6 +474,17 @@ def open_log(path: str | Path) -> Log:
 
 def _loaded(kde: KdeModel | str | Path | None) -> KdeModel | None:
     return KdeModel.load(kde) if isinstance(kde, str | Path) else kde
+
+
+Rows = TypeVar("Rows", pa.RecordBatch, pa.Table)
+
+
+def _filled(rows: Rows, folder: str, names: list[str]) -> Rows:
+    """These columns of rows, with nulls in those that are newer than their run."""
+    for column in COLUMNS[folder]:
+        if column.name in names and column.name not in rows.schema.names:
+            rows = rows.append_column(column.field(0), pa.nulls(len(rows), column.type))
+    return rows.select(names)
 
 
 def logits_of(batch: pa.RecordBatch) -> NDArray[np.float32]:

@@ -137,7 +137,7 @@ class RouterPatcher:
     def name_sources(self, sources: Sequence[str]) -> None:
         """Say where the rows of the next forward's new sequences come from."""
         if self.tracker is not None:
-            self.tracker.next_sources = tuple(sources)
+            self.tracker.next_texts["source"] = tuple(sources)
 
     def unpatch(self) -> None:
         """Remove every hook and restore every flag; rows still on the device go to the writer.

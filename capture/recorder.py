@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bhlog.capture.contract.errors import UnknownIdentity
 from bhlog.capture.routers.routing import finite_keys
 from bhlog.capture.tokens.loss import token_loss
 from bhlog.capture.tokens.stream import Forward, Stream
-from bhlog.capture.writing.buffer import BY_LAYER
+from bhlog.capture.writing.buffer import BY_LAYER, TEXT_COLUMNS, Block, Texts
 from bhlog.capture.writing.stage import Stage
-from bhlog.capture.writing.writer import Block, RunWriter
+from bhlog.capture.writing.writer import RunWriter
 
 _BULK_ROWS = 2048  # small forwards (decoding) leave the device together, this many rows at once
 
@@ -175,9 +176,6 @@ class Recorder:
         widths = np.repeat(
             [f.keep.shape[1] for f in forwards], [len(f.sequences) for f in forwards]
         )
-        named = [source for forward in forwards for source in forward.sources]
-        names = sorted(set(named) - {""})
-        codes = [names.index(name) if name else -1 for name in named]
         self.writer.submit(
             Block(
                 staged=self._stage.copy(tensors),
@@ -185,11 +183,26 @@ class Recorder:
                 sequence=np.repeat(sequences, widths),
                 forward=np.repeat(np.array([f.number for f in forwards], dtype=np.uint32), rows),
                 phase=np.repeat(np.array([f.phase for f in forwards], dtype=np.int8), rows),
-                source=np.repeat(np.array(codes, dtype=np.int32), widths),
-                sources=tuple(names),
+                texts={column: _texts(column, forwards, widths) for column in TEXT_COLUMNS},
                 rejected=sum(record.rejected for record in records),
             )
         )
+
+
+def _texts(column: str, forwards: list[Forward], widths: NDArray[np.int64]) -> Texts:
+    """What the rows of these forwards have in a text column.
+
+    Args:
+        widths: columns of each sequence, forward after forward.
+    """
+    named = [
+        name
+        for forward in forwards
+        for name in forward.texts.get(column, ("",) * len(forward.sequences))
+    ]
+    code = {name: i for i, name in enumerate(sorted(set(named) - {""}))}
+    codes = np.array([code.get(name, -1) for name in named], dtype=np.int32)
+    return Texts(np.repeat(codes, widths), tuple(code))
 
 
 def _stack(by_layer: dict[int, dict[str, Tensor]], layers: tuple[int, ...]) -> dict[str, Tensor]:

@@ -1,10 +1,12 @@
 """Runs made without a model: real files with chosen logits, for tests and benchmarks."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from bhlog.capture.contract.files import write_shard
@@ -260,4 +262,18 @@ def write_run(
             ),
             shards=mine,
         ).write(folder, rank)
+    return folder
+
+
+def without_logits(folder: Path) -> Path:
+    """Rewrite a run of one rank as one that holds decisions alone."""
+    manifest = Manifest.from_json((folder / "run.json").read_bytes(), "run.json")
+    entries = []
+    for entry in manifest.shards:
+        path = folder / "routing" / entry.name
+        with pq.ParquetFile(path) as shard:
+            groups = [shard.read_row_group(i).drop(["logits"]) for i in range(shard.num_row_groups)]
+        size = write_shard(path, groups) + (folder / "tokens" / entry.name).stat().st_size
+        entries.append(replace(entry, bytes=size))
+    replace(manifest, shards=tuple(entries), logits=False).write(folder)
     return folder

@@ -1,5 +1,7 @@
 """What the views and their columns mean, in words: their comments in DuckDB."""
 
+from bhlog.capture.contract.schema import COLUMNS
+
 VIEWS = {
     "routing": "a row per token and layer",
     "selections": "a row per selected expert",
@@ -11,27 +13,13 @@ VIEWS = {
 }
 
 # What a column means by its name alone, or as view.column where it differs.
-_MEANINGS = {
+_MEANINGS = {column.name: column.meaning for columns in COLUMNS.values() for column in columns} | {
     "run": "name of the run, which tells opened runs apart",
-    "layer": "decoder layer, from 0",
-    "sequence": "number of the text in its process, from 0",
-    "position": "place in the sequence, from 0, padding not counted",
-    "token_id": "id that went in; NULL where ids were withheld",
-    "phase": "prefill or decode",
-    "forward": "number of the forward pass in its process",
-    "logits": "router output before softmax, a value per expert",
-    "experts": "selected experts, by falling logit",
-    "weights": "weight of each selected expert",
-    "n_selected": "experts selected: n_rejected within min_k and max_k",
-    "n_rejected": "experts that BH rejects, before the bounds; NULL under native routing",
-    "rank": "process that logged the row",
     "k": "place among the token's selected experts, from 1",
     "expert": "expert, from 0",
     "weight": "weight that the expert's output is multiplied by",
     "logit": "the expert's logit",
     "p_value": "its p-value under the null model; NULL without one",
-    "nll": "loss of this token given those before it, in nats; NULL where unknown",
-    "source": "file or data set that the text came from",
     "path": "folder or URI of the run",
     "run_id": "32 hex digits, unique to the run",
     "created": "UTC time at which the run was opened",

@@ -163,10 +163,31 @@ def _create_rows(
         paths = list(files.listing(name, folder))
         if paths:
             log.open_shard(folder, paths[0].rpartition("/")[2])
-            relations.append(_read(connection, paths, schema.names, run=name))
+            there = _read(connection, paths, log.schema(folder).names, run=name)
+            relations.append(_with_nulls(connection, there, schema))
     if not relations:
         relations = [_empty(connection, pa.schema([pa.field("run", pa.string()), *schema]))]
     _union(relations).create_view(folder)
+
+
+def _with_nulls(
+    connection: duckdb.DuckDBPyConnection, rows: duckdb.DuckDBPyRelation, schema: pa.Schema
+) -> duckdb.DuckDBPyRelation:
+    """The run's name and the schema's columns, NULL in those that the run has not."""
+    missing = [name for name in schema.names if name not in rows.columns]
+    if not missing:
+        return rows
+    empty = _empty(connection, schema)
+    types = dict(zip(empty.columns, empty.types, strict=True))
+    return rows.select(
+        duckdb.ColumnExpression("run"),
+        *(
+            duckdb.ConstantExpression(None).cast(types[name]).alias(name)
+            if name in missing
+            else duckdb.ColumnExpression(name)
+            for name in schema.names
+        ),
+    )
 
 
 def _create_table(connection: duckdb.DuckDBPyConnection, name: str, table: pa.Table) -> None:

@@ -16,7 +16,7 @@ from bhlog.analysis.verify.replayed import verify_replay
 from bhlog.analysis.verify.rows import expert_problems
 from bhlog.capture.contract.errors import CorruptKde, CorruptShard, InvalidOption, KdeMismatch
 from bhlog.capture.contract.manifest import MANIFEST_NAME, manifest_name
-from bhlog.capture.contract.schema import SCHEMA_VERSION, SHARD_NAME, routing_schema, tokens_schema
+from bhlog.capture.contract.schema import SHARD_NAME, routing_schema, tokens_schema
 
 FOLDERS = ("routing", "tokens")
 _KNOWN_FOLDERS = (*FOLDERS, "figures", "replay")
@@ -338,8 +338,9 @@ class _Pair:
         if extra:
             self.remarks.append(f"columns that the schema does not have: {', '.join(extra)}")
         version = (found.metadata or {}).get(b"bhlog.schema_version", b"none").decode()
-        if version != str(SCHEMA_VERSION):
-            detail = f"schema version {version}, expected {SCHEMA_VERSION}"
+        expected_version = self.log.manifest.schema_version
+        if version != str(expected_version):
+            detail = f"schema version {version}, expected {expected_version}"
             self.problems.append(("shards", detail))
 
     def _check_identity(

@@ -21,6 +21,10 @@ class CorruptManifest(RouterLogError):
     """run.json cannot be read as a manifest of a known schema version."""
 
 
+class NewerLog(CorruptManifest):
+    """A newer major version of bhlog wrote the run."""
+
+
 class CorruptShard(RouterLogError):
     """A shard is cut short, unreadable, or has other columns than its schema version says."""
 
@@ -67,3 +71,8 @@ class EmptyText(RouterLogError):
 
 class MissingExtra(RouterLogError, ImportError):
     """A command needs packages of an extra that is not installed."""
+
+
+def one_line(text: str, most: int = 300) -> str:
+    """A stranger's or a library's text, fit for an error message: escaped, and not too long."""
+    return repr(text[:most])[1:-1]

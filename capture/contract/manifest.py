@@ -3,15 +3,25 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from bhlog.capture.contract.errors import CorruptManifest, RouterLogError
+import msgspec
+from msgspec import Meta
+
+from bhlog.capture.contract.errors import CorruptManifest, NewerLog, RouterLogError, one_line
 from bhlog.capture.contract.files import whole_file
 from bhlog.capture.contract.rule import BhOptions
-from bhlog.capture.contract.schema import SCHEMA_VERSION, SHARD_NAME
+from bhlog.capture.contract.schema import MAJOR_VERSION, SCHEMA_VERSION, SHARD_NAME
 
 MANIFEST_NAME = "run.json"
+MOST_MANIFEST_BYTES = 1 << 26
+
+Count = Annotated[int, Meta(ge=0, lt=1 << 53)]  # sums of many ranks fit 64 bits
+Layer = Annotated[int, Meta(ge=0, lt=1 << 16)]
+Experts = Annotated[int, Meta(ge=1, lt=1 << 16)]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
@@ -34,9 +44,9 @@ class ModelInfo:
     name: str
     class_name: str
     revision: str | None
-    layers: tuple[int, ...]
-    n_experts: int
-    top_k: int
+    layers: Annotated[tuple[Layer, ...], Meta(min_length=1)]
+    n_experts: Experts
+    top_k: Experts
     norm_topk_prob: bool
     scoring: str = "softmax"
     scale: float = 1.0
@@ -49,7 +59,7 @@ class Routing:
 
     kind: Literal["native", "bh"] = "native"
     options: BhOptions | None = None
-    kde_sha256: str | None = None
+    kde_sha256: Sha256 | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("native", "bh") or (self.kind == "bh") != (self.options is not None):
@@ -71,14 +81,14 @@ class Totals:
         rejected: tokens of drafts that assisted decoding rejected, never written.
     """
 
-    rows: int = 0
-    tokens: int = 0
-    shards: int = 0
-    forwards: int = 0
-    sampled_out: int = 0
-    dropped: int = 0
-    nonfinite: int = 0
-    rejected: int = 0
+    rows: Count = 0
+    tokens: Count = 0
+    shards: Count = 0
+    forwards: Count = 0
+    sampled_out: Count = 0
+    dropped: Count = 0
+    nonfinite: Count = 0
+    rejected: Count = 0
 
     def __add__(self, other: "Totals") -> "Totals":
         mine, theirs = asdict(self), asdict(other)
@@ -96,9 +106,9 @@ class ShardEntry:
     """
 
     name: str
-    rows: int
-    tokens: int
-    bytes: int
+    rows: Count
+    tokens: Count
+    bytes: Count
 
     def __post_init__(self) -> None:
         if not SHARD_NAME.fullmatch(self.name):
@@ -116,11 +126,13 @@ class Manifest:
         model, routing: what was run and how it was routed.
         sample_every: the tokens whose position is a multiple of it were logged.
         token_ids: whether token ids were logged.
+        logits: whether logits were logged; a run without them has decisions alone.
         versions: of bhlog, torch, transformers, ...
         totals: counts, complete once closed.
         shards: sealed shards, complete once closed.
         error: why the capture ended early, if it did.
         options: other options of the capture, as given.
+        schema_version, schema_major: see capture.contract.schema.
     """
 
     run_id: str
@@ -128,14 +140,16 @@ class Manifest:
     model: ModelInfo
     routing: Routing
     closed: str | None = None
-    sample_every: int = 1
+    sample_every: Annotated[int, Meta(ge=1, lt=1 << 32)] = 1
     token_ids: bool = True
     versions: dict[str, str] = field(default_factory=dict)
     totals: Totals = Totals()
     shards: tuple[ShardEntry, ...] = ()
     error: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    schema_version: int = SCHEMA_VERSION
+    logits: bool = True
+    schema_version: Annotated[int, Meta(ge=1)] = SCHEMA_VERSION
+    schema_major: Annotated[int, Meta(ge=1)] = MAJOR_VERSION
 
     def to_json(self) -> str:
         """The text of run.json."""
@@ -145,64 +159,76 @@ class Manifest:
     def from_json(cls, text: str | bytes, name: str) -> "Manifest":
         """Read run.json; name says in errors where it came from.
 
+        Fields that a newer version of the same major version added are passed over.
+
         Raises:
-            CorruptManifest: not JSON, another schema version, or fields missing or unknown.
+            CorruptManifest: not JSON, of a newer major version, or a field is missing, unknown, of
+                another type or impossible.
         """
         try:
-            data = json.loads(text)
-            version = data.get("schema_version")
-            if version != SCHEMA_VERSION:
-                raise CorruptManifest(
-                    f"schema version {version}; this bhlog reads version {SCHEMA_VERSION}"
-                )
-            model, routing = data["model"], data["routing"]
-            options = routing["options"]
-            manifest = cls(
-                **{
-                    **data,
-                    "model": ModelInfo(**{**model, "layers": tuple(model["layers"])}),
-                    "routing": Routing(**{**routing, "options": options and BhOptions(**options)}),
-                    "totals": Totals(**data["totals"]),
-                    "shards": tuple(ShardEntry(**entry) for entry in data["shards"]),
-                }
-            )
-            manifest._check_counts()
+            if len(text) > MOST_MANIFEST_BYTES:
+                raise CorruptManifest(f"larger than {MOST_MANIFEST_BYTES >> 20} MiB")
+            data = msgspec.json.decode(text)
+            version = _check_version(data)
+            manifest = msgspec.convert(data, cls)
+            unknown = _unknown(data, asdict(manifest)) if version <= SCHEMA_VERSION else None
+            if unknown:
+                raise CorruptManifest(f"unknown field `{unknown}`")
+            manifest._check()
             return manifest
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            RecursionError,
-            RouterLogError,
-        ) as error:
+        except NewerLog as error:
+            raise NewerLog(f"{name}: {error}") from None
+        except (ValueError, RecursionError, RouterLogError) as error:  # msgspec's are ValueErrors
             raise CorruptManifest(
-                f"{name}: not a manifest of a bhlog run ({type(error).__name__}: {error})"
+                f"{name}: not a manifest of a bhlog run ({one_line(str(error))})"
             ) from error
 
-    def _check_counts(self) -> None:
-        """Numbers that readers build arrays and tables by: a manifest may come from a stranger."""
-        model, large = asdict(self.model), asdict(self.totals)
-        small = {"n_experts": model["n_experts"], "top_k": model["top_k"]}
-        small |= {f"layer {i}": layer for i, layer in enumerate(model["layers"])}
-        for shard in self.shards:
-            large |= {
-                f"{name} of {shard.name}": getattr(shard, name)
-                for name in ("rows", "tokens", "bytes")
-            }
-        for limit, counts in ((2**16, small), (2**63, large)):
-            for name, count in counts.items():
-                if type(count) is not int or not 0 <= count < limit:
-                    raise CorruptManifest(f"{name} is {count!r}, expected 0 to {limit - 1}")
-        if not isinstance(self.run_id, str):
-            raise CorruptManifest(f"run_id is {self.run_id!r}, expected text")
-        if not isinstance(self.versions, dict):
-            raise CorruptManifest(f"versions is {self.versions!r}, expected names and versions")
+    def _check(self) -> None:
+        """What holds between fields: a manifest may come from a stranger."""
+        model = self.model
+        if list(model.layers) != sorted(set(model.layers)):
+            raise CorruptManifest(f"layers {model.layers} do not rise")
+        if model.top_k > model.n_experts:
+            raise CorruptManifest(f"top_k is {model.top_k} of {model.n_experts} experts")
+        if self.routing.options is not None:
+            self.routing.options.bounds(model.n_experts)
+        if len({shard.name for shard in self.shards}) < len(self.shards):
+            raise CorruptManifest("a shard is listed twice")
+        for time in filter(None, (self.created, self.closed)):
+            if datetime.fromisoformat(time).tzinfo is None:
+                raise CorruptManifest(f"{time} does not say its time zone")
 
     def write(self, folder: Path, rank: int = 0) -> None:
         """Write the manifest of one rank into the run's folder, whole or not at all."""
         with whole_file(folder / manifest_name(rank)) as file:
             file.write(self.to_json().encode())
+
+
+def _check_version(data: object) -> int:
+    """The schema version of a manifest that this bhlog reads."""
+    if not isinstance(data, dict):
+        raise CorruptManifest("it is no JSON object")
+    version, major = data.get("schema_version"), data.get("schema_major", 1)
+    if type(version) is not int or type(major) is not int:
+        raise CorruptManifest(f"schema version {version!r}, major version {major!r}")
+    if major > MAJOR_VERSION:
+        raise NewerLog(
+            f"a log of major version {major}; this bhlog reads major version {MAJOR_VERSION}: "
+            "read it with the bhlog that wrote it"
+        )
+    return version
+
+
+def _unknown(found: object, known: object) -> str | None:
+    """The first key anywhere in `found` that `known` has not."""
+    if isinstance(found, dict) and isinstance(known, dict):
+        strange = [key for key in found if key not in known]
+        inside = (_unknown(found[key], known[key]) for key in found if key in known)
+        return strange[0] if strange else next(filter(None, inside), None)
+    if isinstance(found, list) and isinstance(known, tuple):
+        pairs = zip(found, known, strict=True)
+        return next(filter(None, (_unknown(*pair) for pair in pairs)), None)
+    return None
 
 
 def manifest_name(rank: int) -> str:

@@ -1,63 +1,60 @@
 """Columns of a run: the one place that says what a shard holds.
 
 `routing` has a row per (token, layer), `tokens` a row per token. The README's "The log" section
-is the specification in words; both change only together with SCHEMA_VERSION.
+is the specification in words.
+
+A run is of one version, in its manifest and in the footer of each shard, and has the columns that
+exist since that version or an earlier one. The log grows by nullable columns: a row of COLUMNS
+whose `since` is the next SCHEMA_VERSION. Readers give nulls where a run is older than a column. A
+change that readers of an earlier version could not stand is a new MAJOR_VERSION, and only what a
+newer one wrote is refused.
 """
 
 import re
+from dataclasses import dataclass
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+MAJOR_VERSION = 1
+SCHEMA_VERSION = 2  # 2: the manifest says whether logits were logged
 PHASES = ("prefill", "decode")
 
 SHARD_NAME = re.compile(r"rank(?P<rank>\d{5})-(?P<number>\d{5,})\.parquet")
 
-_phase = pa.dictionary(pa.int8(), pa.string())
-_source = pa.dictionary(pa.int32(), pa.string())
+_VERSION = b"bhlog.schema_version"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the log.
+
+    Attributes:
+        name: as files, readers and SQL call it.
+        type: its type; a fixed-size list has a value for each of the router's experts.
+        meaning: what it holds, in a few words.
+        since: the schema version it exists since; above 1 it is nullable.
+        nullable: whether a value may be unknown.
+    """
+
+    name: str
+    type: pa.DataType
+    meaning: str
+    since: int = 1
+    nullable: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.since == 1 or self.nullable, f"{self.name}: older runs have no value for it"
+
+    def field(self, n_experts: int) -> pa.Field:
+        """As a field of a schema, for routers of n_experts experts."""
+        wide = pa.types.is_fixed_size_list(self.type)
+        type = logits_type(n_experts) if wide else self.type
+        return pa.field(self.name, type, nullable=self.nullable)
 
 
 def shard_name(rank: int, number: int) -> str:
     """File name of a shard, inside `routing/` or `tokens/`."""
     return f"rank{rank:05d}-{number:05d}.parquet"
-
-
-def routing_schema(n_experts: int) -> pa.Schema:
-    """Schema of the routing shards of a run whose routers have n_experts experts."""
-    return pa.schema(
-        [
-            pa.field("layer", pa.uint16(), nullable=False),
-            pa.field("sequence", pa.uint32(), nullable=False),
-            pa.field("position", pa.uint32(), nullable=False),
-            pa.field("token_id", pa.int32()),
-            pa.field("phase", _phase, nullable=False),
-            pa.field("forward", pa.uint32(), nullable=False),
-            pa.field("logits", logits_type(n_experts), nullable=False),
-            pa.field("experts", list_type(pa.uint16()), nullable=False),
-            pa.field("weights", list_type(pa.float32()), nullable=False),
-            pa.field("n_selected", pa.uint16(), nullable=False),
-            pa.field("n_rejected", pa.uint16()),
-            pa.field("rank", pa.uint16(), nullable=False),
-        ],
-        metadata={"bhlog.schema_version": str(SCHEMA_VERSION)},
-    )
-
-
-def tokens_schema() -> pa.Schema:
-    """Schema of the token shards."""
-    return pa.schema(
-        [
-            pa.field("rank", pa.uint16(), nullable=False),
-            pa.field("sequence", pa.uint32(), nullable=False),
-            pa.field("position", pa.uint32(), nullable=False),
-            pa.field("token_id", pa.int32()),
-            pa.field("phase", _phase, nullable=False),
-            pa.field("forward", pa.uint32(), nullable=False),
-            pa.field("nll", pa.float32()),
-            pa.field("source", _source),
-        ],
-        metadata={"bhlog.schema_version": str(SCHEMA_VERSION)},
-    )
 
 
 def logits_type(n_experts: int) -> pa.DataType:
@@ -68,6 +65,83 @@ def logits_type(n_experts: int) -> pa.DataType:
 def list_type(value: pa.DataType) -> pa.DataType:
     """list<value not null>"""
     return pa.list_(pa.field("element", value, nullable=False))
+
+
+_PHASE = pa.dictionary(pa.int8(), pa.string())
+TEXT = pa.dictionary(pa.int32(), pa.string())  # names that many rows share
+
+_SEQUENCE = Column("sequence", pa.uint32(), "number of the text in its process, from 0")
+_POSITION = Column("position", pa.uint32(), "place in the sequence, from 0, padding not counted")
+_TOKEN_ID = Column(
+    "token_id", pa.int32(), "id that went in; NULL where ids were withheld", nullable=True
+)
+_PHASES = Column("phase", _PHASE, "prefill or decode")
+_FORWARD = Column("forward", pa.uint32(), "number of the forward pass in its process")
+_RANK = Column("rank", pa.uint16(), "process that logged the row")
+
+COLUMNS: dict[str, tuple[Column, ...]] = {
+    "routing": (
+        Column("layer", pa.uint16(), "decoder layer, from 0"),
+        _SEQUENCE,
+        _POSITION,
+        _TOKEN_ID,
+        _PHASES,
+        _FORWARD,
+        Column("logits", logits_type(0), "router output before softmax, a value per expert"),
+        Column("experts", list_type(pa.uint16()), "selected experts, by falling logit"),
+        Column("weights", list_type(pa.float32()), "weight of each selected expert"),
+        Column("n_selected", pa.uint16(), "experts selected: n_rejected within min_k and max_k"),
+        Column(
+            "n_rejected",
+            pa.uint16(),
+            "experts that BH rejects, before the bounds; NULL under native routing",
+            nullable=True,
+        ),
+        _RANK,
+    ),
+    "tokens": (
+        _RANK,
+        _SEQUENCE,
+        _POSITION,
+        _TOKEN_ID,
+        _PHASES,
+        _FORWARD,
+        Column(
+            "nll",
+            pa.float32(),
+            "loss of this token given those before it, in nats; NULL where unknown",
+            nullable=True,
+        ),
+        Column("source", TEXT, "file or data set that the text came from", nullable=True),
+    ),
+}
+
+
+def shard_schema(
+    folder: str, n_experts: int, version: int = SCHEMA_VERSION, *, logits: bool = True
+) -> pa.Schema:
+    """Schema of the shards in `routing` or `tokens` of a run of a schema version.
+
+    Args:
+        n_experts: experts per router.
+        logits: whether the run has logits; one without lacks that column alone.
+    """
+    fields = [
+        column.field(n_experts)
+        for column in COLUMNS[folder]
+        if column.since <= version and (logits or column.name != "logits")
+    ]
+    return pa.schema(fields, metadata={_VERSION: str(version)})
+
+
+def routing_schema(n_experts: int, version: int = SCHEMA_VERSION) -> pa.Schema:
+    """Schema of the routing shards of a run whose routers have n_experts experts."""
+    return shard_schema("routing", n_experts, version)
+
+
+def tokens_schema(version: int = SCHEMA_VERSION) -> pa.Schema:
+    """Schema of the token shards."""
+    return shard_schema("tokens", 0, version)
 
 
 def schema_difference(found: pa.Schema, expected: pa.Schema) -> str | None:

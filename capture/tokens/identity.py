@@ -43,15 +43,15 @@ class Tracker:
     Attributes:
         eos: ids that end a sequence in decoding, where no generation says what ended.
         next_sequence, next_forward: the numbers given next.
-        next_sources: where the next new sequences come from, one name per row or per prompt of
-            several rows; used up by the forward that starts them.
+        next_texts: by text column of the log, what the next new sequences have there, one name per
+            row or per prompt of several rows; used up by the forward that starts them.
         on_cut: called with a stream and its new length when a cache drops its last columns.
     """
 
     eos: frozenset[int]
     next_sequence: int = 0
     next_forward: int = 0
-    next_sources: tuple[str, ...] = ()
+    next_texts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     on_cut: Callable[[Stream, int], None] | None = None
     _streams: "weakref.WeakKeyDictionary[Any, Stream | None]" = field(
         default_factory=weakref.WeakKeyDictionary
@@ -109,7 +109,7 @@ class Tracker:
             forward = Forward(
                 number=self.next_forward,
                 sequences=stream.sequences,
-                sources=stream.sources,
+                texts=stream.texts,
                 # the caller may write its next token into the same tensor
                 token_ids=None if token_ids is None else token_ids.clone(),
                 positions=stream.tokens[:, None] + keep.cumsum(dim=1) - 1,
@@ -208,15 +208,12 @@ class Tracker:
         return True
 
     def _new_stream(self, mask: Any, batch: int, start: int, device: torch.device) -> Stream:
-        sources, self.next_sources = self.next_sources, ()
-        repeats, rest = divmod(batch, len(sources) or batch + 1)
-        if rest or not repeats:
-            sources, repeats = ("",), batch
+        texts, self.next_texts = self.next_texts, {}
         # columns that went in before the tracker looked count as tokens unless the mask hides them
         columns = past_columns(mask, batch, start, device)
         return Stream(
             sequences=self._numbers(batch),
-            sources=tuple(name for name in sources for _ in range(repeats)),
+            texts={column: _by_row(names, batch) for column, names in texts.items()},
             columns=columns,
             length=start,
             tokens=columns.sum(dim=1),
@@ -268,6 +265,14 @@ class Tracker:
                 sequences[i] = self._numbers(1)[0]
             taken.add(row)
         stream.reorder(rows, sequences)
+
+
+def _by_row(names: tuple[str, ...], batch: int) -> tuple[str, ...]:
+    """A name for each row of a batch, from one per row or prompt; unknown if they do not fit."""
+    repeats, rest = divmod(batch, len(names) or batch + 1)
+    if rest or not repeats:
+        return ("",) * batch
+    return tuple(name for name in names for _ in range(repeats))
 
 
 def _cache_of(inputs: dict[str, Any], length: int) -> Any:

@@ -16,7 +16,7 @@ class Stream:
 
     Attributes:
         sequences: (B,) uint32, the sequence number of each row.
-        sources: (B,) where the text of each row came from, "" for unknown.
+        texts: by text column of the log, (B,) what each row has there, "" for unknown.
         columns: (B, capacity) bool on the model's device, which columns hold a logged token; the
             first `length` count, the others are padding or follow the end of a sequence.
         length: columns in the cache.
@@ -29,7 +29,7 @@ class Stream:
     """
 
     sequences: NDArray[np.uint32]
-    sources: tuple[str, ...]
+    texts: dict[str, tuple[str, ...]]
     columns: Tensor
     length: int
     tokens: Tensor
@@ -63,7 +63,9 @@ class Stream:
         """Row i continues what row rows[i] was, under the number sequences[i]."""
         index = torch.tensor(rows, device=self.columns.device)
         self.sequences = sequences
-        self.sources = tuple(self.sources[row] for row in rows)
+        self.texts = {
+            column: tuple(names[row] for row in rows) for column, names in self.texts.items()
+        }
         self.columns, self.tokens = self.columns[index], self.tokens[index]
         self.ends = self.ends[index]
         if self.last_logits is not None:
@@ -76,7 +78,7 @@ class Forward:
 
     Attributes:
         number: forwards are numbered from 0.
-        sequences, sources: (B,), see Stream.
+        sequences, texts: see Stream.
         token_ids: (B, S) int64, a copy; None when the model was given embeddings.
         positions: (B, S) int64, in the sequence, padding not counted.
         keep: (B, S) bool; False for padding and for what follows a row's end of sequence.
@@ -90,7 +92,7 @@ class Forward:
 
     number: int
     sequences: NDArray[np.uint32]
-    sources: tuple[str, ...]
+    texts: dict[str, tuple[str, ...]]
     token_ids: Tensor | None
     positions: Tensor
     keep: Tensor

@@ -1,6 +1,6 @@
 """Rows on their way from a forward to a shard: blocks come in, columns of Parquet go out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bhlog.capture.contract.manifest import Totals
-from bhlog.capture.contract.schema import PHASES, routing_schema, tokens_schema
+from bhlog.capture.contract.schema import (
+    COLUMNS,
+    PHASES,
+    SCHEMA_VERSION,
+    TEXT,
+    routing_schema,
+    tokens_schema,
+)
 from bhlog.capture.writing.stage import Staged
 
 BY_LAYER = ("logits", "experts", "weights", "n_selected", "n_rejected")
+TEXT_COLUMNS = tuple(column.name for column in COLUMNS["tokens"] if column.type == TEXT)
 _NO_TOKEN_ID = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """A text column of a block.
+
+    Attributes:
+        code: (R,) int32 index into names, -1 for unknown.
+        names: what the codes stand for.
+    """
+
+    code: NDArray[np.int32]
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +52,7 @@ class Block:
         layers: (L,) decoder layers.
         sequence, forward: (R,) uint32.
         phase: (R,) int8 index into PHASES.
-        source: (R,) index into sources, -1 for unknown.
-        sources: names.
+        texts: of TEXT_COLUMNS, those that are known.
         rejected: tokens of rejected drafts among the rows, which are not kept.
     """
 
@@ -41,8 +61,7 @@ class Block:
     sequence: NDArray[np.uint32]
     forward: NDArray[np.uint32]
     phase: NDArray[np.int8]
-    source: NDArray[np.int32]
-    sources: tuple[str, ...]
+    texts: Mapping[str, Texts] = field(default_factory=dict)
     rejected: int = 0
 
 
@@ -52,31 +71,31 @@ class Buffer:
 
     Attributes:
         rank: noted in every row.
+        version: schema version of the run.
         layers: decoder layers; the same in every block.
         tokens: rows of the tokens shard so far; the routing shard has as many at each layer.
     """
 
     rank: int
+    version: int = SCHEMA_VERSION
     layers: tuple[int, ...] = ()
     tokens: int = 0
     _by_layer: list[dict[str, NDArray[Any]]] = field(default_factory=list)
     _identity: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
+    _names: dict[str, dict[str, int]] = field(default_factory=dict)  # code of each, by column
 
     @property
     def rows(self) -> int:
         """Rows of the routing shard so far."""
         return self.tokens * len(self.layers)
 
-    def add(
-        self, block: Block, *, sample_every: int, token_ids: bool, sources: dict[str, int]
-    ) -> Totals:
+    def add(self, block: Block, *, sample_every: int, token_ids: bool) -> Totals:
         """Take the rows of a block that are logged; the block's tensors may be reused afterwards.
 
         Args:
             block: its copies are done.
             sample_every: take the tokens whose position is a multiple of it.
             token_ids: whether token ids are kept.
-            sources: code of each name met so far; new names are added.
 
         Returns:
             What the block adds to the counts.
@@ -97,13 +116,11 @@ class Buffer:
                 elif block.staged.pinned:
                     array = array.copy()
                 kept[name] = array
-        codes = [sources.setdefault(name, len(sources)) for name in block.sources]
         identity: dict[str, NDArray[Any]] = {
             "sequence": block.sequence[rows],
             "position": tensors["position"].numpy()[rows].astype(np.uint32),
             "phase": block.phase[rows],
             "forward": block.forward[rows],
-            "source": np.array([*codes, -1], dtype=np.int32)[block.source[rows]],
             "token_id": np.full(len(rows), _NO_TOKEN_ID, dtype=np.int32),
             "nll": np.full(len(rows), np.nan, dtype=np.float32),
         }
@@ -111,6 +128,8 @@ class Buffer:
             identity["token_id"] = tensors["token_id"].numpy()[rows].astype(np.int32)
         if "nll" in tensors:
             identity["nll"] = tensors["nll"].numpy()[rows].astype(np.float32)
+        for column in TEXT_COLUMNS:
+            identity[column] = self._codes(column, block.texts.get(column), rows)
         for name, array in identity.items():
             self._identity.setdefault(name, []).append(array)
         self.layers = block.layers
@@ -122,6 +141,14 @@ class Buffer:
             nonfinite=sum(map(_count_nonfinite, kept["logits"])),
         )
 
+    def _codes(self, column: str, texts: Texts | None, rows: NDArray[np.intp]) -> NDArray[np.int32]:
+        """Codes of these rows among all names that the buffer met; -1 for unknown."""
+        if texts is None:
+            return np.full(len(rows), -1, dtype=np.int32)
+        names = self._names.setdefault(column, {})
+        codes = [names.setdefault(name, len(names)) for name in texts.names]
+        return np.array([*codes, -1], dtype=np.int32)[texts.code[rows]]
+
     def cut(self, tokens: int) -> None:
         """Forget the blocks behind the first so many tokens, where a block must end."""
         while self.tokens > tokens:
@@ -129,18 +156,19 @@ class Buffer:
             for parts in self._identity.values():
                 parts.pop()
 
-    def tokens_table(self, sources: tuple[str, ...], metadata: dict[str, str]) -> pa.Table:
+    def tokens_table(self, metadata: dict[str, str]) -> pa.Table:
         """Rows of the tokens shard; `metadata` goes into its footer."""
         columns = self._columns()
-        nll, codes = columns["nll"], columns["source"]
-        schema = tokens_schema()
+        nll, schema = columns["nll"], tokens_schema(self.version)
         arrays = {
             **self._identity_arrays(columns),
             "nll": pa.array(nll, mask=np.isnan(nll)),
-            "source": pa.DictionaryArray.from_arrays(
-                pa.array(codes, mask=codes < 0), pa.array(sources, pa.string())
-            ),
         }
+        for column in TEXT_COLUMNS:
+            codes, names = columns[column], list(self._names.get(column, ()))
+            arrays[column] = pa.DictionaryArray.from_arrays(
+                pa.array(codes, mask=codes < 0), pa.array(names, pa.string())
+            )
         schema = schema.with_metadata({**schema.metadata, **metadata})
         return pa.table([arrays[name] for name in schema.names], schema=schema)
 
@@ -150,7 +178,7 @@ class Buffer:
         They share memory: fresh memory for each costs more than what is done with it.
         """
         n_experts = self._by_layer[0]["logits"].shape[2]
-        schema, T = routing_schema(n_experts), self.tokens
+        schema, T = routing_schema(n_experts, self.version), self.tokens
         identity = self._identity_arrays(self._columns())
         wide = np.empty((T, n_experts), dtype=np.float32)
         for i in sorted(range(len(self.layers)), key=lambda i: self.layers[i]):

@@ -10,8 +10,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bhlog.capture.contract.errors import (
@@ -23,9 +23,9 @@ from bhlog.capture.contract.errors import (
     WriterFailed,
 )
 from bhlog.capture.contract.files import sync_folder
-from bhlog.capture.contract.manifest import Manifest, ShardEntry, Totals, manifest_name
+from bhlog.capture.contract.manifest import Count, Manifest, ShardEntry, Totals, manifest_name
 from bhlog.capture.contract.null.model import KdeModel
-from bhlog.capture.contract.schema import SHARD_NAME
+from bhlog.capture.contract.schema import SCHEMA_VERSION, SHARD_NAME
 from bhlog.capture.writing.launch import process_group
 
 RANK_WAIT_SECONDS = 60.0
@@ -46,23 +46,23 @@ class Progress:
     """
 
     totals: Totals = field(default_factory=Totals)
-    next_sequence: int = 0
-    next_forward: int = 0
-    windows: int = 0
+    next_sequence: Count = 0
+    next_forward: Count = 0
+    windows: Count = 0
 
     def metadata(self) -> dict[str, str]:
         """For the footer of a tokens shard."""
         return {PROGRESS: json.dumps(asdict(self))}
 
     @classmethod
-    def of(cls, metadata: dict[bytes, bytes] | None) -> "Progress | None":
-        """From a footer; None if it has none."""
-        text = (metadata or {}).get(PROGRESS.encode())
-        if text is None:
-            return None
-        data = json.loads(text)
-        data.setdefault("windows", data["next_sequence"])  # as runs were resumed before
-        return cls(**{**data, "totals": Totals(**data["totals"])})
+    def of(cls, metadata: dict[bytes, bytes] | None) -> "Progress":
+        """From a footer.
+
+        Raises:
+            ValueError: it has none that can be read.
+        """
+        text = (metadata or {}).get(PROGRESS.encode(), b"")
+        return msgspec.json.decode(text, type=cls)
 
 
 def check_new(folder: Path) -> None:
@@ -152,7 +152,8 @@ def resume(
         if rank and leader.exists():  # this rank had not come to write
             first = Manifest.from_json(leader.read_bytes(), str(leader))
             _check_same(leader, first, manifest, kde)
-            return _fill(folder, replace(manifest, run_id=first.run_id), kde, rank), Progress()
+            mine = replace(manifest, run_id=first.run_id, schema_version=first.schema_version)
+            return _fill(folder, mine, kde, rank), Progress()
         raise RouterLogError(f"{path}: no run to resume ({error.strerror})") from error
     _check_same(path, before, manifest, kde)
     for part in (*folder.glob(f"*/rank{rank:05d}-*.part"), path.with_name(path.name + ".part")):
@@ -163,8 +164,8 @@ def resume(
         try:
             n_rows = pq.read_metadata(routing).num_rows
             footer = pq.read_metadata(tokens)
-            progress = Progress.of(footer.metadata) or _count(progress, tokens, n_rows)
-        except (pa.ArrowException, OSError) as error:
+            progress = Progress.of(footer.metadata)
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptShard(
                 f"{routing}: cannot resume after a broken shard; move it and {tokens} away, and "
                 "what comes after them"
@@ -209,7 +210,12 @@ def remove_run(folder: Path) -> None:
 
 
 def _check_same(path: Path, before: Manifest, now: Manifest, kde: KdeModel | None) -> None:
-    for name in ("model", "sample_every", "token_ids"):
+    if before.schema_version > SCHEMA_VERSION:
+        raise InvalidOption(
+            f"{path}: of schema version {before.schema_version}, cannot resume with "
+            f"{SCHEMA_VERSION}: resume it with the bhlog that wrote it"
+        )
+    for name in ("model", "sample_every", "token_ids", "logits"):
         old, new = getattr(before, name), getattr(now, name)
         if old != new:
             raise InvalidOption(f"{path}: {name} is {old}, cannot resume with {new}")
@@ -228,17 +234,6 @@ def _check_same(path: Path, before: Manifest, now: Manifest, kde: KdeModel | Non
             f"{path}: routed with another null model; resume with the run's own, "
             f"{path.with_name('kde.parquet')}"
         )
-
-
-def _count(before: Progress, tokens: Path, n_rows: int) -> Progress:
-    """Progress up to a shard whose footer does not say."""
-    columns = pq.read_table(tokens, columns=["sequence", "forward"])
-    last = [pc.max(columns[name]).as_py() + 1 for name in ("sequence", "forward")]
-    next_sequence = max(before.next_sequence, last[0])
-    next_forward = max(before.next_forward, last[1])
-    totals = before.totals + Totals(rows=n_rows, tokens=columns.num_rows, shards=1)
-    totals = replace(totals, forwards=next_forward)
-    return Progress(totals, next_sequence, next_forward, windows=next_sequence)
 
 
 def _wait_for_leader(folder: Path) -> str:

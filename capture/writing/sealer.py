@@ -49,11 +49,10 @@ class Sealer:
         with self._lock:
             return self._shards, self._totals
 
-    def seal(self, buffer: Buffer, sources: tuple[str, ...], progress: Progress) -> None:
+    def seal(self, buffer: Buffer, progress: Progress) -> None:
         """Start writing a buffer as a shard, behind those that are being written.
 
         Args:
-            sources: names that its codes stand for.
             progress: counts and numbers up to its end.
 
         Raises: what an earlier buffer failed with.
@@ -66,9 +65,7 @@ class Sealer:
         self._number += 1
         progress = replace(progress, totals=replace(progress.totals, shards=self._number))
         before = self._running[-1] if self._running else None
-        self._running.append(
-            self._pool.submit(self._write, buffer, name, sources, progress, before)
-        )
+        self._running.append(self._pool.submit(self._write, buffer, name, progress, before))
 
     def wait(self) -> None:
         """Wait until every buffer is sealed.
@@ -91,7 +88,6 @@ class Sealer:
         self,
         buffer: Buffer,
         name: str,
-        sources: tuple[str, ...],
         progress: Progress,
         before: Future[None] | None,
     ) -> None:
@@ -100,7 +96,7 @@ class Sealer:
         counts = None if self.histograms is None else self.histograms.empty_copy()
         tables = buffer.routing_tables()
         try:
-            tokens = buffer.tokens_table(sources, progress.metadata())
+            tokens = buffer.tokens_table(progress.metadata())
             parts.append(write_part(self._folder / "tokens" / name, [tokens]))
             parts.append(
                 write_part(

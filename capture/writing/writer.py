@@ -137,8 +137,7 @@ class RunWriter:
             self._manifest.shards,
             self._progress.totals,
         )
-        self._sources: dict[str, int] = {}
-        self._buffer = Buffer(rank)
+        self._buffer = Buffer(rank, self.version)
         self._queue: Queue[_Item] = Queue(self.options.queue_bytes)
         self._whole: tuple[int, Progress] | None = None  # tokens in the buffer at a checkpoint
         self._lock = threading.Lock()
@@ -163,6 +162,11 @@ class RunWriter:
                 dropped=totals.dropped + totals.tokens - sealed.tokens,
             )
         return replace(self._manifest, totals=replace(totals, shards=len(shards)), shards=shards)
+
+    @property
+    def version(self) -> int:
+        """Schema version of the run: a resumed one keeps its own."""
+        return self._manifest.schema_version
 
     @property
     def closed(self) -> bool:
@@ -332,7 +336,6 @@ class RunWriter:
             block,
             sample_every=self.options.sample_every,
             token_ids=self.options.token_ids,
-            sources=self._sources,
         )
         self._count(counts + Totals(rejected=block.rejected), block)
         block.staged.release()
@@ -361,10 +364,10 @@ class RunWriter:
         """Start writing the buffer as a shard."""
         if not self._buffer.tokens:
             return
-        buffer, self._buffer = self._buffer, Buffer(self.rank)
+        buffer, self._buffer = self._buffer, Buffer(self.rank, self.version)
         if self._whole is not None:  # what is sealed stands
             self._whole = 0, self._progress
-        self.sealer.seal(buffer, tuple(self._sources), self._progress)
+        self.sealer.seal(buffer, self._progress)
 
 
 def _open(

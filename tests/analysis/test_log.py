@@ -8,14 +8,17 @@ import pyarrow.parquet as pq
 import pytest
 
 import bhlog.analysis.fold as module
+import bhlog.analysis.log as log_module
 from bhlog.analysis.cli import main
 from bhlog.analysis.fold import Scope, fold
 from bhlog.analysis.log import layer_of, logits_of, open_log
+from bhlog.capture.contract import schema
 from bhlog.capture.contract.errors import CorruptShard, InvalidOption, KdeMismatch
 from bhlog.capture.contract.manifest import Manifest
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions
-from tests.synthetic import normal_kde, normal_null, write_run
+from bhlog.capture.contract.schema import Column
+from tests.synthetic import normal_kde, normal_null, without_logits, write_run
 
 LAYERS = (0, 1, 4)
 COLUMNS = ("layer", "sequence", "position", "logits")
@@ -201,3 +204,41 @@ def test_what_a_run_should_have_and_has_not_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["sql", str(run), "SELECT count(*) FROM tokens"])
     assert f"2 files are missing, from routing/{names[2]} on" in capsys.readouterr().err
+
+
+def test_a_run_without_logits_reads_but_for_them(run):
+    log = open_log(without_logits(run))
+    assert not log.has_logits
+    seen = [batch.to_pylist() for batch in log.batches(["layer", "experts"])]
+    assert sum(map(len, seen)) == 3 * 60
+    with pytest.raises(InvalidOption, match=r"run has no logits, only the experts"):
+        log.require_logits()
+    for where, columns in ((None, COLUMNS), ("logits IS NULL", ["layer"])):
+        with pytest.raises(InvalidOption, match="has no logits"):
+            list(log.batches(columns, where=where))
+    assert log.sql("SELECT count(*), count(logits), count(experts) FROM routing").fetchall() == [
+        (180, 0, 180)
+    ]
+
+
+def test_a_column_newer_than_the_run_holds_nulls(run, monkeypatch):
+    manifest = Manifest.from_json((run / "run.json").read_bytes(), "run.json")
+    dataclasses.replace(manifest, schema_version=1).write(run)
+    newer = Column("mood", schema.TEXT, "of the token", since=2, nullable=True)
+    grown = {folder: (*columns, newer) for folder, columns in schema.COLUMNS.items()}
+    monkeypatch.setattr(schema, "COLUMNS", grown)
+    monkeypatch.setattr(log_module, "COLUMNS", grown)
+    log = open_log(run)
+    (first, *_) = log.batches(["mood", "layer"], where="position < 2")
+    assert first.schema.names == ["mood", "layer"]
+    assert first.to_pylist() == [{"mood": None, "layer": 0}] * 4
+    assert log.tokens(["mood"])["mood"].null_count == log.tokens(["rank"]).num_rows == 60
+    assert log.tokens().schema.names[-1] == "mood"
+
+
+@pytest.mark.parametrize("folder", ["routing", "tokens"])
+def test_a_shard_that_lacks_a_column_of_its_version_is_corrupt(run, folder):
+    path = run / folder / "rank00000-00001.parquet"
+    pq.write_table(pq.read_table(path).drop(["forward"]), path)
+    with pytest.raises(CorruptShard, match=r"rank00000-00001.parquet: no column 'forward'"):
+        open_log(run).open_shard(folder, path.name)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from bhlog.analysis.log import open_log
 from bhlog.capture.contract.manifest import ModelInfo, Routing
+from bhlog.capture.writing.buffer import Texts
 from bhlog.capture.writing.stage import Staged
 from bhlog.capture.writing.writer import Block, RunWriter, WriterOptions
 from tests.synthetic import normal_logits, real_logits
@@ -66,8 +67,7 @@ def make_block(
         sequence=(number * 4 + np.arange(TOKENS) // 512).astype(np.uint32),
         forward=np.full(TOKENS, number, dtype=np.uint32),
         phase=np.zeros(TOKENS, dtype=np.int8),
-        source=np.zeros(TOKENS, dtype=np.int32),
-        sources=("text",),
+        texts={"source": Texts(np.zeros(TOKENS, dtype=np.int32), ("text",))},
     )
 
 
@@ -85,8 +85,7 @@ def write(blocks: list[Block], folder: Path, options: WriterOptions) -> tuple[fl
                 block.sequence,
                 block.forward,
                 block.phase,
-                block.source,
-                block.sources,
+                block.texts,
             )
         )
     writer.close()

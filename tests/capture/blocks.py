@@ -9,6 +9,7 @@ import torch
 from bhlog.analysis.log import logits_of, open_log
 from bhlog.analysis.verify.verification import verify
 from bhlog.capture.contract.manifest import ModelInfo, Routing
+from bhlog.capture.writing.buffer import Texts
 from bhlog.capture.writing.stage import Staged
 from bhlog.capture.writing.writer import Block, RunWriter, WriterOptions
 
@@ -55,8 +56,7 @@ def make_block(
         sequence=np.full(R, number, dtype=np.uint32),
         forward=np.full(R, number, dtype=np.uint32),
         phase=np.zeros(R, dtype=np.int8),
-        source=np.zeros(R, dtype=np.int32),
-        sources=(f"text {number % 3}",),
+        texts={"source": Texts(np.zeros(R, dtype=np.int32), (f"text {number % 3}",))},
     )
 
 

@@ -329,8 +329,6 @@ class _LooseRows:
             sequence=sequence,
             forward=sequence,
             phase=np.zeros(T, dtype=np.int8),
-            source=np.full(T, -1, dtype=np.int32),
-            sources=(),
         )
         return block, tensors["logits"].shape[-1]
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bhlog.capture.contract.errors import CorruptManifest, RouterLogError
+import bhlog.capture.contract.manifest as module
+from bhlog.capture.contract.errors import CorruptManifest, NewerLog, RouterLogError
 from bhlog.capture.contract.manifest import (
     Manifest,
     ModelInfo,
@@ -82,6 +83,10 @@ def edited(change):
         edited(lambda d: d["routing"]["options"].update(alpha=2)),
         edited(lambda d: d["routing"].update(options=None)),
         edited(lambda d: d["shards"][0].update(name="../../etc/passwd")),
+        edited(lambda d: d.pop("schema_version")),
+        edited(lambda d: d.update(schema_version="1")),
+        edited(lambda d: d.update(options={"a": [{"deep": None}]}, versions={"torch": None})),
+        "[" * 100_000,
     ],
 )
 def test_what_is_no_manifest_is_one_line(text):
@@ -90,10 +95,68 @@ def test_what_is_no_manifest_is_one_line(text):
     assert "\n" not in str(error.value)
 
 
-def test_another_schema_version_names_both():
-    text = edited(lambda d: d.update(schema_version=2))
-    with pytest.raises(CorruptManifest, match="schema version 2; this bhlog reads version 1"):
-        Manifest.from_json(text, "run.json")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(created=5), r"Expected `str`, got `int` - at `\$.created`"),
+        (lambda d: d["model"].update(top_k=0), r"`int` >= 1 - at `\$.model.top_k`"),
+        (lambda d: d["model"].update(top_k="8"), r"got `str` - at `\$.model.top_k`"),
+        (lambda d: d["model"].update(top_k=65), "top_k is 65 of 64 experts"),
+        (lambda d: d["model"].update(n_experts=2**16), r"at `\$.model.n_experts`"),
+        (lambda d: d["model"].update(layers=[]), r"length >= 1 - at `\$.model.layers`"),
+        (lambda d: d["model"].update(layers=[3, 1]), "do not rise"),
+        (lambda d: d["model"].update(layers=[0, -1]), r"at `\$.model.layers\[1\]`"),
+        (lambda d: d["model"].update(norm_topk_prob=0), r"Expected `bool`, got `int`"),
+        (
+            lambda d: d["routing"].update(kde_sha256=1.5),
+            r"got `float` - at `\$.routing.kde_sha256`",
+        ),
+        (lambda d: d["routing"].update(kde_sha256="f"), r"at `\$.routing.kde_sha256`"),
+        (lambda d: d["routing"]["options"].update(min_k=1.5), r"at `\$.routing.options.min_k`"),
+        (lambda d: d["routing"]["options"].update(max_k=65), "the model has 64 experts"),
+        (lambda d: d["routing"]["options"].update(alpha=float("nan")), "JSON is malformed"),
+        (lambda d: d["routing"]["options"].update(renormalize="yes"), r"options.renormalize"),
+        (lambda d: d["totals"].update(rows=-1), r"`int` >= 0 - at `\$.totals.rows`"),
+        (lambda d: d["totals"].update(rows=2**53), r"at `\$.totals.rows`"),
+        (lambda d: d["shards"][0].update(bytes=True), r"got `bool` - at `\$.shards\[0\].bytes`"),
+        (lambda d: d["shards"].append(d["shards"][0]), "a shard is listed twice"),
+        (lambda d: d.update(sample_every=0), r"at `\$.sample_every`"),
+        (lambda d: d.update(created="yesterday"), "yesterday"),
+        (lambda d: d.update(closed="2026-01-01T00:00:00"), "does not say its time zone"),
+        (lambda d: d.update(versions={"torch": 2}), r"at `\$.versions\[...\]`"),
+        (lambda d: d["model"].update(experts=1), "unknown field `experts`"),
+        (lambda d: d["shards"][0].update(sum=1), "unknown field `sum`"),
+    ],
+)
+def test_a_field_of_another_type_or_an_impossible_number_is_named(change, message):
+    with pytest.raises(CorruptManifest, match=rf"^RUN/run\.json: not a manifest .*{message}"):
+        Manifest.from_json(edited(change), "RUN/run.json")
+
+
+def test_a_manifest_without_end_is_not_decoded(monkeypatch):
+    monkeypatch.setattr(module, "MOST_MANIFEST_BYTES", 1 << 20)
+    with pytest.raises(CorruptManifest, match="larger than 1 MiB"):
+        Manifest.from_json(MANIFEST.to_json() + " " * (1 << 20), "run.json")
+
+
+def test_a_newer_version_reads_and_a_newer_major_version_is_refused_by_name():
+    newer = edited(lambda d: d.update(schema_version=9, mood=1) or d["model"].update(hue=2))
+    assert Manifest.from_json(newer, "run.json") == replace(MANIFEST, schema_version=9)
+    major = edited(lambda d: d.update(schema_version=9, schema_major=2, totals="gone"))
+    with pytest.raises(NewerLog, match=r"^RUN/run.json: a log of major version 2; .* version 1"):
+        Manifest.from_json(major, "RUN/run.json")
+
+
+def test_a_manifest_of_version_1_reads_with_what_came_later_at_its_default():
+    def first(data):
+        for name in ("logits", "schema_major"):
+            del data[name]
+        data["schema_version"] = 1
+        del data["totals"]["rejected"]
+
+    found = Manifest.from_json(edited(first), "run.json")
+    assert found == replace(MANIFEST, schema_version=1)
+    assert found.logits
 
 
 @pytest.mark.parametrize("kind, options", [("bh", None), ("native", BhOptions()), ("top", None)])

@@ -2,21 +2,23 @@ import pyarrow as pa
 import pytest
 
 from bhlog.capture.contract.schema import (
+    COLUMNS,
     PHASES,
     SCHEMA_VERSION,
     SHARD_NAME,
+    Column,
     logits_type,
     routing_schema,
     schema_difference,
     shard_name,
+    shard_schema,
     tokens_schema,
 )
 
 
 def test_version_1_has_these_columns():
-    assert SCHEMA_VERSION == 1
     assert PHASES == ("prefill", "decode")
-    assert {f.name: (str(f.type), f.nullable) for f in routing_schema(64)} == {
+    assert {f.name: (str(f.type), f.nullable) for f in routing_schema(64, version=1)} == {
         "layer": ("uint16", False),
         "sequence": ("uint32", False),
         "position": ("uint32", False),
@@ -30,7 +32,7 @@ def test_version_1_has_these_columns():
         "n_rejected": ("uint16", True),
         "rank": ("uint16", False),
     }
-    assert {f.name: (str(f.type), f.nullable) for f in tokens_schema()} == {
+    assert {f.name: (str(f.type), f.nullable) for f in tokens_schema(version=1)} == {
         "rank": ("uint16", False),
         "sequence": ("uint32", False),
         "position": ("uint32", False),
@@ -42,9 +44,27 @@ def test_version_1_has_these_columns():
     }
 
 
-@pytest.mark.parametrize("schema", [routing_schema(8), tokens_schema()])
-def test_a_schema_names_its_version(schema):
-    assert schema.metadata[b"bhlog.schema_version"] == b"1"
+def test_later_versions_add_nullable_columns_and_change_none():
+    for folder, columns in COLUMNS.items():
+        later = shard_schema(folder, 8)
+        assert later.names == [column.name for column in columns]
+        for version in range(1, SCHEMA_VERSION + 1):
+            now = shard_schema(folder, 8, version)
+            assert set(now) <= set(later)
+            assert all(column.nullable for column in columns if column.name not in now.names)
+    with pytest.raises(AssertionError):
+        Column("new", pa.int8(), "not there in older runs", since=2)
+
+
+def test_a_run_without_logits_lacks_that_column_alone():
+    names = set(shard_schema("routing", 8, logits=False).names)
+    assert set(routing_schema(8).names) - names == {"logits"}
+
+
+@pytest.mark.parametrize("schema", [routing_schema, lambda _, version: tokens_schema(version)])
+@pytest.mark.parametrize("version", [1, SCHEMA_VERSION])
+def test_a_schema_names_its_version(schema, version):
+    assert schema(8, version).metadata[b"bhlog.schema_version"] == str(version).encode()
 
 
 @pytest.mark.parametrize("rank, number", [(0, 0), (7, 123), (65535, 99999), (1, 1234567)])

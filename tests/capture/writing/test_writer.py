@@ -166,7 +166,6 @@ def test_pinned_buffers_may_be_used_again_after_a_block_is_gathered():
         type(block)(**{**vars(block), "staged": pinned}),
         sample_every=1,
         token_ids=True,
-        sources={},
     )
     for tensor in tensors.values():
         tensor.zero_()
