@@ -135,6 +135,7 @@ def write_run(
     kde: KdeModel | None = None,
     token_ids: bool = True,
     sources: Sequence[str] = ("docs", "code"),
+    sample_ids: Sequence[str | None] = (None,),
     decode_from: int | None = None,
     n_ranks: int = 1,
     cdfs: dict[str, NDArray] | None = None,
@@ -149,7 +150,8 @@ def write_run(
         cdfs: arrays x0, dx, cdf by layer (16 layers), to draw logits with real marginals.
         logits: (len(layers), n_shards, tokens per shard, E): chosen logits in place of drawn ones.
 
-    Sequence s is read by forward s (prefill); its source is sources[s % len(sources)].
+    Sequence s is read by forward s (prefill); its source is sources[s % len(sources)], its
+    sample_id sample_ids[s % len(sample_ids)].
     """
     rng = np.random.default_rng(seed)
     for name in ("routing", "tokens"):
@@ -227,6 +229,9 @@ def write_run(
                 "source": pa.DictionaryArray.from_arrays(
                     (sequence % len(sources)).astype(np.int32), list(sources)
                 ),
+                "sample_id": pa.array(
+                    [sample_ids[s % len(sample_ids)] for s in sequence], pa.string()
+                ).dictionary_encode(),
             },
             schema=tokens_schema(),
         )
