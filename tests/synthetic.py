@@ -69,6 +69,15 @@ def normal_kde(layers: Sequence[int]) -> KdeModel:
     return KdeModel({layer: normal_null(layer) for layer in layers})
 
 
+def same_histogram(a: Histogram, b: Histogram) -> bool:
+    """Whether both hold the same numbers."""
+    return (
+        (a.first, a.left_out) == (b.first, b.left_out)
+        and np.array_equal(a.counts, b.counts)
+        and np.array_equal(a.spread, b.spread)
+    )
+
+
 def native_decisions(logits: NDArray[np.float32], top_k: int) -> Decisions:
     """The model's own top-k, ties to the lower expert."""
     order = np.argsort(-finite_keys(logits), axis=1, kind="stable")[:, :top_k]
