@@ -3,8 +3,8 @@ from .database.database import connect as connect
 from .figures.drawing import draw_figures as draw_figures
 from .log import Log as Log
 from .log import open_log as open_log
-from .null.fit import FitOptions as FitOptions
-from .null.fit import fit_kde as fit_kde
+from .null.estimate import FitOptions as FitOptions
+from .null.estimate import fit_kde as fit_kde
 from .replay.fidelity import fidelity as fidelity
 from .replay.registry import parse_policy as parse_policy
 from .sweep.profile import Profile as Profile

@@ -139,6 +139,14 @@ class RouterPatcher:
         if self.tracker is not None:
             self.tracker.next_texts["source"] = tuple(sources)
 
+    def name_sequences(self, ids: Sequence[str]) -> None:
+        """Say which samples of the caller's the next forward's new sequences are.
+
+        The log has them as `sample_id` of tokens, to join it with the caller's data; "" is none.
+        """
+        if self.tracker is not None:
+            self.tracker.next_texts["sample_id"] = tuple(ids)
+
     def unpatch(self) -> None:
         """Remove every hook and restore every flag; rows still on the device go to the writer.
 

@@ -69,6 +69,15 @@ def normal_kde(layers: Sequence[int]) -> KdeModel:
     return KdeModel({layer: normal_null(layer) for layer in layers})
 
 
+def same_histogram(a: Histogram, b: Histogram) -> bool:
+    """Whether both hold the same numbers."""
+    return (
+        (a.first, a.left_out) == (b.first, b.left_out)
+        and np.array_equal(a.counts, b.counts)
+        and np.array_equal(a.spread, b.spread)
+    )
+
+
 def native_decisions(logits: NDArray[np.float32], top_k: int) -> Decisions:
     """The model's own top-k, ties to the lower expert."""
     order = np.argsort(-finite_keys(logits), axis=1, kind="stable")[:, :top_k]
@@ -135,6 +144,7 @@ def write_run(
     kde: KdeModel | None = None,
     token_ids: bool = True,
     sources: Sequence[str] = ("docs", "code"),
+    sample_ids: Sequence[str | None] = (None,),
     decode_from: int | None = None,
     n_ranks: int = 1,
     cdfs: dict[str, NDArray] | None = None,
@@ -149,7 +159,8 @@ def write_run(
         cdfs: arrays x0, dx, cdf by layer (16 layers), to draw logits with real marginals.
         logits: (len(layers), n_shards, tokens per shard, E): chosen logits in place of drawn ones.
 
-    Sequence s is read by forward s (prefill); its source is sources[s % len(sources)].
+    Sequence s is read by forward s (prefill); its source is sources[s % len(sources)], its
+    sample_id sample_ids[s % len(sample_ids)].
     """
     rng = np.random.default_rng(seed)
     for name in ("routing", "tokens"):
@@ -227,6 +238,9 @@ def write_run(
                 "source": pa.DictionaryArray.from_arrays(
                     (sequence % len(sources)).astype(np.int32), list(sources)
                 ),
+                "sample_id": pa.array(
+                    [sample_ids[s % len(sample_ids)] for s in sequence], pa.string()
+                ).dictionary_encode(),
             },
             schema=tokens_schema(),
         )

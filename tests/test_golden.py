@@ -1,6 +1,7 @@
-"""A run of schema version 1, kept as files: what old logs hold must read the same for ever.
+"""A run of each schema version, kept as files: what old logs hold must read the same for ever.
 
-The files were written once by `python -m tests.test_golden` and are never written again.
+Their rows are the same, but for the columns that a version added. `python -m tests.test_golden`
+writes the run of a version that is new; those of earlier versions are never written again.
 """
 
 from pathlib import Path
@@ -15,9 +16,12 @@ from bhlog.analysis.verify.verification import verify, verify_decisions
 from bhlog.capture.contract.null.histogram import Histogram
 from bhlog.capture.contract.null.model import KdeModel, LayerNull, NullCurve
 from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.contract.schema import SCHEMA_VERSION
 from tests.synthetic import normal_logits, write_run
 
-GOLDEN = Path(__file__).parent / "data" / "golden_v1"
+DATA = Path(__file__).parent / "data"
+VERSIONS = range(1, SCHEMA_VERSION + 1)
+SAMPLE_IDS = ["q-1", "q-2", None, "q 4"]
 LAYERS, E = (0, 3), 8
 
 THRESHOLDS = [1.25, 1.0, 0.875, 0.75, 0.6875, 0.625, 0.5625, 0.5]
@@ -120,12 +124,13 @@ def write_golden(folder: Path) -> None:
         kde=KdeModel({layer: null(layer) for layer in LAYERS}),
         decode_from=2,
         logits=logits,
+        sample_ids=SAMPLE_IDS,
     )
 
 
-@pytest.fixture(scope="module")
-def log() -> Log:
-    return open_log(GOLDEN)
+@pytest.fixture(scope="module", params=VERSIONS)
+def log(request) -> Log:
+    return open_log(DATA / f"golden_v{request.param}")
 
 
 def read(log: Log, layer: int) -> pa.Table:
@@ -140,7 +145,8 @@ def test_it_verifies(log):
 
 def test_its_manifest_reads(log):
     manifest = log.manifest
-    assert manifest.schema_version == 1
+    assert f"golden_v{manifest.schema_version}" == log.name
+    assert manifest.logits
     assert manifest.model.layers == LAYERS
     assert manifest.routing.options == BhOptions(alpha=0.25, min_k=1, max_k=4)
     assert (manifest.totals.rows, manifest.totals.tokens, manifest.totals.nonfinite) == (24, 12, 2)
@@ -167,6 +173,13 @@ def test_its_tokens_read(log):
     assert tokens["token_id"].to_pylist() == TOKEN_IDS
 
 
+def test_its_sample_ids_read_and_are_null_before_version_2(log):
+    ids = SAMPLE_IDS if log.manifest.schema_version > 1 else [None] * 4
+    assert log.tokens()["sample_id"].to_pylist() == [s for s in ids for _ in range(3)]
+    query = "SELECT sequence, any_value(sample_id) FROM tokens GROUP BY ALL ORDER BY ALL"
+    assert log.sql(query).fetchall() == list(enumerate(ids))
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_its_decisions_are_as_they_were(log, layer):
     rows = read(log, layer)
@@ -190,4 +203,4 @@ def test_a_replay_at_another_alpha_is_as_it_was(log, alpha):
 
 
 if __name__ == "__main__":
-    write_golden(GOLDEN)
+    write_golden(DATA / f"golden_v{SCHEMA_VERSION}")

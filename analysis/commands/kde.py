@@ -76,22 +76,16 @@ def fit(
     output_format: str,
 ) -> None:
     """Fit a null model from the logits of one run or several, in one pass."""
-    from bhlog.analysis.null.fit import FitOptions, fit_kde
+    from bhlog.analysis.fold import Scope
+    from bhlog.analysis.null.estimate import FitOptions, fit_kde
 
     check_writable(out)
     options = FitOptions(kernel, bandwidth, trim_low, trim_high, null, keep_trim)
     logs = [open_run(run) for run in runs]
     total = sum(group.rows for log in logs for group in log.row_groups(layers))
     with progress_bar("fitting", total) as progress:
-        model = fit_kde(
-            logs,
-            options,
-            layers=layers,
-            where=where,
-            sample=sample,
-            threads=threads,
-            progress=progress,
-        )
+        scope = Scope(layers, where, sample, threads, progress)
+        model = fit_kde(logs, options, scope=scope)
     save_model(model, out, output_format)
     top_k = logs[0].manifest.model.top_k
     if trim_high < top_k:
@@ -121,10 +115,9 @@ def refit(file: str, out: str, output_format: str, **changes: Any) -> None:
 @format_option
 def merge(files: tuple[str, ...], out: str, output_format: str) -> None:
     """Fit one null model from the histograms of several: of shards, ranks or runs."""
-    from bhlog.analysis.null.refit import merge as merge_models
-
     check_writable(out)
-    save_model(merge_models([load(file) for file in files]), out, output_format)
+    first, *others = [load(file) for file in files]
+    save_model(first.merge(*others), out, output_format)
 
 
 @kde.command(

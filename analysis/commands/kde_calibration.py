@@ -56,6 +56,7 @@ def compare(
     wasserstein  area between the tails, in logits
     experts_a/b  mean experts per row that BH selects at alpha
     """
+    from bhlog.analysis.fold import Scope
     from bhlog.analysis.null.comparison import DRAWN_ROWS
     from bhlog.analysis.null.comparison import compare as compare_models
     from bhlog.capture.contract.null.model import layer_ranges
@@ -86,7 +87,7 @@ def compare(
             log=log,
             min_k=min_k,
             max_k=max_k,
-            progress=progress,
+            scope=Scope(progress=progress),
         )
     print_frame(frame, output_format, title=f"a: {a}   b: {b}   alpha {alpha}")
     if figure:
@@ -133,6 +134,7 @@ def check(
     ks_expert      the same distance for each expert alone: the median, and the worst
     ks_rank_k      k-th smallest p-value of a row against the k-th uniform order statistic
     """
+    from bhlog.analysis.fold import Scope
     from bhlog.analysis.null.calibration import check as check_model
     from bhlog.analysis.null.calibration import check_frame, expert_frame
 
@@ -140,15 +142,7 @@ def check(
     model, log = load(file), open_run(run)
     total = sum(group.rows for group in log.row_groups(layers))
     with progress_bar("checking", total) as progress:
-        checks = check_model(
-            model,
-            log,
-            layers=layers,
-            where=where,
-            sample=sample,
-            threads=threads,
-            progress=progress,
-        )
+        checks = check_model(model, log, scope=Scope(layers, where, sample, threads, progress))
     frame = expert_frame(checks) if by_expert else check_frame(checks)
     print_frame(frame, output_format, title=f"{file} on {run}")
     if figure:

@@ -4,7 +4,7 @@ Logits of bfloat16 models repeat, so p-values come in lumps. Every comparison he
 of a lump (mid-p), so that the number format does not count as miscalibration.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.special import betainc
 
-from bhlog.analysis.fold import Progress, Scope, fold
+from bhlog.analysis.fold import WHOLE, Scope, fold
 from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.null.histogram import ONE_VALUE, Histogram, HistogramAccumulator, kept
@@ -104,24 +104,20 @@ def check(
     log: Log,
     *,
     ranks: Sequence[int] = (1, 2, 4, 8),
-    layers: Iterable[int] | None = None,
-    where: str | None = None,
-    sample: float = 1.0,
-    threads: int | None = None,
-    progress: Progress | None = None,
+    scope: Scope = WHOLE,
 ) -> list[LayerCheck]:
     """Are the p-values of a run's logits uniform under a null model?
 
     Args:
         ranks: which order statistics to look at; those above the number of experts are left out.
-        layers, where, threads, progress: which rows, and how they are read; see Scope.
-        sample: share of tokens; see bhlog.analysis.null.fit.fit_kde.
+        scope: which rows, and how they are read.
 
     Raises:
         KdeMismatch: the null model does not cover the layers or experts.
-        InvalidOption: no rows.
+        InvalidOption: no rows, or no logits.
     """
-    wanted = sorted(log.check_layers(layers))
+    log.require_logits()
+    wanted = sorted(log.check_layers(scope.layers))
     E, top_k = log.n_experts, log.manifest.model.top_k
     kde.require(wanted, E)
     ranks = [k for k in ranks if 1 <= k <= E]
@@ -129,12 +125,10 @@ def check(
         log,
         lambda: _PValueFold(kde, tuple(ranks), min(top_k, E)),
         ["logits"],
-        Scope(wanted, where, sample, threads, progress),
+        scope,
     )
     if not folded.rows:
-        raise InvalidOption(
-            f"no rows to check in {log.path}" + (f" where {where}" if where else "")
-        )
+        raise InvalidOption(f"no rows to check in {log.path}{scope.words}")
     return folded.layer_checks(E)
 
 

@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bhlog.analysis.fold import Progress, Scope, fold
+from bhlog.analysis.fold import WHOLE, Scope, fold
 from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.histogram import BIN_WIDTH
@@ -27,8 +27,7 @@ def compare(
     log: Log | None = None,
     min_k: int = 0,
     max_k: int | None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
+    scope: Scope = WHOLE,
 ) -> pl.DataFrame:
     """How two null models differ, layer by layer, on the layers that both have.
 
@@ -42,6 +41,7 @@ def compare(
         log: rows to decide on. Without one, rows are drawn as if experts were independent, from
             the logits that the first model was fitted from.
         min_k, max_k: bounds on experts per row; the defaults show BH's own count.
+        scope: which rows of the log, and how they are read.
     """
     layers = sorted(set(a) & set(b))
     if not layers:
@@ -63,7 +63,8 @@ def compare(
     if alpha is None:
         return frame
     if log is not None:
-        layers = sorted(set(layers) & set(log.layers))
+        log.require_logits()
+        layers = sorted(set(layers) & log.check_layers(scope.layers))
         if not layers:
             raise KdeMismatch(f"{log.path} has none of the layers {layer_ranges(a)}")
         n_experts = log.n_experts
@@ -79,8 +80,7 @@ def compare(
         return _MeanExperts((a, b), alpha, n_experts, bounds, layers)
 
     if log is not None:
-        scope = Scope(layers, threads=threads, progress=progress)
-        counted = fold(log, counting, ["logits"], scope)
+        counted = fold(log, counting, ["logits"], scope.but(layers=layers))
     else:
         counted = counting()
         for layer in layers:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from bhlog.analysis.replay.ranked import RankedRows
 from bhlog.capture.contract.errors import KdeMismatch
-from bhlog.capture.contract.null.curve import LayerNull
+from bhlog.capture.contract.null.layer import LayerNull
 from bhlog.capture.contract.rule import p_value_order
 
 PIECE = 1 << 16  # p-values computed at once: a null model makes many arrays of them

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 MAJOR_VERSION = 1
-SCHEMA_VERSION = 2  # 2: the manifest says whether logits were logged
+SCHEMA_VERSION = 2  # 2: tokens.sample_id; the manifest says whether logits were logged
 PHASES = ("prefill", "decode")
 
 SHARD_NAME = re.compile(r"rank(?P<rank>\d{5})-(?P<number>\d{5,})\.parquet")
@@ -113,6 +113,13 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
             nullable=True,
         ),
         Column("source", TEXT, "file or data set that the text came from", nullable=True),
+        Column(
+            "sample_id",
+            TEXT,
+            "id that the caller gave the sequence; NULL where none",
+            since=2,
+            nullable=True,
+        ),
     ),
 }
 

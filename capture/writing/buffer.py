@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.manifest import Totals
 from bhlog.capture.contract.schema import (
     COLUMNS,
@@ -143,8 +144,13 @@ class Buffer:
 
     def _codes(self, column: str, texts: Texts | None, rows: NDArray[np.intp]) -> NDArray[np.int32]:
         """Codes of these rows among all names that the buffer met; -1 for unknown."""
-        if texts is None:
+        if texts is None or not texts.names:
             return np.full(len(rows), -1, dtype=np.int32)
+        if column not in tokens_schema(self.version).names:
+            raise InvalidOption(
+                f"the run is of schema version {self.version}, which has no column {column}: log "
+                "into a new run"
+            )
         names = self._names.setdefault(column, {})
         codes = [names.setdefault(name, len(names)) for name in texts.names]
         return np.array([*codes, -1], dtype=np.int32)[texts.code[rows]]

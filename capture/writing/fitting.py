@@ -3,20 +3,18 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.files import whole_file
+from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.null.histogram import Histogram, HistogramKey, Trim
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.writing.counting import count_shard
 from bhlog.capture.writing.launch import world_size
 from bhlog.capture.writing.writer import RunWriter
-
-if TYPE_CHECKING:
-    from bhlog.analysis.null.fit import FitOptions
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class KdeFit:
     Attributes:
         out: file to write once the run is closed; not in the run's folder, whose kde.parquet is
             the null model in force.
-        kernel, bandwidth, trim_low, trim_high, null: see bhlog.analysis.null.fit.FitOptions.
+        kernel, bandwidth, trim_low, trim_high, null: see FitOptions.
     """
 
     out: str | Path
@@ -40,14 +38,12 @@ class KdeFit:
     null: Literal["pooled", "expert"] = "pooled"
 
     @property
-    def options(self) -> "FitOptions":
-        """As bhlog.analysis.null.fit takes them.
+    def options(self) -> FitOptions:
+        """As fits take them.
 
         Raises:
             InvalidOption: one is out of range.
         """
-        from bhlog.analysis.null.fit import FitOptions
-
         return FitOptions(self.kernel, self.bandwidth, self.trim_low, self.trim_high, self.null)
 
     def check(self, run: str | Path, n_experts: int) -> None:
@@ -92,8 +88,6 @@ class KdeFit:
         Raises:
             InvalidOption: there is no row to fit from, or the file cannot be written.
         """
-        from bhlog.analysis.null.fit import fit_histograms
-
         assert writer.sealer.histograms is not None
         histograms = writer.sealer.histograms.histograms()
         ranks, run_id = world_size(), writer.manifest.run_id
@@ -106,7 +100,7 @@ class KdeFit:
         if not histograms:
             raise InvalidOption(f"{self.out}: no row was logged, so there is no null model to fit")
         n_experts = writer.manifest.model.n_experts
-        model = fit_histograms(histograms, self.options, source=[run_id], n_experts=n_experts)
+        model = KdeModel.fit(histograms, self.options, source=[run_id], n_experts=n_experts)
         model.save(self.out)
         for rank in range(ranks):
             self._part(rank).unlink(missing_ok=True)

@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from bhlog.analysis.fold import Scope, fold
 from bhlog.analysis.log import Log, open_log
-from bhlog.analysis.null.fit import fit_kde
+from bhlog.analysis.null.estimate import fit_kde
 from bhlog.analysis.replay.compare import compare
 from bhlog.analysis.replay.families import Policy, families, parse_policy
 from bhlog.analysis.replay.match import match_experts

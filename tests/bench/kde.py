@@ -17,6 +17,8 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,7 @@ from scipy.stats import gaussian_kde
 from bhlog.analysis.fold import Scope, fold
 from bhlog.analysis.kernels.patterns import count_patterns
 from bhlog.analysis.log import Log, open_log
-from bhlog.analysis.null.counting import count_logits
-from bhlog.analysis.null.fit import FitOptions, fit_histograms
-from bhlog.analysis.null.refit import refit
+from bhlog.analysis.null.estimate import FitOptions, count_logits, fit_kde
 from bhlog.capture.contract.null.bandwidth import choose_bandwidth
 from bhlog.capture.contract.null.histogram import Histogram, HistogramAccumulator
 from bhlog.capture.contract.null.kernel import kernel_tail
@@ -59,7 +59,10 @@ def least(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]
 
 
 def fit(values: NDArray[np.float32], threads: int = 1) -> NullCurve:
-    histogram = Histogram.of(values, threads=threads, count=count_patterns)
+    parts = np.array_split(values, threads)
+    with ThreadPoolExecutor(threads) as pool:
+        counted = pool.map(lambda part: Histogram.of(part, count=count_patterns), parts)
+        histogram = reduce(Histogram.merge, counted)
     bandwidth = choose_bandwidth(histogram, "scott")
     x0, dx, tail = kernel_tail(histogram, "gaussian", bandwidth)
     return NullCurve(expert=None, n=len(values), x0=x0, dx=dx, tail=tail, bandwidth=bandwidth)
@@ -158,22 +161,16 @@ class Reading:
 
 
 def from_log(log: Log, threads: int) -> dict[str, Any]:
-    def count(options: FitOptions) -> HistogramAccumulator:
-        return count_logits([log], options.accumulator(), threads=threads)
-
-    options = FitOptions()
-    histograms = count(options).histograms()
-    model = fit_histograms(histograms, options, source=["bench"])
+    scope, trimmed = Scope(threads=threads), FitOptions(trim_high=8)
+    model = fit_kde(log, scope=scope)
     times = least(
         {
-            "read": lambda: fold(log, Reading, ["logits"], Scope(threads=threads)),
-            "count": lambda: count(options),
-            "fit": lambda: fit_histograms(count(options).histograms(), options, source=["bench"]),
-            "fit_trimmed": lambda: fit_histograms(
-                count(FitOptions(trim_high=8)).histograms(), FitOptions(trim_high=8), source=["b"]
-            ),
-            "refit": lambda: refit(model, bandwidth="silverman"),
-            "refit_isj": lambda: refit(model, bandwidth="isj"),
+            "read": lambda: fold(log, Reading, ["logits"], scope),
+            "count": lambda: count_logits([log], FitOptions(), scope=scope),
+            "fit": lambda: fit_kde(log, scope=scope),
+            "fit_trimmed": lambda: fit_kde(log, trimmed, scope=scope),
+            "refit": lambda: model.refit(bandwidth="silverman"),
+            "refit_isj": lambda: model.refit(bandwidth="isj"),
         },
         9,
     )

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bhlog.analysis.log import Log, layer_of, logits_of, open_log
-from bhlog.analysis.null.fit import fit_kde
+from bhlog.analysis.null.estimate import fit_kde
 from bhlog.analysis.replay.replay import Replay, replay, settings_of
 from bhlog.analysis.sweep.critical import CriticalAlphas
 from bhlog.analysis.sweep.profile import GRID, Profile, profile_log

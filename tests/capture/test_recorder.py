@@ -165,6 +165,23 @@ def test_sources_follow_their_sequences(model, run):
     assert all(names in ({"a"}, {"b"}) for n, names in list(sources.items())[6:-4])
 
 
+def test_ids_of_the_callers_follow_their_sequences(model, run):
+    ids, mask = batch([3, 4], left=True)
+    with observed(model, run) as patcher:
+        patcher.name_sources(["docs", "docs"])
+        patcher.name_sequences(["q-1", ""])
+        model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+        model(ids, attention_mask=mask)
+    log = open_log(run)
+    rows = {
+        (row["sequence"], row["sample_id"], row["source"])
+        for row in log.tokens(["sequence", "sample_id", "source"]).to_pylist()
+    }
+    assert rows == {(0, "q-1", "docs"), (1, None, "docs"), (2, None, None), (3, None, None)}
+    asked = "SELECT sequence, count(*) FROM tokens WHERE sample_id = 'q-1' GROUP BY ALL"
+    assert log.sql(asked).fetchall() == [(0, 5)]  # 3 that went in, and 2 of the 3 new ones
+
+
 def test_native_rows_name_their_experts_by_falling_logit_ties_to_the_lower(run):
     model = tiny_model()
     with torch.no_grad():

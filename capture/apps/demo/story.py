@@ -40,7 +40,7 @@ def tell(out: Path) -> None:
 
     from bhlog.analysis.figures.drawing import draw_figures
     from bhlog.analysis.log import open_log
-    from bhlog.analysis.null.fit import FitOptions, fit_kde
+    from bhlog.analysis.null.estimate import FitOptions, fit_kde
     from bhlog.analysis.output import print_frame
     from bhlog.analysis.replay.fidelity import fidelity
     from bhlog.analysis.verify.replayed import verify_replay

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from bhlog.capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch
+from bhlog.capture.contract.errors import CorruptKde, InvalidOption
 from bhlog.capture.contract.null.histogram import Histogram, Trim
-from bhlog.capture.contract.rule import Decisions, critical_values, decide, decide_by_expert
+from bhlog.capture.contract.rule import critical_values
 
 KERNELS = ("gaussian", "epanechnikov", "tophat", "triangular", "none")
 BANDWIDTH_RULES = ("scott", "silverman", "isj")
@@ -159,89 +159,6 @@ class NullCurve:
             below = np.where(passed, below, middle)
         settled[where] = _float32_at(above)
         return settled.reshape(t.shape)
-
-
-@dataclass(frozen=True, eq=False)
-class LayerNull:
-    """Null model of one layer: one pooled curve, or one curve per expert.
-
-    `model["x"]` and `model["cdf"]` answer as the items of older notebooks did (pooled only).
-    """
-
-    layer: int
-    curves: tuple[NullCurve, ...]
-
-    def __post_init__(self) -> None:
-        experts = [curve.expert for curve in self.curves]
-        if experts != [None] and experts != list(range(len(experts))):
-            raise CorruptKde(
-                f"layer {self.layer}: expected one pooled curve or one per expert from 0, "
-                f"got experts {experts}"
-            )
-
-    @property
-    def pooled(self) -> bool:
-        """Whether one curve serves all experts."""
-        return self.curves[0].expert is None
-
-    def require(self, n_experts: int) -> None:
-        """Raise KdeMismatch if it has curves for another number of experts."""
-        if not self.pooled and len(self.curves) != n_experts:
-            raise KdeMismatch(
-                f"the null model of layer {self.layer} has curves for {len(self.curves)} experts, "
-                f"but the model has {n_experts}"
-            )
-
-    def p_value(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
-        """(T, E) float64 p-values of (T, E) logits; a pooled null takes any shape.
-
-        Raises:
-            KdeMismatch: it has curves for another number of experts.
-        """
-        if self.pooled:
-            return self.curves[0].p_value(logits)
-        self.require(logits.shape[-1] if logits.ndim else 0)
-        columns = [c.p_value(logits[..., i]) for i, c in enumerate(self.curves)]
-        return np.stack(columns, axis=-1)
-
-    def decide(
-        self,
-        logits: NDArray[np.float32],
-        thresholds: NDArray[np.float32],
-        *,
-        min_k: int,
-        max_k: int,
-    ) -> Decisions:
-        """Choose each row's experts by `thresholds` of this null; see bhlog.capture.contract.rule.
-
-        Args:
-            logits: (T, E) float32.
-            min_k, max_k: bounds on experts per row.
-        """
-        if self.pooled:
-            return decide(logits, thresholds, min_k=min_k, max_k=max_k)
-        p = self.p_value(logits)
-        return decide_by_expert(logits, thresholds, p, min_k=min_k, max_k=max_k)
-
-    def thresholds(self, alpha: float, n_experts: int) -> NDArray[np.float32]:
-        """float32 thresholds: (E,) t_k when pooled, (E, E) t_{k,i} with a curve per expert.
-
-        Raises:
-            KdeMismatch: it has curves for another number of experts.
-        """
-        if self.pooled:
-            return self.curves[0].thresholds(alpha, n_experts)
-        self.require(n_experts)
-        return np.stack([c.thresholds(alpha, n_experts) for c in self.curves], axis=1)
-
-    def __getitem__(self, key: str) -> NDArray[np.float64]:
-        if not self.pooled:
-            raise KeyError(f"layer {self.layer} has a curve per expert: read .curves[i]")
-        if key == "x":
-            return self.curves[0].grid
-        if key == "cdf":
-            return 1.0 - self.curves[0].tail  # for old notebooks; p-values come from the tail
-        raise KeyError(f"{key!r}: expected 'x' or 'cdf'")
 
 
 def round_up_to_float32(x: NDArray[np.float64]) -> NDArray[np.float32]:

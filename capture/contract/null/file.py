@@ -26,8 +26,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bhlog.capture.contract.errors import CorruptKde
-from bhlog.capture.contract.null.curve import LayerNull, NullCurve
+from bhlog.capture.contract.null.curve import NullCurve
 from bhlog.capture.contract.null.histogram import BIN_WIDTH, LARGEST_LOGIT, Histogram, Trim
+from bhlog.capture.contract.null.layer import LayerNull
 from bhlog.capture.contract.schema import list_type, schema_difference
 
 KDE_SCHEMA_VERSION = 1

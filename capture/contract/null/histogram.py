@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -72,28 +71,13 @@ class Histogram:
         return cls(first=0, counts=none, spread=none, left_out=left_out)
 
     @classmethod
-    def of(
-        cls,
-        values: NDArray[np.float32],
-        *,
-        threads: int = 1,
-        count: PatternCounter | None = None,
-    ) -> Self:
+    def of(cls, values: NDArray[np.float32], *, count: PatternCounter | None = None) -> Self:
         """Histogram of float32 values of any shape; those that cannot be counted are left out.
-
-        The result is the same integers for any number of threads, and any way to count.
 
         Args:
             count: does what count_patterns does, which None means.
         """
         values = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
-        if threads > 1:
-            total = cls.empty()
-            with ThreadPoolExecutor(threads) as pool:
-                parts = np.array_split(values, threads)
-                for part in pool.map(lambda values: cls.of(values, count=count), parts):
-                    total = total.merge(part)
-            return total
         if values.size < _TABLE_FROM:
             return cls._of_float32(values)
         times = np.zeros(_PATTERNS, dtype=np.int64)
@@ -149,14 +133,6 @@ class Histogram:
         """Histogram of the values of both."""
         parts = [(part.first, part.counts, part.spread) for part in (self, other)]
         return self._add_up(parts, self.left_out + other.left_out)
-
-    def same_as(self, other: Self) -> bool:
-        """Whether both hold the same numbers."""
-        return (
-            (self.first, self.left_out) == (other.first, other.left_out)
-            and np.array_equal(self.counts, other.counts)
-            and np.array_equal(self.spread, other.spread)
-        )
 
 
 def is_bfloat16(values: NDArray[np.float32]) -> bool:

@@ -1,14 +1,10 @@
-"""Null models of a run: p-values, thresholds, and the file they are kept in.
-
-Fitting lives in analysis; this module evaluates, reads and writes, with numpy and pyarrow alone.
-"""
+"""Null models of a run: fits, p-values, thresholds, and the file they are kept in."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +13,11 @@ from numpy.typing import ArrayLike, NDArray
 from bhlog.capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch
 from bhlog.capture.contract.files import whole_file
 from bhlog.capture.contract.null import file as null_file
-from bhlog.capture.contract.null.curve import LayerNull as LayerNull
+from bhlog.capture.contract.null import fit
 from bhlog.capture.contract.null.curve import NullCurve as NullCurve
+from bhlog.capture.contract.null.fit import FitOptions
+from bhlog.capture.contract.null.histogram import Histogram, HistogramKey
+from bhlog.capture.contract.null.layer import LayerNull as LayerNull
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,17 +149,64 @@ class KdeModel(Mapping[int, LayerNull]):
             f"got {expert}"
         )
 
-    def refit(self, **options: Any) -> "KdeModel":
-        """The model at another kernel, bandwidth or trimming; see analysis.null.refit."""
-        from bhlog.analysis.null.refit import refit
+    @classmethod
+    def fit(
+        cls,
+        histograms: Mapping[HistogramKey, Histogram],
+        options: FitOptions,
+        *,
+        source: Iterable[str],
+        n_experts: int | None = None,
+    ) -> "KdeModel":
+        """Fit a model from what a HistogramAccumulator counted.
 
-        return refit(self, **options)
+        Args:
+            histograms: HistogramAccumulator.histograms(), counted at options.trims.
+            source: ids of the runs they were counted from.
+            n_experts: experts per router of these runs, where known.
+
+        Raises:
+            InvalidOption: a layer or expert has no finite logit to fit from.
+        """
+        return cls(fit.fit_histograms(histograms, options, source=source), n_experts)
+
+    def refit(
+        self,
+        *,
+        kernel: str | None = None,
+        bandwidth: str | float | None = None,
+        trim_low: int | None = None,
+        trim_high: int | None = None,
+    ) -> "KdeModel":
+        """Fit again from the histograms in the model; no log is read. None keeps what it has.
+
+        Raises:
+            InvalidOption: a bad option, or a trimming level that the model does not keep.
+            KdeMismatch: the model was imported, so it has no histograms.
+        """
+        layers = fit.refit(
+            self, kernel=kernel, bandwidth=bandwidth, trim_low=trim_low, trim_high=trim_high
+        )
+        return KdeModel(layers, self.n_experts)
 
     def merge(self, *others: "KdeModel") -> "KdeModel":
-        """One model fitted from the logits of all; see bhlog.analysis.null.refit.merge."""
-        from bhlog.analysis.null.refit import merge
+        """One model fitted from the logits of all, as if one pass had counted them together.
 
-        return merge([self, *others])
+        Trimming levels that only some of the models keep are dropped. Layers that only some have
+        are kept as they are there.
+
+        Raises:
+            InvalidOption: the models were fitted with different options: refit them first.
+            KdeMismatch: a model was imported, or they are for other numbers of experts.
+        """
+        models = (self, *others)
+        n_experts = sorted({model.n_experts for model in models if model.n_experts is not None})
+        if len(n_experts) > 1:
+            raise KdeMismatch(
+                f"the null models are for routers of {' and '.join(map(str, n_experts))} experts: "
+                "merge those of one model"
+            )
+        return KdeModel(fit.merge(models), n_experts[0] if n_experts else None)
 
     def to_table(self) -> pa.Table:
         """The file's rows, a curve each; its schema is null_file.KDE_SCHEMA."""

@@ -8,7 +8,7 @@ import pytest
 
 from bhlog.analysis.cli import main
 from bhlog.analysis.log import open_log
-from bhlog.analysis.null.fit import fit_kde
+from bhlog.analysis.null.estimate import fit_kde
 from bhlog.capture.contract.null.model import KdeModel
 from tests.synthetic import write_run
 

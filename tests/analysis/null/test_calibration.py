@@ -5,12 +5,12 @@ from scipy.stats import beta, ks_2samp, kstest, norm, wasserstein_distance
 
 from bhlog.analysis.commands.kde_calibration import CHECK_FIGURES
 from bhlog.analysis.figures.file import check_figure_name
+from bhlog.analysis.fold import Scope
 from bhlog.analysis.log import open_log
 from bhlog.analysis.null import figures as kde_figures
 from bhlog.analysis.null.calibration import PValues, check, check_frame, expert_frame
 from bhlog.analysis.null.comparison import compare
-from bhlog.analysis.null.fit import FitOptions, fit_kde
-from bhlog.analysis.null.refit import refit
+from bhlog.analysis.null.estimate import FitOptions, fit_kde
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.model import KdeModel, LayerNull, NullCurve
 from bhlog.capture.contract.rule import decide, decide_by_expert
@@ -101,12 +101,14 @@ def test_nan_logits_are_counted_and_have_no_p_value(tmp_path, normal_logits):
 
 
 def test_threads_and_samples_of_a_check(normal_log):
-    one, many = (check_frame(check(null_normal(), normal_log, threads=n)) for n in (1, 3))
+    one, many = (
+        check_frame(check(null_normal(), normal_log, scope=Scope(threads=n))) for n in (1, 3)
+    )
     assert one.equals(many)
-    some = check(null_normal(), normal_log, sample=0.25)[0]
+    some = check(null_normal(), normal_log, scope=Scope(sample=0.25))[0]
     assert 0.15 < some.trimmed.n / (T * E) < 0.35
     with pytest.raises(InvalidOption, match="no rows to check"):
-        check(null_normal(), normal_log, where="position > 9999")
+        check(null_normal(), normal_log, scope=Scope(where="position > 9999"))
     with pytest.raises(KdeMismatch, match="but not 3"):
         check(KdeModel({0: normal_null(0)}), normal_log)
 
@@ -140,8 +142,8 @@ def test_fitted_models_differ_as_their_samples_do(tmp_path, normal_logits):
 @pytest.mark.parametrize("null", ["pooled", "expert"])
 def test_mean_experts_are_those_of_the_decision_rule(normal_log, normal_logits, null):
     a = fit_kde(normal_log, FitOptions(null=null, keep=((0, 4),)))
-    b = refit(a, trim_high=4)
-    frame = compare(a, b, alpha=0.3, log=normal_log, min_k=1, max_k=8, threads=3)
+    b = a.refit(trim_high=4)
+    frame = compare(a, b, alpha=0.3, log=normal_log, min_k=1, max_k=8, scope=Scope(threads=3))
     for name, model in (("experts_a", a), ("experts_b", b)):
         t = model[0].thresholds(0.3, E)
         if null == "pooled":
@@ -155,11 +157,11 @@ def test_mean_experts_are_those_of_the_decision_rule(normal_log, normal_logits, 
 
 def test_without_a_run_rows_are_drawn_from_what_the_first_was_fitted_from(normal_log):
     a = fit_kde(normal_log, FitOptions(keep=((0, 4),)))
-    drawn = compare(a, refit(a, trim_high=4), alpha=0.3, n_experts=E)
-    seen = compare(a, refit(a, trim_high=4), alpha=0.3, log=normal_log)
+    drawn = compare(a, a.refit(trim_high=4), alpha=0.3, n_experts=E)
+    seen = compare(a, a.refit(trim_high=4), alpha=0.3, log=normal_log)
     # the rows of this run are independent draws themselves: 600 of them, against 4096
     assert drawn["experts_b"][0] == pytest.approx(seen["experts_b"][0], rel=0.15)
-    own = compare(a, refit(a, trim_high=4), alpha=0.3)
+    own = compare(a, a.refit(trim_high=4), alpha=0.3)
     assert own.equals(drawn)  # a fitted model knows its experts
     from_tails = compare(null_normal(), null_normal(-1), alpha=0.3, n_experts=E)
     assert from_tails["experts_b"][0] > from_tails["experts_a"][0]

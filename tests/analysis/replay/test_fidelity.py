@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from bhlog.analysis.log import open_log
-from bhlog.analysis.null.fit import fit_kde
+from bhlog.analysis.null.estimate import fit_kde
 from bhlog.analysis.replay import fidelity as module
 from bhlog.analysis.replay.fidelity import fidelity
 from bhlog.capture.contract.errors import InvalidOption

@@ -18,7 +18,8 @@ from bhlog.analysis.replay.families.storey import Storey
 from bhlog.analysis.replay.families.threshold import Threshold
 from bhlog.analysis.replay.families.topk import TopK
 from bhlog.analysis.replay.families.topp import TopP
-from bhlog.capture.contract.null.curve import LayerNull, NullCurve
+from bhlog.capture.contract.null.curve import NullCurve
+from bhlog.capture.contract.null.layer import LayerNull
 from bhlog.capture.contract.rule import empirical_p_values
 from tests.analysis.replay import slow
 from tests.synthetic import normal_null

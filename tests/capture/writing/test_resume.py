@@ -1,17 +1,20 @@
 """A run that stopped is continued: numbers and counts go on, mistakes are refused."""
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import bhlog.capture.writing.writer as writer_module
 from bhlog.analysis.log import open_log
-from bhlog.capture.contract.errors import CorruptShard, InvalidOption, RouterLogError
+from bhlog.capture.contract.errors import CorruptShard, InvalidOption, RouterLogError, WriterFailed
 from bhlog.capture.contract.manifest import Routing, Totals
 from bhlog.capture.contract.rule import BhOptions
 from bhlog.capture.observe import new_writer, recording
 from bhlog.capture.patch import RouterPatcher
+from bhlog.capture.writing.buffer import Texts
 from bhlog.capture.writing.folder import PROGRESS, Progress
 from bhlog.capture.writing.writer import RunWriter, WriterOptions
 from tests.capture.blocks import INFO, LAYERS, check_run, make_block, no_errors, writer
@@ -93,6 +96,44 @@ def test_a_run_whose_shards_say_nothing_of_progress_cannot_be_resumed(run, monke
     with pytest.raises(
         CorruptShard, match=r"rank00000-00000.parquet: cannot resume after a broken"
     ):
+        writer(run, resume=True)
+
+
+def of_version_1(run):
+    """A run that an earlier bhlog began."""
+    first = writer(run)
+    first._manifest = replace(first.manifest, schema_version=1)
+    first._buffer.version = 1
+    first.submit(make_block(0))
+    first.close()
+
+
+def test_a_run_of_an_earlier_version_is_resumed_in_it(run):
+    of_version_1(run)
+    second = writer(run, resume=True)
+    second.submit(make_block(1))
+    second.close()
+    log = open_log(run)
+    assert log.manifest.schema_version == 1
+    shards = [log.open_shard("tokens", name) for name in log.token_shards]
+    assert [shard.schema_arrow.names[-1] for shard in shards] == ["source", "source"]
+    no_errors(run)
+
+
+def test_what_an_earlier_version_cannot_hold_is_not_dropped_in_silence(run):
+    of_version_1(run)
+    second = writer(run, resume=True)
+    named = {"sample_id": Texts(np.zeros(10, np.int32), ("q-1",))}
+    second.submit(replace(make_block(1), texts=named))
+    with pytest.raises(WriterFailed, match="schema version 1, which has no column sample_id"):
+        second.close()
+
+
+def test_a_run_of_a_newer_version_is_not_resumed(run):
+    writer(run).close()
+    manifest = open_log(run).manifest
+    replace(manifest, schema_version=9).write(run)
+    with pytest.raises(InvalidOption, match=r"of schema version 9, cannot resume with \d+: resume"):
         writer(run, resume=True)
 
 

@@ -1,5 +1,5 @@
 from .analysis.log import open_log as open_log
-from .analysis.null.fit import FitOptions as FitOptions
+from .analysis.null.estimate import FitOptions as FitOptions
 from .analysis.sweep.profile import Profile as Profile
 from .capture.apps.notebook.logger import BHRoutingLogger as BHRoutingLogger
 from .capture.contract.null.model import KdeModel as KdeModel

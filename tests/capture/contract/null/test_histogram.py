@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ from bhlog.capture.contract.null.histogram import (
     Trim,
     kept,
 )
-from tests.synthetic import normal_logits, to_bfloat16
+from tests.synthetic import normal_logits, same_histogram, to_bfloat16
 
 finite = st.floats(-40, 40, width=32)
 values = arrays(np.float32, st.integers(0, 60), elements=finite)
@@ -69,7 +71,7 @@ def test_bfloat16_values_counted_by_pattern_give_the_same_integers():
     rng = np.random.default_rng(0)
     x = to_bfloat16(rng.normal(0, 3, 1 << 15).astype(np.float32) ** 3)
     x[:8] = [0.0, -0.0, 1e-30, -1e-30, np.nan, np.inf, -np.inf, 2048.0]
-    assert Histogram.of(x).same_as(Histogram._of_float32(x))
+    assert same_histogram(Histogram.of(x), Histogram._of_float32(x))
     assert Histogram.of(x).left_out >= 4
 
 
@@ -78,8 +80,8 @@ def test_bfloat16_values_counted_by_pattern_give_the_same_integers():
 def test_merging_commutes_and_associates_and_equals_counting_together(a, b, c):
     A, B, C = (Histogram.of(x) for x in (a, b, c))
     together = Histogram.of(np.concatenate([a, b, c]))
-    assert A.merge(B).merge(C).same_as(together)
-    assert C.merge(A.merge(B)).same_as(together)
+    assert same_histogram(A.merge(B).merge(C), together)
+    assert same_histogram(C.merge(A.merge(B)), together)
 
 
 @settings(deadline=None)
@@ -96,7 +98,7 @@ def test_counts_keep_the_mean_and_spread_the_variance(x):
 
 def test_an_empty_histogram_is_neutral():
     h = Histogram.of(np.array([1.25], np.float32))
-    assert Histogram.empty().merge(h).same_as(h)
+    assert same_histogram(Histogram.empty().merge(h), h)
     assert Histogram.of(np.array([np.nan], np.float32)).merge(h).left_out == 1
 
 
@@ -147,7 +149,7 @@ def test_large_bfloat16_batches_accumulate_to_the_same_integers():
         for trim in trims:
             inside = kept(x, trim)
             expected = Histogram._of_float32(x.ravel() if inside is None else x[inside])
-            assert counting.histograms()[HistogramKey(0, None, trim)].same_as(expected)
+            assert same_histogram(counting.histograms()[HistogramKey(0, None, trim)], expected)
 
 
 def test_a_level_that_leaves_nothing_is_refused():
@@ -167,12 +169,22 @@ def test_bfloat16_stretches_among_other_values_count_the_same_integers(monkeypat
     counting = HistogramAccumulator()
     counting.update(0, x)
     expected = Histogram._of_float32(x.ravel())
-    assert Histogram.of(x).same_as(expected)
-    assert counting.histograms()[HistogramKey(0, None, Trim())].same_as(expected)
+    assert same_histogram(Histogram.of(x), expected)
+    assert same_histogram(counting.histograms()[HistogramKey(0, None, Trim())], expected)
 
 
-def test_threads_count_the_same_integers():
+@pytest.mark.parametrize("by_expert", [False, True])
+def test_what_was_counted_elsewhere_arrives_pickled_and_adds_up(by_expert):
     rng = np.random.default_rng(3)
     for values in (normal_logits(rng, 3000, 64), rng.normal(size=(999, 64)).astype(np.float32)):
         values[5, 7] = np.nan
-        assert Histogram.of(values, threads=3).same_as(Histogram.of(values))
+        whole = HistogramAccumulator((Trim(), Trim(1, 2)), by_expert=by_expert)
+        whole.update(4, values)
+        parts = whole.empty_copy()
+        for rows in np.array_split(values, 3):
+            elsewhere = whole.empty_copy()
+            elsewhere.update(4, rows)
+            parts.merge(pickle.loads(pickle.dumps(elsewhere)))
+        found, expected = parts.histograms(), whole.histograms()
+        assert list(found) == list(expected)
+        assert all(same_histogram(found[key], expected[key]) for key in expected)

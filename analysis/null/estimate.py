@@ -1,0 +1,83 @@
+"""The null model of runs: their logits counted in one pass over the shards, and fitted."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import pyarrow as pa
+
+from bhlog.analysis.fold import WHOLE, Scope, fold
+from bhlog.analysis.kernels.patterns import count_patterns
+from bhlog.analysis.log import Log, layer_of, logits_of
+from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
+from bhlog.capture.contract.null.fit import FitOptions as FitOptions
+from bhlog.capture.contract.null.histogram import HistogramAccumulator
+from bhlog.capture.contract.null.model import KdeModel, layer_ranges
+
+
+def fit_kde(
+    logs: Log | Sequence[Log], options: FitOptions | None = None, *, scope: Scope = WHOLE
+) -> KdeModel:
+    """Fit a null model from one run or several of the same model, in one pass over their logits.
+
+    Args:
+        logs: the runs.
+        options: kernel, bandwidth, trimming; None for the defaults of FitOptions.
+        scope: which rows, and how they are read.
+
+    Raises:
+        InvalidOption: an option does not fit the runs, a run has no logits, or no row is left to
+            fit from.
+        KdeMismatch: the runs have other layers or experts than the first.
+    """
+    options = options or FitOptions()
+    logs = [logs] if isinstance(logs, Log) else list(logs)
+    histograms = count_logits(logs, options, scope=scope).histograms()
+    missing = logs[0].check_layers(scope.layers) - {key.layer for key in histograms}
+    if missing:
+        raise InvalidOption(
+            f"no rows of layers {layer_ranges(missing)} in {', '.join(log.path for log in logs)}"
+            f"{scope.words}"
+        )
+    return KdeModel.fit(
+        histograms,
+        options,
+        source=[log.manifest.run_id for log in logs],
+        n_experts=logs[0].n_experts,
+    )
+
+
+def count_logits(
+    logs: Sequence[Log], options: FitOptions, *, scope: Scope = WHOLE
+) -> HistogramAccumulator:
+    """Count the logits of runs that a fit with these options needs; see fit_kde."""
+    if not logs:
+        raise InvalidOption("name at least one run")
+    model = logs[0].manifest.model
+    for log in logs:
+        log.require_logits()
+        other = log.manifest.model
+        if (other.layers, other.n_experts) != (model.layers, model.n_experts):
+            raise KdeMismatch(
+                f"{log.path} has layers {layer_ranges(other.layers)} of {other.n_experts} experts, "
+                f"{logs[0].path} has {layer_ranges(model.layers)} of {model.n_experts}; "
+                "fit a null model from runs of one model"
+            )
+    for trim in options.trims:
+        trim.check(model.n_experts)
+    total = LogitCounts(options)
+    for log in logs:
+        total.merge(fold(log, lambda: LogitCounts(options), ["logits"], scope))
+    return total.counts
+
+
+class LogitCounts:
+    """The fold that counts what a fit needs."""
+
+    def __init__(self, options: FitOptions) -> None:
+        self.counts = options.accumulator(count_patterns)
+
+    def update(self, batch: pa.RecordBatch) -> None:
+        self.counts.update(layer_of(batch), logits_of(batch))
+
+    def merge(self, other: Self) -> None:
+        self.counts.merge(other.counts)

@@ -1,0 +1,276 @@
+"""Fitting null models from histograms: counted in logs, or kept in null models."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
+from bhlog.capture.contract.null.bandwidth import check_bandwidth, choose_bandwidth
+from bhlog.capture.contract.null.curve import KERNELS, NullCurve
+from bhlog.capture.contract.null.histogram import (
+    Histogram,
+    HistogramAccumulator,
+    HistogramKey,
+    PatternCounter,
+    Trim,
+)
+from bhlog.capture.contract.null.kernel import MOST_GRID_POINTS, empirical_tail, kernel_tail
+from bhlog.capture.contract.null.layer import LayerNull
+
+Layers = Mapping[int, LayerNull]  # by decoder layer, as a KdeModel is
+
+MOST_LAYER_POINTS = 1 << 22  # grid points of a layer's curves together: 32 MiB
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How a null model is fitted.
+
+    Attributes:
+        kernel: "gaussian", "epanechnikov", "tophat", "triangular", or "none" for the empirical
+            tail.
+        bandwidth: "scott", "silverman", "isj" (improved Sheather-Jones), or a standard deviation
+            of the kernel in logits.
+        trim_low, trim_high: leave out this many of each row's smallest and largest logits, so
+            that the signal does not sit in its own null.
+        null: "pooled" for one curve a layer, "expert" for one a layer and expert.
+        keep: further trimming levels (low, high) whose histograms stay in the file for refits.
+    """
+
+    kernel: str = "gaussian"
+    bandwidth: str | float = "scott"
+    trim_low: int = 0
+    trim_high: int = 0
+    null: Literal["pooled", "expert"] = "pooled"
+    keep: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kernel not in KERNELS:
+            raise InvalidOption(f"kernel must be {', '.join(KERNELS)}; got {self.kernel!r}")
+        check_bandwidth(self.bandwidth)
+        if self.null not in ("pooled", "expert"):
+            raise InvalidOption(f"null must be 'pooled' or 'expert', got {self.null!r}")
+        if min(self.trim_low, self.trim_high) < 0:
+            raise InvalidOption(
+                f"trim_low and trim_high must be at least 0, got {self.trim_low} and "
+                f"{self.trim_high}"
+            )
+
+    @property
+    def trim(self) -> Trim:
+        """The trimming level in force."""
+        return Trim(self.trim_low, self.trim_high)
+
+    @property
+    def trims(self) -> tuple[Trim, ...]:
+        """All trimming levels to count, the one in force first."""
+        return tuple(dict.fromkeys((self.trim, *(Trim(*level) for level in self.keep))))
+
+    def accumulator(self, count: PatternCounter | None = None) -> HistogramAccumulator:
+        """Counts what a fit with these options needs; see HistogramAccumulator for `count`."""
+        return HistogramAccumulator(self.trims, by_expert=self.null == "expert", count=count)
+
+
+def fit_histograms(
+    histograms: Mapping[HistogramKey, Histogram],
+    options: FitOptions,
+    *,
+    source: Iterable[str],
+) -> dict[int, LayerNull]:
+    """Fit the null model of each layer from what a HistogramAccumulator counted.
+
+    Args:
+        histograms: HistogramAccumulator.histograms(), counted at options.trims.
+        source: ids of the runs they were counted from.
+
+    Raises:
+        InvalidOption: a layer or expert has no finite logit to fit from.
+    """
+    curves: dict[tuple[int, int | None], dict[Trim, Histogram]] = {}
+    for key, histogram in histograms.items():
+        curves.setdefault((key.layer, key.expert), {})[key.trim] = histogram
+    sources = tuple(sorted(set(source)))
+    most_curves = max(Counter(layer for layer, _ in curves).values(), default=1)
+    most_points = min(MOST_GRID_POINTS, MOST_LAYER_POINTS // most_curves)
+
+    def fitted(item: tuple[tuple[int, int | None], dict[Trim, Histogram]]) -> NullCurve:
+        (layer, expert), levels = item
+        return _fit_curve(layer, expert, levels, options, sources, most_points)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = list(pool.map(fitted, curves.items()))
+    layers: dict[int, list[NullCurve]] = {}
+    for (layer, _), curve in zip(curves, done, strict=True):
+        layers.setdefault(layer, []).append(curve)
+    return {layer: LayerNull(layer, tuple(c)) for layer, c in sorted(layers.items())}
+
+
+def _fit_curve(
+    layer: int,
+    expert: int | None,
+    levels: Mapping[Trim, Histogram],
+    options: FitOptions,
+    source: tuple[str, ...],
+    most_points: int,
+) -> NullCurve:
+    histogram = levels[options.trim]
+    if histogram.n == 0:
+        who = f"layer {layer}" if expert is None else f"expert {expert} of layer {layer}"
+        raise InvalidOption(
+            f"{who} has no finite logit to fit from ({histogram.left_out:,} were left out) at "
+            f"trim_low {options.trim_low}, trim_high {options.trim_high}"
+        )
+    if options.kernel == "none":
+        bandwidth, rule = None, "none"
+        x0, dx, tail = empirical_tail(histogram)
+    else:
+        bandwidth = choose_bandwidth(histogram, options.bandwidth)
+        rule = options.bandwidth if isinstance(options.bandwidth, str) else "fixed"
+        x0, dx, tail = kernel_tail(histogram, options.kernel, bandwidth, most_points)
+    return NullCurve(
+        expert=expert,
+        n=histogram.n,
+        x0=x0,
+        dx=dx,
+        tail=tail,
+        histogram=histogram,
+        trim_low=options.trim_low,
+        trim_high=options.trim_high,
+        kernel=options.kernel,
+        bandwidth=bandwidth,
+        rule=rule,
+        source=source,
+        kept={trim: kept for trim, kept in sorted(levels.items()) if trim != options.trim},
+    )
+
+
+def refit(
+    model: Layers,
+    *,
+    kernel: str | None = None,
+    bandwidth: str | float | None = None,
+    trim_low: int | None = None,
+    trim_high: int | None = None,
+) -> dict[int, LayerNull]:
+    """Fit again from the histograms in a model; no log is read. None keeps what the model has.
+
+    Raises:
+        InvalidOption: a bad option, or a trimming level that the file does not keep.
+        KdeMismatch: the model was imported, so it has no histograms.
+    """
+    options = options_of(model)
+    if bandwidth is None and options.kernel == "none" and kernel not in (None, "none"):
+        bandwidth = FitOptions().bandwidth
+    changes = {
+        "kernel": kernel,
+        "bandwidth": bandwidth,
+        "trim_low": trim_low,
+        "trim_high": trim_high,
+    }
+    options = replace(options, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
+    histograms = _histograms(model)
+    kept = {key.trim for key in histograms}
+    if options.trim not in kept:
+        raise InvalidOption(
+            f"the null model keeps no histogram at trim_low {options.trim_low}, trim_high "
+            f"{options.trim_high}; it keeps {_levels(kept)}: fit it again from the run"
+        )
+    return fit_histograms(histograms, options, source=_sources(model))
+
+
+def merge(models: Sequence[Layers]) -> dict[int, LayerNull]:
+    """Null models fitted from the logits of all, as if one pass had counted them together.
+
+    Trimming levels that only some of the models keep are dropped. Layers that only some have are
+    kept as they are there.
+
+    Raises:
+        InvalidOption: the models were fitted with different options: refit them first.
+        KdeMismatch: a model was imported, or a layer has other numbers of curves.
+    """
+    options = options_of(models[0])
+    total: dict[HistogramKey, Histogram] = {}
+    for model in models:
+        other = options_of(model)
+        if other != options:
+            raise InvalidOption(
+                f"the null models were fitted differently ({_words(options)}; {_words(other)}): "
+                "refit one as the other first"
+            )
+    kept = set.intersection(*({key.trim for key in _histograms(model)} for model in models))
+    experts: dict[int, set[int | None]] = {}
+    for model in models:
+        for layer, null in model.items():
+            these = {curve.expert for curve in null.curves}
+            if experts.setdefault(layer, these) != these:
+                raise KdeMismatch(
+                    f"layer {layer} has {len(experts[layer])} curves in one null model and "
+                    f"{len(these)} in another"
+                )
+        for key, histogram in _histograms(model).items():
+            if key.trim in kept:
+                total[key] = total[key].merge(histogram) if key in total else histogram
+    sources = [source for model in models for source in _sources(model)]
+    return fit_histograms(total, options, source=sources)
+
+
+def options_of(model: Layers) -> FitOptions:
+    """The options a model was fitted with.
+
+    Raises:
+        KdeMismatch: it was imported, or its curves were fitted with different options.
+    """
+    found = set()
+    for layer, curve in _curves(model):
+        if curve.histogram is None:
+            raise KdeMismatch(
+                f"layer {layer} was imported from {', '.join(curve.source) or 'elsewhere'} and has "
+                "no histogram: fit a null model from a run instead"
+            )
+        bandwidth: str | float = curve.rule
+        if curve.rule == "none":
+            bandwidth = FitOptions().bandwidth
+        elif curve.rule == "fixed" and curve.bandwidth is not None:
+            bandwidth = curve.bandwidth
+        found.add(
+            FitOptions(
+                kernel=curve.kernel,
+                bandwidth=bandwidth,
+                trim_low=curve.trim_low,
+                trim_high=curve.trim_high,
+                null="pooled" if curve.expert is None else "expert",
+            )
+        )
+    if len(found) > 1:
+        raise KdeMismatch("the curves of the null model were fitted with different options")
+    return found.pop()
+
+
+def _curves(model: Layers) -> list[tuple[int, NullCurve]]:
+    return [(layer, curve) for layer in sorted(model) for curve in model[layer].curves]
+
+
+def _histograms(model: Layers) -> dict[HistogramKey, Histogram]:
+    return {
+        HistogramKey(layer, curve.expert, trim): histogram
+        for layer, curve in _curves(model)
+        for trim, histogram in curve.histograms.items()
+    }
+
+
+def _sources(model: Layers) -> set[str]:
+    return {source for _, curve in _curves(model) for source in curve.source}
+
+
+def _levels(trims: Iterable[Trim]) -> str:
+    return ", ".join(f"{trim.low}:{trim.high}" for trim in sorted(trims))
+
+
+def _words(options: FitOptions) -> str:
+    return (
+        f"{options.kernel} kernel, {options.bandwidth} bandwidth, trim "
+        f"{options.trim_low}:{options.trim_high}, {options.null}"
+    )
