@@ -23,7 +23,12 @@ from bhlog.capture.contract.errors import (
     KdeMismatch,
     MissingRun,
 )
-from bhlog.capture.contract.manifest import MANIFEST_NAME, Manifest, merge_manifests
+from bhlog.capture.contract.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    manifest_name,
+    merge_manifests,
+)
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import Renormalize
 from bhlog.capture.contract.schema import (
@@ -143,7 +148,9 @@ class Log:
         """Files that the run should have and has not, by their path inside it: rows are gone."""
         listed = {shard.name for shard in self.manifest.shards}
         routing, tokens = set(self.shards), set(self.token_shards)
+        manifests = {manifest_name(rank) for rank in range(self.manifest.ranks)}
         return (
+            *sorted(manifests - set(self._names(""))),
             *(f"routing/{name}" for name in sorted(listed - routing)),
             *(f"tokens/{name}" for name in sorted((listed | routing) - tokens)),
         )

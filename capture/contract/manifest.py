@@ -132,6 +132,9 @@ class Manifest:
         shards: sealed shards, complete once closed.
         error: why the capture ended early, if it did.
         options: other options of the capture, as given.
+        launch: what the environment called the launch that made the run, where no store of its
+            processes told them apart; see capture.writing.meeting.
+        ranks: processes of that launch, each of which writes a manifest and shards of its own.
         schema_version, schema_major: see capture.contract.schema.
     """
 
@@ -148,6 +151,8 @@ class Manifest:
     error: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     logits: bool = True
+    launch: str | None = None
+    ranks: Annotated[int, Meta(ge=1, le=1 << 16)] = 1
     schema_version: Annotated[int, Meta(ge=1)] = SCHEMA_VERSION
     schema_major: Annotated[int, Meta(ge=1)] = MAJOR_VERSION
 

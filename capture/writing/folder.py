@@ -2,37 +2,29 @@
 
 import json
 import shutil
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bhlog.capture.contract.errors import (
-    CorruptManifest,
     CorruptShard,
     InvalidOption,
     RouterLogError,
     RunExists,
-    WriterFailed,
 )
 from bhlog.capture.contract.files import sync_folder
 from bhlog.capture.contract.manifest import Count, Manifest, ShardEntry, Totals, manifest_name
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.schema import SCHEMA_VERSION, SHARD_NAME
-from bhlog.capture.writing.launch import process_group
+from bhlog.capture.writing.launch import world_size
+from bhlog.capture.writing.meeting import Meeting
 
-RANK_WAIT_SECONDS = 60.0
 _MAY_CHANGE = ("batch_size",)  # of the options noted in the manifest, when a run is resumed
 PROGRESS = "bhlog.progress"  # key in the footer of a tokens shard: see Progress
-_STARTED = datetime.now(UTC)  # of this process, about
-_SKEW = timedelta(seconds=30)  # by which ranks of one launch may start after rank 0 made the run
 
 
 @dataclass(frozen=True)
@@ -81,9 +73,10 @@ def create(folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int) ->
 
     Raises:
         RunExists: the folder is there and not empty, or holds a run of another launch.
-        RouterLogError: it cannot be written.
+        RouterLogError: it cannot be written, or the ranks cannot find each other.
     """
-    store = _Store.of(folder, rank)
+    meeting = Meeting.of(folder, rank)
+    manifest = replace(manifest, launch=meeting.launch, ranks=max(world_size(), rank + 1))
     try:
         if rank == 0:
             check_new(folder)
@@ -94,8 +87,7 @@ def create(folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int) ->
                     f"{folder}: rank {rank} has written here before; choose another folder, "
                     "remove it, or continue a broken capture with --resume"
                 )
-            run_id = store.wait() if store is not None else _wait_for_leader(folder)
-            manifest = replace(manifest, run_id=run_id)
+            manifest = replace(manifest, run_id=meeting.join())
         try:
             manifest = _fill(folder, manifest, kde, rank)
         except OSError:
@@ -105,16 +97,16 @@ def create(folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int) ->
                     folder.rmdir()
             raise
     except OSError as error:
-        if store is not None and rank == 0:
-            store.refuse(str(error))
+        if rank == 0:
+            meeting.refuse(str(error))
         if isinstance(error, RouterLogError):
             raise
         raise RouterLogError(
             f"{folder}: the run cannot be written there ({error.strerror or error}); choose "
             "another folder"
         ) from error
-    if store is not None and rank == 0:
-        store.announce(manifest.run_id)
+    if rank == 0:
+        meeting.announce(manifest.run_id)
     return manifest
 
 
@@ -234,74 +226,3 @@ def _check_same(path: Path, before: Manifest, now: Manifest, kde: KdeModel | Non
             f"{path}: routed with another null model; resume with the run's own, "
             f"{path.with_name('kde.parquet')}"
         )
-
-
-def _wait_for_leader(folder: Path) -> str:
-    """The id of the run that rank 0 makes, once its manifest is there."""
-    path = folder / manifest_name(0)
-    deadline = time.monotonic() + RANK_WAIT_SECONDS
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise WriterFailed(f"{path}: rank 0 wrote no manifest in {RANK_WAIT_SECONDS:.0f} s")
-        time.sleep(0.05)
-    leader = Manifest.from_json(path.read_bytes(), str(path))
-    # what is complete already may be rank 0's if it was made since this process started
-    slack = _SKEW if leader.closed is None else timedelta(seconds=1)
-    if _time(leader, path) < _STARTED - slack:
-        raise RunExists(
-            f"{path}: a run of an earlier launch, made {leader.created}; choose another folder, "
-            "remove it, or continue a broken capture with --resume"
-        )
-    return leader.run_id
-
-
-def _time(manifest: Manifest, path: Path) -> datetime:
-    try:
-        return datetime.fromisoformat(manifest.created)
-    except ValueError as error:
-        raise CorruptManifest(f"{path}: created is {manifest.created!r}, no time") from error
-
-
-@dataclass(frozen=True)
-class _Store:
-    """The process group's key-value store, through which rank 0 tells whether it made the run."""
-
-    key: str
-    set: Callable[[str, str], Any]
-    get: Callable[[str], Any]
-
-    @classmethod
-    def of(cls, folder: Path, rank: int) -> "_Store | None":
-        """None outside a process group."""
-        if process_group() is None:
-            return None
-        from torch.distributed.distributed_c10d import _get_default_store
-
-        store: Any = _get_default_store()
-        name = f"bhlog/{folder.resolve()}"
-        turn = store.add(f"{name}/{rank}", 1)  # a folder may be used again after it was removed
-        return cls(f"{name}/run{turn}", store.set, lambda key: _wait_and_get(store, key))
-
-    def announce(self, run_id: str) -> None:
-        self.set(self.key, f"made {run_id}")
-
-    def refuse(self, why: str) -> None:
-        self.set(self.key, f"refused {why}")
-
-    def wait(self) -> str:
-        """The id of the run that rank 0 made."""
-        word, _, rest = self.get(self.key).partition(" ")
-        if word == "refused":
-            raise RunExists(f"rank 0 made no run: {rest}")
-        return str(rest)
-
-
-def _wait_and_get(store: Any, key: str) -> str:
-    try:
-        store.wait([key], timedelta(seconds=RANK_WAIT_SECONDS))
-    except RuntimeError as error:
-        raise WriterFailed(
-            f"rank 0 started no run in {RANK_WAIT_SECONDS:.0f} s: {key.removeprefix('bhlog/')}"
-        ) from error
-    text: str = store.get(key).decode()
-    return text

@@ -43,10 +43,15 @@ class Queue(Generic[Item]):
             self._changed.notify_all()
             return True
 
-    def take(self) -> Item:
-        """The next item, once there is one; its bytes count until `free`."""
+    def take(self, patience: float | None = None) -> Item:
+        """The next item, once there is one; its bytes count until `free`.
+
+        Raises:
+            TimeoutError: none came in so many seconds; None waits for ever.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._items))
+            if not self._changed.wait_for(lambda: bool(self._items), patience):
+                raise TimeoutError
             return self._items.popleft()[0]
 
     def free(self, n_bytes: int) -> None:

@@ -1,7 +1,9 @@
 """Writes a run in the background: a queue bounded in bytes, blocks in, sealed shards out."""
 
+import math
 import os
 import threading
+import time
 import uuid
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -30,6 +32,9 @@ class WriterOptions:
         sample_every: log the tokens whose position is a multiple of it, at every layer.
         token_ids: whether token ids are logged.
         shard_rows: rows after which a shard is sealed.
+        seal_seconds: a shard is sealed before that when its first row is so old, or older than a
+            twentieth of the run's time if that is more: a kill loses little, and a long run that
+            logs slowly still gets few shards. Infinity seals by rows alone.
         queue_bytes: most bytes that wait to be gathered before `on_full` applies; beside them,
             memory holds one shard that fills and `threads` that are being encoded.
         on_full: "block" makes the model wait, "drop" leaves tokens out and counts them.
@@ -39,6 +44,7 @@ class WriterOptions:
     sample_every: int = 1
     token_ids: bool = True
     shard_rows: int = 1 << 18
+    seal_seconds: float = 30.0
     queue_bytes: int = 1 << 28
     on_full: Literal["block", "drop"] = "block"
     threads: int = field(default_factory=lambda: min(4, max(2, (os.cpu_count() or 2) // 4)))
@@ -47,6 +53,8 @@ class WriterOptions:
         for name in ("sample_every", "shard_rows", "queue_bytes", "threads"):
             if getattr(self, name) < 1:
                 raise InvalidOption(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.seal_seconds > 0:
+            raise InvalidOption(f"seal_seconds must be above 0, got {self.seal_seconds}")
         if self.on_full not in ("block", "drop"):
             raise InvalidOption(f"on_full must be 'block' or 'drop', got {self.on_full!r}")
 
@@ -138,6 +146,8 @@ class RunWriter:
             self._progress.totals,
         )
         self._buffer = Buffer(rank, self.version)
+        self._began = time.monotonic()
+        self._oldest: float | None = None  # when the buffer got its first row
         self._queue: Queue[_Item] = Queue(self.options.queue_bytes)
         self._whole: tuple[int, Progress] | None = None  # tokens in the buffer at a checkpoint
         self._lock = threading.Lock()
@@ -293,18 +303,22 @@ class RunWriter:
         gathering: Block | None = None
         try:
             while True:
-                item = self._queue.take()
+                try:
+                    item = self._queue.take(self._patience())
+                except TimeoutError:
+                    self._seal()
+                    continue
                 if isinstance(item, Block):
                     gathering = item
                     self._gather(item)
                     gathering = None
                     if self._whole is None:
-                        self._seal_if_full()
+                        self._seal_if_due()
                 elif isinstance(item, _Dropped):
                     self._let_go(item)
                 elif isinstance(item, _Checkpoint):
                     self._count(Totals(), windows=item.windows)
-                    self._seal_if_full()
+                    self._seal_if_due()
                     self._whole = self._buffer.tokens, self._progress
                 else:
                     self._finish(closing=item is None)
@@ -337,6 +351,8 @@ class RunWriter:
             sample_every=self.options.sample_every,
             token_ids=self.options.token_ids,
         )
+        if self._oldest is None and self._buffer.tokens:
+            self._oldest = time.monotonic()
         self._count(counts + Totals(rejected=block.rejected), block)
         block.staged.release()
         self._queue.free(block.staged.n_bytes)
@@ -356,15 +372,30 @@ class RunWriter:
                 )
             self._progress = progress
 
-    def _seal_if_full(self) -> None:
-        if self._buffer.rows >= self.options.shard_rows:
+    def _seal_if_due(self) -> None:
+        if self._buffer.rows >= self.options.shard_rows or self._seconds_left() <= 0:
             self._seal()
+
+    def _seconds_left(self) -> float:
+        """Until the buffer is old enough to be sealed; infinite if it is empty."""
+        if self._oldest is None:
+            return math.inf
+        now = time.monotonic()
+        most = max(self.options.seal_seconds, (now - self._began) / 20)
+        return max(0.0, self._oldest + most - now)
+
+    def _patience(self) -> float | None:
+        """How long to wait for the next item before what is there is sealed; None: for ever."""
+        after_checkpoint = self._whole is not None and self._whole[0] != self._buffer.tokens
+        left = math.inf if after_checkpoint else self._seconds_left()
+        return None if left == math.inf else left
 
     def _seal(self) -> None:
         """Start writing the buffer as a shard."""
         if not self._buffer.tokens:
             return
         buffer, self._buffer = self._buffer, Buffer(self.rank, self.version)
+        self._oldest = None
         if self._whole is not None:  # what is sealed stands
             self._whole = 0, self._progress
         self.sealer.seal(buffer, self._progress)

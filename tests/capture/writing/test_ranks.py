@@ -5,19 +5,26 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-import bhlog.capture.writing.folder
 from bhlog.analysis.log import open_log
 from bhlog.analysis.verify.verification import verify
-from bhlog.capture.contract.errors import RunExists, WriterFailed
+from bhlog.capture.contract.errors import InvalidOption, RunExists, WriterFailed
 from bhlog.capture.contract.manifest import Manifest
+from bhlog.capture.writing import folder, meeting
 from tests.capture.blocks import INFO, check_run, make_block, writer
 
 ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def launch(monkeypatch):
+    """Ranks of one process, which no launcher started."""
+    monkeypatch.setenv(meeting.LAUNCH, "test")
+
 
 # what each of two processes does, under torchrun
 _RANK = """
@@ -138,26 +145,57 @@ def test_ranks_of_one_launch_share_a_run(run):
 
 
 def test_a_rank_waits_for_rank_0_and_then_gives_up(run, monkeypatch):
-    monkeypatch.setattr(bhlog.capture.writing.folder, "RANK_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(meeting, "RANK_WAIT_SECONDS", 0.2)
     with pytest.raises(WriterFailed, match="rank 0 wrote no manifest"):
         writer(run, rank=1)
 
 
 @pytest.mark.parametrize("stale", ["closed", "open", "written by this rank"])
-def test_a_rank_refuses_a_run_of_an_earlier_launch(run, stale):
+@pytest.mark.parametrize("hours", [-2, 0, 2])
+def test_a_rank_refuses_a_run_of_another_launch_whatever_clocks_say(run, stale, hours, monkeypatch):
     leader = writer(run)
     if stale == "written by this rank":
         writer(run, rank=1).close()
     else:
-        age = timedelta(seconds=5 if stale == "closed" else 60)
-        made = (bhlog.capture.writing.folder._STARTED - age).isoformat(timespec="seconds")
+        made = (datetime.now(UTC) + timedelta(hours=hours)).isoformat(timespec="seconds")
         manifest = Manifest.from_json((run / "run.json").read_bytes(), "")
         replace(manifest, created=made, closed=made if stale == "closed" else None).write(run)
+        monkeypatch.setenv(meeting.LAUNCH, "another")
+        monkeypatch.setattr(meeting, "RANK_WAIT_SECONDS", 0.2)
     before = {path: path.read_bytes() for path in run.glob("*.json")}
     with pytest.raises(RunExists):
         writer(run, rank=1)
     assert {path: path.read_bytes() for path in run.glob("*.json")} == before
     leader.close()
+
+
+def test_a_rank_of_an_unknown_launch_is_refused(run, monkeypatch):
+    monkeypatch.delenv(meeting.LAUNCH)
+    writer(run)
+    with pytest.raises(InvalidOption, match="rank 1, but of which launch is not known"):
+        writer(run, rank=1)
+
+
+def test_a_slurm_step_is_a_launch(run, monkeypatch):
+    monkeypatch.delenv(meeting.LAUNCH)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_ID", "1")
+    first, second = writer(run), writer(run, rank=1)
+    first.close()
+    second.close()
+    assert open_log(run).manifest.launch == "slurm 7.1"
+
+
+def test_a_rank_that_wrote_nothing_is_missed(run, monkeypatch):
+    monkeypatch.setattr(folder, "world_size", lambda: 2)
+    first = writer(run)
+    first.submit(make_block(0))
+    (finding,) = (f for f in verify(open_log(run)) if "number 1 wrote nothing" in f.detail)
+    assert finding.status == "warning"  # it may come
+    first.close()
+    assert open_log(run).missing == ("run.rank00001.json",)
+    (finding,) = (f for f in verify(open_log(run)) if f.status == "error")
+    assert finding.where == "run.rank00001.json" and "number 1 wrote nothing" in finding.detail
 
 
 def test_a_rank_that_had_not_written_joins_a_resumed_run(run):

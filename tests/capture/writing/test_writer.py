@@ -1,5 +1,6 @@
 """The writer: what goes in comes out, memory is bounded, and nothing is lost unseen."""
 
+import math
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bhlog.capture.writing.writer as writer_module
 from bhlog.analysis.log import logits_of, open_log
 from bhlog.capture.contract.errors import InvalidOption, RouterLogError, RunExists
 from bhlog.capture.contract.manifest import Routing, Totals
@@ -335,6 +337,56 @@ def test_shards_are_sealed_in_order_though_encoded_side_by_side(run, monkeypatch
     assert len(check_run(run)) == 40
 
 
+def wait_for(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_rows_are_sealed_when_they_are_old_though_no_more_come(run):
+    log_writer = writer(run, seal_seconds=0.05)
+    for number in range(3):
+        log_writer.submit(make_block(number))
+        wait_for(lambda number=number: len(open_log(run).shards) == number + 1)
+    assert check_run(run) == [(s, p) for s in range(3) for p in range(10)]  # killed now, it has all
+    log_writer.close()
+    assert len(open_log(run).shards) == 3
+
+
+def test_age_seals_at_checkpoints_alone_once_there_are_some(run):
+    log_writer = writer(run, seal_seconds=0.05)
+    log_writer.checkpoint()
+    log_writer.submit(make_block(0))
+    time.sleep(0.2)  # old by now, but it may be half a batch
+    assert open_log(run).shards == ()
+    log_writer.checkpoint(windows=1)
+    wait_for(lambda: len(open_log(run).shards) == 1)
+    log_writer.close(KeyboardInterrupt())
+    assert check_run(run) == [(0, p) for p in range(10)]
+
+
+def test_a_long_run_that_logs_slowly_gets_few_shards(run, monkeypatch):
+    """Age seals after 30 s or a twentieth of the run's time: a day makes some 117 shards."""
+    now = [0.0]
+    log_writer = writer(run)
+    log_writer._began = 0.0
+    monkeypatch.setattr(writer_module.time, "monotonic", lambda: now[0])
+    sealed = 0
+    for hour in (1, 24):
+        while now[0] < hour * 3600:
+            if log_writer._oldest is None:
+                log_writer._oldest = now[0]
+            now[0] += 1
+            if log_writer._seconds_left() <= 0:
+                sealed, log_writer._oldest = sealed + 1, None
+        times = math.log(now[0] / 600)  # 20 shards up to then, then by twentieths
+        assert 20 + 19 * times - 1 < sealed < 20 + 20 * times + 1
+    monkeypatch.undo()
+    log_writer._oldest = None
+    log_writer.close()
+
+
 def test_next_numbers_follow_what_was_submitted(run):
     log_writer = writer(run)
     assert (log_writer.next_sequence, log_writer.next_forward) == (0, 0)
@@ -387,7 +439,15 @@ def test_a_folder_without_permission_leaves_nothing(run, monkeypatch):
 
 @pytest.mark.parametrize(
     "options",
-    [{"sample_every": 0}, {"shard_rows": 0}, {"queue_bytes": 0}, {"threads": 0}, {"on_full": "x"}],
+    [
+        {"sample_every": 0},
+        {"shard_rows": 0},
+        {"queue_bytes": 0},
+        {"threads": 0},
+        {"on_full": "x"},
+        {"seal_seconds": 0},
+        {"seal_seconds": float("nan")},
+    ],
 )
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(InvalidOption, match=next(iter(options))):
