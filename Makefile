@@ -1,41 +1,64 @@
-# Every target sets up what it needs; the virtual environment is rebuilt when pyproject.toml changes.
+# Every target sets up the environment that it needs: made anew when pyproject.toml changes, linked
+# anew when files come or go.
 PYTHON ?= python3
-VENV := .venv
-READY := $(VENV)/.ready
-VENV4 := .venv4
-PARALLEL := --numprocesses 2 --dist loadfile # tiny models: a thread each, two at a time
+TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml | head -n 1)
+ENVIRONMENTS := .venv .venv-demo .venv-offline .venv4
+STRICT := --config-settings editable_mode=strict # type checkers follow links, no import hooks
+PYTEST := -m pytest --numprocesses 2 --dist loadfile # tiny models: a thread each, two at a time
 TESTS4 := $(patsubst %,tests/capture/%.py,routers/test_blocks4 test_devices test_patch \
 	test_recorder test_session tokens/test_generation tokens/test_identity tokens/test_loss)
 
-.PHONY: demo test test-transformers4 lint clean
+.PHONY: demo test test-slow test-offline test-transformers4 lint clean FORCE
 
-demo: $(READY)
-	$(VENV)/bin/bhlog demo
+demo: .venv-demo/.linked
+	.venv-demo/bin/bhlog demo
 
-test: $(READY)
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest $(PARALLEL)
+test: .venv/.linked
+	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) -m "not slow"
 
-test-transformers4: $(VENV4)/.ready
-	OMP_NUM_THREADS=1 $(VENV4)/bin/pytest $(PARALLEL) $(TESTS4)
+test-slow: .venv/.linked
+	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) -m slow
 
-lint: $(READY)
-	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/ruff check
-	$(VENV)/bin/mypy
+test-offline: .venv-offline/.linked
+	OMP_NUM_THREADS=1 .venv-offline/bin/python $(PYTEST) -m "not slow"
 
-$(READY): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --upgrade pip
-	$(VENV)/bin/pip install --quiet "torch==2.13.0"
-	$(VENV)/bin/pip install --quiet --editable ".[dev]" --config-settings editable_mode=strict
-	touch $@
+test-transformers4: .venv4/.linked
+	OMP_NUM_THREADS=1 .venv4/bin/python $(PYTEST) $(TESTS4)
 
-$(VENV4)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(VENV4)
-	$(VENV4)/bin/pip install --quiet --upgrade pip
-	$(VENV4)/bin/pip install --quiet "torch==2.13.0"
-	$(VENV4)/bin/pip install --quiet --editable ".[transformers4]" --config-settings editable_mode=strict
-	touch $@
+lint: .venv/.linked
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/mypy
+
+.venv/.ready: EXTRA := dev
+.venv-demo/.ready: EXTRA := capture
+.venv-offline/.ready: EXTRA := test
+.venv-offline/.ready: TORCH :=
+.venv4/.ready: EXTRA := transformers4
+QUIET := --quiet
+.venv-demo/.ready: QUIET := # a first use: pip shows what it fetches
+
+$(ENVIRONMENTS:%=%/.ready): %/.ready: pyproject.toml | build/files
+	@echo "$*: installing bhlog[$(EXTRA)], some minutes the first time"
+	@$(PYTHON) -m venv $*
+	@$*/bin/pip install --quiet --upgrade pip "setuptools>=77"
+	@$(if $(TORCH),$(install_torch))
+	@$*/bin/pip install $(QUIET) --editable ".[$(EXTRA)]" $(STRICT)
+	@touch $@ $*/.linked
+
+# The build of torch without a GPU is a tenth of the usual one; not every registry has it.
+install_torch = nvidia-smi >/dev/null 2>&1 || $*/bin/pip install $(QUIET) "$(TORCH)+cpu" 2>/dev/null \
+	|| $*/bin/pip install $(QUIET) "$(TORCH)"
+
+$(ENVIRONMENTS:%=%/.linked): %/.linked: %/.ready build/files
+	@echo "$*: linking"
+	@$*/bin/pip install --quiet --no-deps --no-build-isolation --editable . $(STRICT)
+	@touch $@
+
+build/files: FORCE
+	@mkdir -p build
+	@find analysis capture sql -type f ! -path '*/__pycache__/*' ! -path '*.egg-info/*' | sort > $@.now
+	@cmp -s $@.now $@ || cp $@.now $@
 
 clean:
-	rm -rf $(VENV) $(VENV4)
+	rm -rf build $(ENVIRONMENTS)

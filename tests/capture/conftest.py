@@ -1,21 +1,27 @@
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bhlog.capture.session import LoadedModel, load_model
-from tests.capture.tiny import tiny_model
+if TYPE_CHECKING:
+    from bhlog.capture.session import LoadedModel
+
+# Imported inside: the tests of the contract, below this folder, run without torch.
 
 
 @pytest.fixture(scope="session")
-def demo() -> LoadedModel:
+def demo() -> "LoadedModel":
     """The bundled model; tests must leave it as they found it."""
+    from bhlog.capture.session import load_model
+
     return load_model("demo")
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     """A tiny random model; tests must leave it as they found it."""
+    from tests.capture.tiny import tiny_model
+
     return tiny_model()
 
 

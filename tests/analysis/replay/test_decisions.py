@@ -3,7 +3,6 @@ import warnings
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from bhlog.analysis.log import open_log
 from bhlog.analysis.replay import decisions
@@ -12,9 +11,6 @@ from bhlog.analysis.replay.replay import settings_of
 from bhlog.capture.contract.errors import CorruptShard, InvalidOption, RunExists
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions
-from bhlog.capture.observe import route
-from bhlog.capture.routers.family import find_routers
-from tests.capture.families import build, inputs
 from tests.synthetic import normal_kde, normal_null, write_run
 
 LAYERS = (0, 1)
@@ -163,7 +159,13 @@ FAMILIES = {
 }
 
 
-def routed(model, folder, renormalize):
+def routed(family, folder, renormalize):
+    torch = pytest.importorskip("torch", reason="a routed model needs torch")
+    from bhlog.capture.observe import route
+    from bhlog.capture.routers.family import find_routers
+    from tests.capture.families import build, inputs
+
+    model = build(family)
     options = {"alpha": 0.4, "max_k": 5, "temperature": 1.3, "renormalize": renormalize}
     kde = normal_kde([router.layer for router in find_routers(model)])
     with warnings.catch_warnings():
@@ -176,7 +178,7 @@ def routed(model, folder, renormalize):
 @pytest.mark.parametrize("renormalize", ["model", True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_are_those_that_the_model_used(tmp_path, family, renormalize):
-    log, options = routed(build(FAMILIES[family]), tmp_path / "run", renormalize)
+    log, options = routed(FAMILIES[family], tmp_path / "run", renormalize)
     (folder,) = write_decisions(log, [options], tmp_path / "out")
     for mine, logged in zip(tables(folder), tables(tmp_path / "run" / "routing"), strict=True):
         for row, was in zip(mine, logged, strict=True):
@@ -186,8 +188,7 @@ def test_weights_are_those_that_the_model_used(tmp_path, family, renormalize):
 
 
 def test_a_formula_that_the_run_does_not_hold_is_refused(tmp_path):
-    model = build("Inkling2TopKRouter")
-    log, options = routed(model, tmp_path / "run", "model")
+    log, options = routed("Inkling2TopKRouter", tmp_path / "run", "model")
     with pytest.raises(InvalidOption, match=r"a formula \(function\) that the run"):
         write_decisions(log, [options], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import torch
 
 from bhlog.analysis.log import open_log
 from bhlog.analysis.null.estimate import fit_kde
@@ -8,8 +7,6 @@ from bhlog.analysis.replay import fidelity as module
 from bhlog.analysis.replay.fidelity import fidelity
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.rule import BhOptions
-from bhlog.capture.observe import observe, route
-from tests.capture.tiny import batch, tiny_model
 from tests.synthetic import normal_kde, write_run
 
 OPTIONS = BhOptions(alpha=0.3, max_k=6)
@@ -19,6 +16,10 @@ LAYERS = (0, 2)
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """A native run and a BH rerun of the same text through a tiny model."""
+    torch = pytest.importorskip("torch", reason="a rerun needs torch")
+    from bhlog.capture.observe import observe, route
+    from tests.capture.tiny import batch, tiny_model
+
     folder = tmp_path_factory.mktemp("fidelity")
     model = tiny_model()
     ids, mask = batch([9, 14, 6])

@@ -1,6 +1,19 @@
 """bhlog: record the routers of mixture-of-experts models, replay their decisions offline."""
 
-import lazy_loader
+from typing import Any
 
-# Lazy: the offline names load no torch.
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+from bhlog import analysis, capture
+
+# The names of both halves, each looked up when it is asked for: the offline ones load no torch.
+__all__ = sorted({*analysis.__all__, *capture.__all__})
+
+
+def __getattr__(name: str) -> Any:
+    for half in (analysis, capture):
+        if name in half.__all__:
+            return getattr(half, name)
+    raise AttributeError(f"module 'bhlog' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "analysis", "capture"]
