@@ -13,7 +13,7 @@ from bhlog.capture.changes import Changes
 from bhlog.capture.contract.errors import UnsupportedModel
 from bhlog.capture.contract.manifest import ModelInfo
 from bhlog.capture.routers.blocks4 import GatedBlock
-from bhlog.capture.routers.registry import BLOCKS, FAMILIES, UNREADABLE, Family
+from bhlog.capture.routers.registry import BLOCKS, FAMILIES, UNREADABLE, Family, family_of
 from bhlog.capture.routers.routing import Weighing
 
 
@@ -181,18 +181,18 @@ def find_routers(model: nn.Module) -> tuple[Router, ...]:
         UnsupportedModel: it has none, or they differ in their number of experts.
     """
     routers: list[Router] = []
-    known = FAMILIES if _version() >= 5 else {}
+    routers_known, blocks_known = (FAMILIES, {}) if _version() >= 5 else ({}, BLOCKS)
     config: Any = None
     for name, parent in model.named_modules():
         config = getattr(parent, "config", config)
         layer = _layer_index(name, len(routers))
         gate = getattr(parent, "gate", None)
-        block = BLOCKS.get(type(parent).__name__)
-        if block is not None and isinstance(gate, nn.Linear):
+        block = family_of(type(parent), blocks_known)
+        if block is not None and gate is not None:
             routers.append(Router(layer, gate, block, None, block=parent))
             continue
         for child in parent.children():
-            family = known.get(type(child).__name__)
+            family = family_of(type(child), routers_known)
             if family is not None:
                 again = _later_passes(layer, config) if family.loops else ()
                 experts = getattr(parent, "experts", None)
