@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,7 +160,7 @@ def new_writer(
         routing,
         kde=kde,
         options=options,
-        versions={name: version(name) for name in ("bhlog", "torch", "transformers")},
+        versions={name: _version(name) for name in ("bhlog", "torch", "transformers")},
         extra=extra,
         rank=rank(),
         resume=resume,
@@ -172,3 +172,10 @@ def new_writer(
             writer.close(error)
             raise
     return writer
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"

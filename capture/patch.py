@@ -1,19 +1,18 @@
 """Patching a model: observe its routers, or route them by BH, and undo it without a trace."""
 
-import functools
-import inspect
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
+from bhlog.capture.changes import Changes
 from bhlog.capture.contract.errors import AlreadyPatched, UnsupportedModel
 from bhlog.capture.contract.manifest import ModelInfo, Routing
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.forwards import Forwards
 from bhlog.capture.recorder import Recorder
 from bhlog.capture.routers.family import Router, find_routers, model_info
 from bhlog.capture.routers.routing import (
@@ -24,24 +23,10 @@ from bhlog.capture.routers.routing import (
     weigh,
 )
 from bhlog.capture.routers.stats import LayerStats
-from bhlog.capture.tokens.generation import watch_generation
 from bhlog.capture.tokens.identity import Tracker
 from bhlog.capture.writing.writer import RunWriter
 
 _MARK = "_bhlog_patched"
-
-Hook = TypeVar("Hook", bound=Callable[..., Any])
-
-
-def _eager(hook: Hook) -> Hook:
-    """Keep a hook out of compiled graphs; where nothing is compiled it is called as it is."""
-    disabled = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-
-    @functools.wraps(hook)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else hook(*args, **kwargs)
-
-    return cast(Hook, call)
 
 
 class RouterPatcher:
@@ -61,14 +46,9 @@ class RouterPatcher:
         self.model = model
         self.routers: tuple[Router, ...] = find_routers(model)
         self.info: ModelInfo = model_info(model, self.routers)
-        self.recorder: Recorder | None = None
-        self.tracker: Tracker | None = None
+        self.forwards: Forwards | None = None
         self.stats: dict[int, LayerStats] = {}
-        self._handles: list[Any] = []
-        self._parallel: list[tuple[Any, bool]] = []
-        self._marked: list[nn.Module] = []
-        self._undo: list[Callable[[], None]] = []
-        self._thread = threading.local()  # DataParallel runs a forward per thread
+        self._changes = Changes()
 
     def __enter__(self) -> Self:
         return self
@@ -77,9 +57,14 @@ class RouterPatcher:
         self.unpatch()
 
     @property
-    def patched(self) -> bool:
-        """Whether hooks are on the model."""
-        return bool(self._handles)
+    def recorder(self) -> Recorder | None:
+        """What keeps the routers' outputs until they are written; None if nothing is logged."""
+        return None if self.forwards is None else self.forwards.recorder
+
+    @property
+    def tracker(self) -> Tracker | None:
+        """What says which token each router row is; None if nobody asks."""
+        return None if self.forwards is None else self.forwards.tracker
 
     def check(self, routing: Routing, kde: KdeModel | None) -> None:
         """Raise what `attach` would raise, before anything is touched or written.
@@ -153,23 +138,10 @@ class RouterPatcher:
         Raises:
             WriterFailed: the writer stopped on an error.
         """
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        for experts, flag in self._parallel:
-            experts._is_expert_parallel = flag
-        self._parallel = []
-        for module in self._marked:
-            vars(module).pop(_MARK, None)
-        self._marked = []
-        for undo in self._undo:
-            undo()
-        self._undo = []
-        if self.tracker is not None:
-            self.tracker.release()
-        recorder, self.recorder, self.tracker = self.recorder, None, None
-        if recorder is not None:
-            recorder.flush()
+        self._changes.undo()
+        forwards, self.forwards = self.forwards, None
+        if forwards is not None:
+            forwards.close()
 
     def _attach(
         self,
@@ -179,95 +151,36 @@ class RouterPatcher:
         collect_stats: bool,
     ) -> None:
         for module in (self.model, *(r.module for r in self.routers)):
-            vars(module)[_MARK] = True
-            self._marked.append(module)
+            self._changes.set(module, _MARK, True)
         # a graph compiled before would run without the hooks
         torch._dynamo.reset_code_caches()  # type: ignore[no-untyped-call, unused-ignore]
         self.stats = {}
         options = routing.options
         empirical = options is not None and options.p_values == "empirical"
         if writer is not None or empirical or collect_stats:
-            self._track(writer)
+            self.forwards = Forwards(self.info.layers, writer)
+            base = _nearest_model(self.model, self.routers)
+            self.forwards.attach(self._changes, self.model, base)
         for router in self.routers:
             if options is None:
-                if self.recorder is not None:
-                    self._handles += router.attach(
-                        self._observer(router, self.recorder), steer=False
-                    )
+                if self.forwards is not None:
+                    observe = self._observer(router, self.forwards)
+                    router.attach(self._changes, observe, steer=False)
                 continue
             E = router.n_experts
             null = None if kde is None else TorchNull(kde[router.layer], options.alpha, E)
             if collect_stats:
                 self.stats[router.layer] = LayerStats.empty(E)
             skips = self._skips_unused(router)
-            self._handles += router.attach(self._steerer(router, options, null, skips), steer=True)
+            steer = self._steerer(router, options, null, skips)
+            router.attach(self._changes, steer, steer=True)
 
-    def _track(self, writer: RunWriter | None) -> None:
-        """Follow the model's forwards, to know which token each router row is."""
-        self.tracker = Tracker(eos=_eos(self.model))
-        if writer is not None:
-            self.tracker.next_sequence = writer.next_sequence
-            self.tracker.next_forward = writer.next_forward
-            self.recorder = Recorder(writer, self.info.layers)
-            self.tracker.on_cut = self.recorder.cut
-        base = _nearest_model(self.model, self.routers)
-        self._hook_forward(base)
-        self._undo += watch_generation(self.model, self.tracker)
-
-    def _hook_forward(self, base: nn.Module) -> None:
-        tracker, recorder = self.tracker, self.recorder
-        assert tracker is not None
-        signature = inspect.signature(base.forward)
-        has_head = base is not self.model
-        thread = self._thread
-
-        @_eager
-        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            forward = tracker.begin(_by_name(signature, args, kwargs))
-            thread.forward = forward
-            if recorder is not None:
-                recorder.begin(forward)
-
-        @_eager
-        def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            forward, thread.forward = getattr(thread, "forward", None), None
-            if forward is not None and output is not None:
-                tracker.end(forward, output)
-            if recorder is not None and (output is None or not getattr(thread, "in_head", False)):
-                recorder.end(complete=output is not None)
-
-        @_eager
-        def begin_head(module: nn.Module, args: Any, kwargs: Any) -> None:
-            thread.in_head = True
-
-        @_eager
-        def end_head(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            thread.in_head = False
-            if recorder is None:
-                return
-            logits = _head_logits(output)
-            # a tensor names columns of the caller's choice: which tokens they predict is not known
-            if logits is not None and not isinstance(kwargs.get("logits_to_keep"), Tensor):
-                recorder.loss(logits.detach())
-            recorder.end(complete=output is not None)
-
-        if has_head and recorder is not None:
-            self._handles.append(
-                self.model.register_forward_pre_hook(begin_head, with_kwargs=True, prepend=True)
-            )
-            self._handles.append(
-                self.model.register_forward_hook(end_head, with_kwargs=True, always_call=True)
-            )
-        self._handles.append(base.register_forward_pre_hook(begin, with_kwargs=True))
-        self._handles.append(base.register_forward_hook(end, with_kwargs=True, always_call=True))
-
-    def _observer(self, router: Router, recorder: Recorder) -> Any:
+    def _observer(self, router: Router, forwards: Forwards) -> Any:
         layers = router.layer, *router.again
 
-        @_eager
         def observe(module: nn.Module, args: Any, output: Any) -> None:
             logits, weights, experts = router.triple(output)
-            recorder.record(layers, {"logits": logits, "experts": experts, "weights": weights})
+            forwards.record(layers, {"logits": logits, "experts": experts, "weights": weights})
 
         return observe
 
@@ -277,9 +190,8 @@ class RouterPatcher:
         min_k, max_k = options.bounds(router.n_experts)
         renormalize = options.renormalizes(router.norm_topk_prob)
         weighing = router.weighing(renormalize)
-        stats = self.stats.get(router.layer)
+        stats, forwards = self.stats.get(router.layer), self.forwards
 
-        @_eager
         def steer(module: nn.Module, args: Any, output: Any) -> Any:
             logits, own_weights, own_experts = router.triple(output)
             keys = finite_keys(logits)
@@ -290,7 +202,7 @@ class RouterPatcher:
             scores = router.scores(
                 scored, options.temperature, logits.dtype, renormalize=renormalize
             )
-            forward = getattr(self._thread, "forward", None)
+            forward = None if forwards is None else forwards.forward
             keep = None if forward is None else forward.keep.reshape(-1).to(keys.device)
             own = scores, own_experts, own_weights
             if null is not None:
@@ -302,8 +214,8 @@ class RouterPatcher:
             weights = choice.weights.to(own_weights.dtype)
             if stats is not None:
                 stats.add(choice, keep)
-            if self.recorder is not None:
-                self.recorder.record(
+            if forwards is not None:
+                forwards.record(
                     (router.layer,),
                     {
                         "logits": logits.detach(),
@@ -327,26 +239,8 @@ class RouterPatcher:
         experts: Any = router.experts
         if not router.family.sentinel or not hasattr(experts, "_is_expert_parallel"):
             return False
-        self._parallel.append((experts, experts._is_expert_parallel))
-        experts._is_expert_parallel = True
+        self._changes.set(experts, "_is_expert_parallel", True)
         return True
-
-
-def _by_name(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """A call's arguments, those that the signature takes as further keywords too."""
-    inputs = dict(signature.bind_partial(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            inputs.update(inputs.pop(name, {}))
-    return inputs
-
-
-def _head_logits(output: Any) -> Tensor | None:
-    """(B, H, V) logits of the vocabulary in what a model with a head returned."""
-    found = [getattr(output, "logits", None), *(output if isinstance(output, tuple) else ())]
-    return next((t for t in found if isinstance(t, Tensor) and t.dim() == 3), None)
 
 
 def _nearest_model(model: nn.Module, routers: Sequence[Router]) -> nn.Module:
@@ -358,12 +252,3 @@ def _nearest_model(model: nn.Module, routers: Sequence[Router]) -> nn.Module:
             if all(router.module in inside for router in routers):
                 nearest = module
     return nearest
-
-
-def _eos(model: Any) -> frozenset[int]:
-    """Ids that end a sequence, as generation sees them."""
-    found: set[int] = set()
-    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        ids = getattr(config, "eos_token_id", None)
-        found.update([ids] if isinstance(ids, int) else ids or [])
-    return frozenset(found)

@@ -22,7 +22,7 @@ _BULK_ROWS = 2048  # small forwards (decoding) leave the device together, this m
 
 
 @dataclass(eq=False)
-class _Record:
+class Record:
     """A forward and what its routers returned, on the device.
 
     Attributes:
@@ -39,9 +39,38 @@ class _Record:
     nll: Tensor | None = None
     rejected: int = 0
 
+    def take(self, layers: Sequence[int], tensors: dict[str, Tensor]) -> None:
+        """Take a router's output.
+
+        Args:
+            layers: the layer it is; several where it runs once for each in a forward.
+            tensors: (T, ...) by name.
+
+        Raises:
+            UnknownIdentity: the router saw other rows than the model was given, or ran too often.
+        """
+        rows = tensors["logits"].shape[0]
+        if rows != self.forward.rows:
+            raise UnknownIdentity(
+                f"the router of layer {layers[0]} saw {rows} rows, but the model was given "
+                f"{self.forward.rows} tokens; which row is which token is not known"
+            )
+        for layer in layers:
+            if layer not in self.layers:
+                self.layers[layer] = tensors
+                return
+        raise UnknownIdentity(
+            f"the router of layer {layers[0]} ran {len(layers) + 1} times in forward "
+            f"{self.forward.number}; a row is one token at one layer"
+        )
+
+    def see(self, head: Tensor) -> None:
+        """Take the head's logits of the last H columns, (B, H, V), for the tokens' loss."""
+        self.nll = token_loss(self.forward, head)
+
 
 class Recorder:
-    """Collects router outputs per forward; everything stays on the device until it is staged.
+    """Keeps what the routers of whole forwards returned on the device, until it is staged.
 
     Args:
         writer: where rows go.
@@ -52,63 +81,29 @@ class Recorder:
         self.writer = writer
         self._layers = tuple(layers)
         self._stage = Stage()
-        self._open = threading.local()  # a forward per thread: DataParallel runs several
-        self._last: dict[int, _Record] = {}  # by thread: its drafts may still be rejected
-        self._bulk: list[_Record] = []
+        self._last: dict[int, Record] = {}  # by thread: its drafts may still be rejected
+        self._bulk: list[Record] = []
         self._bulk_rows = 0
         self._lock = threading.Lock()
 
-    def begin(self, forward: Forward) -> None:
-        """A forward starts; the one before can no longer change.
+    def begin(self, forward: Forward) -> Record:
+        """A forward starts; the thread's forward before can no longer change.
 
         Raises:
             WriterFailed: the writer stopped on an error.
         """
-        self._open.record = None
         self.writer.check()
         with self._lock:
             self._release(threading.get_ident())
-        self._open.record = _Record(forward)
+        return Record(forward)
 
-    def record(self, layers: Sequence[int], tensors: dict[str, Tensor]) -> None:
-        """Take a router's output; outside a forward it is ignored.
-
-        Args:
-            layers: the layer it is; several where it runs once for each in a forward.
-            tensors: (T, ...) by name.
+    def end(self, record: Record) -> None:
+        """The forward is over, and complete.
 
         Raises:
-            UnknownIdentity: the router saw other rows than the model was given, or ran too often.
+            UnknownIdentity: a router did not run.
         """
-        record: _Record | None = getattr(self._open, "record", None)
-        if record is None:  # activation checkpointing runs routers again in the backward pass
-            return
-        rows = tensors["logits"].shape[0]
-        if rows != record.forward.rows:
-            raise UnknownIdentity(
-                f"the router of layer {layers[0]} saw {rows} rows, but the model was given "
-                f"{record.forward.rows} tokens; which row is which token is not known"
-            )
-        for layer in layers:
-            if layer not in record.layers:
-                record.layers[layer] = tensors
-                return
-        raise UnknownIdentity(
-            f"the router of layer {layers[0]} ran {len(layers) + 1} times in forward "
-            f"{record.forward.number}; a row is one token at one layer"
-        )
-
-    def loss(self, head: Tensor) -> None:
-        """Take the head's logits of the last H columns, (B, H, V), for the tokens' loss."""
-        record: _Record | None = getattr(self._open, "record", None)
-        if record is not None:
-            record.nll = token_loss(record.forward, head)
-
-    def end(self, complete: bool) -> None:
-        """The forward is over; an incomplete one (an exception) is forgotten."""
-        record: _Record | None = getattr(self._open, "record", None)
-        self._open.record = None
-        if record is None or not complete or not record.layers:
+        if not record.layers:
             return
         missing = set(self._layers) - set(record.layers)
         if missing:
@@ -216,7 +211,7 @@ def _stack(by_layer: dict[int, dict[str, Tensor]], layers: tuple[int, ...]) -> d
         }
 
 
-def _identity(record: _Record) -> dict[str, Tensor]:
+def _identity(record: Record) -> dict[str, Tensor]:
     """The forward's columns that are the same at every layer, (T,)."""
     forward, home = record.forward, record.columns["logits"].device
     columns = {
@@ -241,10 +236,10 @@ def _sort_by_logit(tensors: dict[str, Tensor]) -> None:
     tensors["weights"] = tensors["weights"].gather(-1, by_index).gather(-1, by_logit)
 
 
-def _alike(a: _Record, b: _Record) -> bool:
+def _alike(a: Record, b: Record) -> bool:
     """Whether two forwards have the same columns, shaped to be sent together."""
 
-    def shape(record: _Record) -> list[Any]:
+    def shape(record: Record) -> list[Any]:
         widths = [(name, t.shape[2:], t.dtype, t.device) for name, t in record.columns.items()]
         return [*widths, record.nll is not None, record.forward.token_ids is not None]
 

@@ -6,39 +6,14 @@ routing puts another forward on the block, on the instance alone.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bhlog.capture.changes import Changes, eager
+
 Triple = tuple[Tensor, Tensor, Tensor]
-
-
-class Removable(Protocol):
-    """Something that `remove` undoes."""
-
-    def remove(self) -> None: ...
-
-
-class BlockForward:
-    """A forward that takes the place of a block's own until it is removed.
-
-    accelerate keeps the block's forward under another name and calls it from its own: then that
-    one is replaced.
-    """
-
-    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
-        self._block = block
-        self._name = "_old_forward" if "_old_forward" in vars(block) else "forward"
-        self._before = vars(block).get(self._name)
-        setattr(block, self._name, forward)
-
-    def remove(self) -> None:
-        """Give the block its forward back."""
-        if self._before is None:
-            vars(self._block).pop(self._name, None)
-        else:
-            setattr(self._block, self._name, self._before)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +32,22 @@ class GatedBlock:
     top_k: int
     norm_topk_prob: bool
 
-    def attach(self, hook: Callable[..., Any], *, steer: bool) -> list[Removable]:
-        """See bhlog.capture.routers.family.Router.attach."""
+    def attach(self, changes: Changes, hook: Callable[..., Any], *, steer: bool) -> None:
+        """See bhlog.capture.routers.family.Router.attach.
+
+        accelerate keeps the block's forward under another name and calls it from its own: then that
+        one is replaced.
+        """
         if steer:
-            return [BlockForward(self.block, lambda hidden: self._forward(hook, hidden))]
+            name = "_old_forward" if "_old_forward" in vars(self.block) else "forward"
+            choose = eager(hook)
+            changes.set(self.block, name, lambda hidden: self._forward(choose, hidden))
+            return
 
         def observe(module: nn.Module, args: Any, logits: Tensor) -> None:
             hook(module, args, self.own_choice(logits))
 
-        return [self.gate.register_forward_hook(observe)]
+        changes.after_forward(self.gate, observe)
 
     def own_choice(self, logits: Tensor) -> Triple:
         """What the block chooses by these logits, by the operations of its own forward.

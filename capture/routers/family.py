@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bhlog.capture.changes import Changes
 from bhlog.capture.contract.errors import UnsupportedModel
 from bhlog.capture.contract.manifest import ModelInfo
-from bhlog.capture.routers.blocks4 import GatedBlock, Removable
-from bhlog.capture.routers.registry import BLOCKS, FAMILIES, UNREADABLE, Family
+from bhlog.capture.routers.blocks4 import GatedBlock
+from bhlog.capture.routers.registry import BLOCKS, FAMILIES, UNREADABLE, Family, family_of
 from bhlog.capture.routers.routing import Weighing
 
 
@@ -113,18 +114,21 @@ class Router:
         function: Any = self.module.score_fn
         return torch.where(keys.isfinite(), function(scaled), 0.0)
 
-    def attach(self, hook: Callable[..., Any], *, steer: bool) -> list[Removable]:
+    def attach(self, changes: Changes, hook: Callable[..., Any], *, steer: bool) -> None:
         """Call hook(module, args, (logits, weights, indices, ...)) whenever the router has run.
 
         Args:
+            changes: what is put on the model.
             hook: a forward hook.
             steer: whether what it returns takes the place of the router's output.
         """
         if self.block is not None:
             block = GatedBlock(self.block, self.module, self.top_k, self.norm_topk_prob)
-            return block.attach(hook, steer=steer)
+            block.attach(changes, hook, steer=steer)
+            return
         if self.family.logits is None:
-            return [self.module.register_forward_hook(hook)]
+            changes.after_forward(self.module, hook)
+            return
         raw: list[Tensor] = []
 
         def keep_raw(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -133,10 +137,8 @@ class Router:
         def with_raw(module: nn.Module, args: Any, output: Any) -> None:
             hook(module, args, (raw.pop(), *output[1:]))
 
-        return [
-            self.module.get_submodule(self.family.logits).register_forward_hook(keep_raw),
-            self.module.register_forward_hook(with_raw),
-        ]
+        changes.after_forward(self.module.get_submodule(self.family.logits), keep_raw)
+        changes.after_forward(self.module, with_raw)
 
     def triple(self, output: Any) -> tuple[Tensor, Tensor, Tensor]:
         """(T, E) logits, (T, top_k) weights and (T, top_k) indices in what the router returned.
@@ -179,18 +181,18 @@ def find_routers(model: nn.Module) -> tuple[Router, ...]:
         UnsupportedModel: it has none, or they differ in their number of experts.
     """
     routers: list[Router] = []
-    known = FAMILIES if _version() >= 5 else {}
+    routers_known, blocks_known = (FAMILIES, {}) if _version() >= 5 else ({}, BLOCKS)
     config: Any = None
     for name, parent in model.named_modules():
         config = getattr(parent, "config", config)
         layer = _layer_index(name, len(routers))
         gate = getattr(parent, "gate", None)
-        block = BLOCKS.get(type(parent).__name__)
-        if block is not None and isinstance(gate, nn.Linear):
+        block = family_of(type(parent), blocks_known)
+        if block is not None and gate is not None:
             routers.append(Router(layer, gate, block, None, block=parent))
             continue
         for child in parent.children():
-            family = known.get(type(child).__name__)
+            family = family_of(type(child), routers_known)
             if family is not None:
                 again = _later_passes(layer, config) if family.loops else ()
                 experts = getattr(parent, "experts", None)

@@ -1,5 +1,7 @@
 """Which routers bhlog knows: one row per router family.
 
+A row of `_ROWS` is all that a family of transformers takes, and `register` adds one from outside.
+
 The rows follow the routers' sources in transformers 5.24. The experts that a family's own routing
 takes may depend on more than the logits (a bias learned for balance, groups of experts, a table
 by token): BH takes the largest logits, and only the weights follow the family's own formula.
@@ -7,6 +9,8 @@ by token): BH takes the largest logits, and only the weights follow the family's
 
 from dataclasses import dataclass
 from typing import Literal
+
+from bhlog.capture.contract.errors import InvalidOption
 
 Scoring = Literal["softmax", "sigmoid", "function", "config"]
 
@@ -16,7 +20,8 @@ class Family:
     """How the routers of a family turn logits into weights.
 
     Attributes:
-        router: class name of the router; its forward returns (logits, weights, indices, ...).
+        router: the router's class, or the name of a class of transformers' own; its forward returns
+            (logits, weights, indices, ...).
         name: what people call the models.
         scoring: how a logit becomes a score: over all experts by softmax, alone by sigmoid or by
             the router's own score_fn, or as its expert_selection_fn says ("config"). None when BH
@@ -39,7 +44,7 @@ class Family:
         why_not: why BH cannot route it.
     """
 
-    router: str
+    router: str | type
     name: str
     scoring: Scoring | None = "softmax"
     over: Literal["all", "chosen"] = "all"
@@ -238,7 +243,57 @@ _ROWS = (
     ),
 )
 
-FAMILIES: dict[str, Family] = {family.router: family for family in _ROWS}
+FAMILIES: dict[str, Family] = {str(family.router): family for family in _ROWS}
+
+# By class, what `register` added.
+REGISTERED: dict[type, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Have routers of a class of your own observed and routed, from now on in this process.
+
+    The row says how the class makes weights of logits; where that cannot be said, `scoring=None`
+    with a `why_not` observes it alone. Registering a class again replaces its row.
+
+    Returns:
+        The family.
+
+    Raises:
+        InvalidOption: its router is not a class, or it can neither be routed nor says why not.
+
+    >>> class MyRouter: ...  # an nn.Module that returns (logits, weights, indices)
+    >>> register(Family(MyRouter, "mine", scoring="sigmoid", normalize="always")).name
+    'mine'
+    """
+    if not isinstance(family.router, type):
+        raise InvalidOption(
+            f"family '{family.name}': router is {family.router!r}; expected the router's class, "
+            "since a name alone stands for a class of transformers"
+        )
+    if family.scoring is None and not family.why_not:
+        raise InvalidOption(
+            f"family '{family.name}': give scoring= how a logit becomes a score, or why_not= the "
+            "reason for which BH cannot route it"
+        )
+    REGISTERED[family.router] = family
+    return family
+
+
+def family_of(kind: type, named: dict[str, Family]) -> Family | None:
+    """The row of a class: what is registered for it, or transformers' own class of a name.
+
+    A class without a forward of its own has its parent's row. A class of another package that is
+    called like one of transformers is not that class, and has none.
+    """
+    for parent in kind.__mro__:
+        row = REGISTERED.get(parent)
+        if row is None and parent.__module__.startswith("transformers.models."):
+            row = named.get(parent.__name__)
+        if row is not None:
+            same = getattr(kind, "forward", None) is getattr(parent, "forward", None)
+            return row if same else None
+    return None
+
 
 # Blocks of transformers 4 whose gate is a plain linear layer; see bhlog.capture.routers.blocks4.
 BLOCKS: dict[str, Family] = {

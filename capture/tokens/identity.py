@@ -73,56 +73,15 @@ class Tracker:
                 cache is of a kind that cannot be read, or the forward continues tokens that are in
                 no cache.
         """
-        token_ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        given = token_ids if token_ids is not None else embeds
-        if given is None:
-            raise UnknownIdentity("the forward has neither input_ids nor inputs_embeds")
-        B, S = given.shape[:2]
-        cache, mask = _cache_of(inputs, S), inputs.get("attention_mask")
+        given = _given(inputs)
+        cache = _cache_of(inputs, given.shape[1])
         with self._lock:
-            stream = None if cache is None else self._streams.get(cache)
-            start = cache_length(cache, None if stream is None else stream.length)
-            real = new_columns(mask, B, start, S, given.device)
-            if packed(inputs, real):
-                raise UnknownIdentity(
-                    "several sequences are packed in a row, as position_ids or cu_seq_lens_q say, "
-                    "and bhlog cannot tell them apart; run one sequence per row, padded, with "
-                    "attention_mask"
-                )
-            if stream is not None and start < stream.length:
-                self._cut(stream, start)
-            if stream is None or start == 0 or start != stream.length or len(stream.sequences) != B:
-                stream = self._new_stream(mask, B, start, given.device)
-                self._follow(cache, stream)
-            chosen = self._chosen(stream, cache, S)
-            drafts = S == 1 or stream.drafts
-            decode = start > 0 and (chosen or (drafts and not self._place.prompt))
-            ends = stream.ends if decode or chosen else torch.full_like(stream.ends, NEVER)
-            keep = real
-            if decode or chosen:
-                columns = torch.arange(start, start + S, device=given.device)
-                keep = real & (columns < ends[:, None])
-            if decode and not chosen and token_ids is not None and self.eos:
-                keep, ends = _stop_after(token_ids, keep, ends, start, self.eos)
-            follows = stream.columns[:, start - 1] if start > 0 else None
-            head_start, stream.last_logits = stream.last_logits, None
-            forward = Forward(
-                number=self.next_forward,
-                sequences=stream.sequences,
-                texts=stream.texts,
-                # the caller may write its next token into the same tensor
-                token_ids=None if token_ids is None else token_ids.clone(),
-                positions=stream.tokens[:, None] + keep.cumsum(dim=1) - 1,
-                keep=keep,
-                phase=int(decode),
-                start=start,
-                stream=stream,
-                ends=ends,
-                head_start=None if head_start is None else head_start[:, -1],
-                follows=follows,
-            )
-            self.next_forward += 1
-            return forward
+            known = None if cache is None else self._streams.get(cache)
+            start = cache_length(cache, None if known is None else known.length)
+            real = _tokens_among(inputs, given, start)
+            stream = self._stream(cache, known, start, inputs.get("attention_mask"), given)
+            chosen = self._chosen(stream, cache, given.shape[1])
+            return self._forward(stream, inputs.get("input_ids"), real, start, chosen)
 
     def end(self, forward: Forward, output: Any) -> None:
         """The forward is done: its columns are in the cache, which it may have made itself.
@@ -181,6 +140,50 @@ class Tracker:
             for cache in list(self._streams):
                 unwatch(cache)
             self._streams.clear()
+
+    def _stream(
+        self, cache: Any, stream: Stream | None, start: int, mask: Any, given: Tensor
+    ) -> Stream:
+        """The stream that a forward continues, the cache's if it still has one, or a new one."""
+        if stream is not None and start < stream.length:
+            self._cut(stream, start)
+        B = given.shape[0]
+        if stream is None or start == 0 or start != stream.length or len(stream.sequences) != B:
+            stream = self._new_stream(mask, B, start, given.device)
+            self._follow(cache, stream)
+        return stream
+
+    def _forward(
+        self, stream: Stream, token_ids: Tensor | None, real: Tensor, start: int, chosen: bool
+    ) -> Forward:
+        """The next forward: which of its real columns are kept, and where in their sequences."""
+        S = real.shape[1]
+        drafts = S == 1 or stream.drafts
+        decode = start > 0 and (chosen or (drafts and not self._place.prompt))
+        keep, ends = real, torch.full_like(stream.ends, NEVER)
+        if decode or chosen:
+            columns = torch.arange(start, start + S, device=real.device)
+            ends = stream.ends
+            keep = real & (columns < ends[:, None])
+        if decode and not chosen and token_ids is not None and self.eos:
+            keep, ends = _stop_after(token_ids, keep, ends, start, self.eos)
+        head_start, stream.last_logits = stream.last_logits, None
+        number, self.next_forward = self.next_forward, self.next_forward + 1
+        return Forward(
+            number=number,
+            sequences=stream.sequences,
+            texts=stream.texts,
+            # the caller may write its next token into the same tensor
+            token_ids=None if token_ids is None else token_ids.clone(),
+            positions=stream.tokens[:, None] + keep.cumsum(dim=1) - 1,
+            keep=keep,
+            phase=int(decode),
+            start=start,
+            stream=stream,
+            ends=ends,
+            head_start=None if head_start is None else head_start[:, -1],
+            follows=stream.columns[:, start - 1] if start > 0 else None,
+        )
 
     def _chosen(self, stream: Stream, cache: Any, length: int) -> bool:
         """Whether a forward of `length` columns is fed what the generation has just chosen.
@@ -273,6 +276,32 @@ def _by_row(names: tuple[str, ...], batch: int) -> tuple[str, ...]:
     if rest or not repeats:
         return ("",) * batch
     return tuple(name for name in names for _ in range(repeats))
+
+
+def _given(inputs: dict[str, Any]) -> Tensor:
+    """(B, S) token ids or (B, S, H) embeddings, whichever the forward was given."""
+    for name in ("input_ids", "inputs_embeds"):
+        given = inputs.get(name)
+        if given is not None:
+            tensor: Tensor = given
+            return tensor
+    raise UnknownIdentity("the forward has neither input_ids nor inputs_embeds")
+
+
+def _tokens_among(inputs: dict[str, Any], given: Tensor, start: int) -> Tensor:
+    """(B, S) bool: columns of a forward that are tokens.
+
+    Raises:
+        UnknownIdentity: the mask cannot be read, or a row holds several sequences.
+    """
+    B, S = given.shape[:2]
+    real = new_columns(inputs.get("attention_mask"), B, start, S, given.device)
+    if packed(inputs, real):
+        raise UnknownIdentity(
+            "several sequences are packed in a row, as position_ids or cu_seq_lens_q say, and "
+            "bhlog cannot tell them apart; run one sequence per row, padded, with attention_mask"
+        )
+    return real
 
 
 def _cache_of(inputs: dict[str, Any], length: int) -> Any:

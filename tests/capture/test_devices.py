@@ -5,12 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bhlog.analysis.log import open_log
 from bhlog.capture.contract.manifest import Routing
 from bhlog.capture.contract.rule import BhOptions
 from bhlog.capture.observe import observe, route
@@ -20,6 +18,7 @@ from tests.capture.tiny import LAYERS, batch, check_logits, read, real_tokens, t
 from tests.synthetic import normal_kde
 
 KDE = normal_kde(range(LAYERS))
+accelerate = pytest.importorskip("accelerate", reason="it spreads the models of these tests")
 
 
 def offloaded(tmp_path: Path) -> Any:
@@ -136,7 +135,7 @@ def test_replicas_that_run_side_by_side(tmp_path, how):
                 rows = slice(2 * part, 2 * part + 2)
                 assert torch.equal(answer, model(ids[rows], attention_mask=mask[rows]).logits)
     else:
-        assert open_log(tmp_path / "run").manifest.routing.kind == "bh"
+        assert logged.manifest.routing.kind == "bh"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="DataParallel needs two GPUs")

@@ -18,8 +18,8 @@ from bhlog.capture.contract.errors import (
     UnsupportedModel,
 )
 from bhlog.capture.contract.rule import decide, softmax_weights
+from bhlog.capture.forwards import Forwards
 from bhlog.capture.observe import observe, route
-from bhlog.capture.patch import RouterPatcher
 from bhlog.capture.routers.family import find_routers
 from tests.capture.tiny import (
     EXPERTS,
@@ -237,7 +237,7 @@ def test_a_patch_that_fails_closes_its_run(model, tmp_path, monkeypatch):
     def fail(*args: Any) -> None:
         raise RuntimeError("no hook")
 
-    monkeypatch.setattr(RouterPatcher, "_hook_forward", fail)
+    monkeypatch.setattr(Forwards, "attach", fail)
     untouched = state(model)
     with pytest.raises(RuntimeError, match="no hook"), observe(model, tmp_path / "run"):
         pass

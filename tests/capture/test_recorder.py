@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from bhlog.analysis.log import open_log
 from bhlog.capture.contract.errors import UnknownIdentity
 from bhlog.capture.routers.family import find_routers
 from bhlog.capture.writing.writer import WriterOptions
@@ -20,6 +19,7 @@ from tests.capture.tiny import (
     past,
     read,
     real_tokens,
+    rows_of,
     tiny_model,
 )
 
@@ -93,7 +93,7 @@ def test_sampling_takes_the_same_tokens_at_every_layer(model, run):
     assert sorted(logged.tokens[0]) == [0, 3, 6, 9, 12]
     assert sorted(logged.tokens[1]) == [0, 3, 6]
     assert logged.tokens[0][12] == output[0, 12]
-    totals = logged.log.manifest.totals
+    totals = logged.manifest.totals
     assert (totals.tokens, totals.sampled_out) == (8, 14 + 9 - 8)
 
 
@@ -157,7 +157,7 @@ def test_sources_follow_their_sequences(model, run):
         patcher.name_sources(["c", "d"])
         model(ids, attention_mask=mask)
     sources: dict[int, set[str | None]] = {}
-    for row in open_log(run).tokens(["sequence", "source"]).to_pylist():
+    for row in rows_of(run, "tokens"):
         sources.setdefault(row["sequence"], set()).add(row["source"])
     prompts = [sources[n] for n in range(6)]
     assert prompts == [{"a"}] * 3 + [{"b"}] * 3
@@ -189,8 +189,7 @@ def test_native_rows_name_their_experts_by_falling_logit_ties_to_the_lower(run):
             router.module.weight[1::2] = router.module.weight[::2]  # every logit twice
     with observed(model, run):
         model(batch([8, 8])[0])
-    for rows in open_log(run).batches(["logits", "experts"]):
-        for row in rows.to_pylist():
-            keys = [(-row["logits"][e], e) for e in row["experts"]]
-            assert keys == sorted(keys)
-            assert len(set(row["experts"])) == 2 and max(row["experts"]) < EXPERTS
+    for row in rows_of(run, "routing"):
+        keys = [(-row["logits"][e], e) for e in row["experts"]]
+        assert keys == sorted(keys)
+        assert len(set(row["experts"])) == 2 and max(row["experts"]) < EXPERTS

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from bhlog.analysis.log import Log, logits_of, open_log
+from bhlog.capture.contract.manifest import Manifest
 from bhlog.capture.observe import observe
 
 LAYERS, EXPERTS, TOP_K, VOCABULARY = 3, 8, 2, 40
@@ -70,14 +71,17 @@ def batch(lengths: list[int], *, left: bool = False, seed: int = 0) -> tuple[Ten
 class Logged:
     """A run as plain Python: per sequence its tokens, and per layer its logits.
 
+    It is read by pyarrow alone: a machine with a GPU may lack the packages of analysis.
+
     Attributes:
+        manifest: its run.json.
         tokens: by sequence, {position: token id}.
         logits: by (sequence, layer), {position: (E,) logits}.
         nll: by sequence, {position: loss or None}.
         phase, forward: by sequence, {position: ...}.
     """
 
-    log: Log
+    manifest: Manifest
     tokens: dict[int, dict[int, int | None]] = field(default_factory=lambda: defaultdict(dict))
     logits: dict[tuple[int, int], dict[int, np.ndarray]] = field(
         default_factory=lambda: defaultdict(dict)
@@ -103,33 +107,36 @@ def read(run: Path, *, closed: bool = True) -> Logged:
 
     A run that was not closed may not have counted its rows yet.
     """
-    logged = Logged(open_log(run))
-    for row in logged.log.tokens().to_pylist():
+    logged = Logged(Manifest.from_json((run / "run.json").read_bytes(), str(run)))
+    for row in rows_of(run, "tokens"):
         number, position = row["sequence"], row["position"]
         assert position not in logged.tokens[number], f"{number}, {position} is there twice"
         logged.tokens[number][position] = row["token_id"]
         logged.nll[number][position] = row["nll"]
         logged.phase[number][position] = row["phase"]
         logged.forward[number][position] = row["forward"]
-    columns = ["layer", "sequence", "position", "logits", "token_id", "forward"]
-    for rows in logged.log.batches(columns):
-        logits = logits_of(rows)
-        for i, row in enumerate(rows.select([0, 1, 2, 4, 5]).to_pylist()):
-            number, position = row["sequence"], row["position"]
-            at_layer = logged.logits[number, row["layer"]]
-            assert position not in at_layer, f"{number}, {position} is there twice"
-            at_layer[position] = logits[i]
-            assert row["token_id"] == logged.tokens[number][position]
-            assert row["forward"] == logged.forward[number][position]
-    for layer in logged.log.layers:
+    for row in rows_of(run, "routing"):
+        number, position = row["sequence"], row["position"]
+        at_layer = logged.logits[number, row["layer"]]
+        assert position not in at_layer, f"{number}, {position} is there twice"
+        at_layer[position] = np.array(row["logits"], dtype=np.float32)
+        assert row["token_id"] == logged.tokens[number][position]
+        assert row["forward"] == logged.forward[number][position]
+    layers, totals = logged.manifest.model.layers, logged.manifest.totals
+    for layer in layers:
         for number, tokens in logged.tokens.items():
             assert set(logged.logits[number, layer]) == set(tokens), f"layer {layer} differs"
-    totals = logged.log.manifest.totals
     if not closed:
         return logged
     assert totals.tokens == sum(map(len, logged.tokens.values()))
-    assert totals.rows == totals.tokens * len(logged.log.layers)
+    assert totals.rows == totals.tokens * len(layers)
     return logged
+
+
+def rows_of(run: Path, folder: str) -> list[dict[str, Any]]:
+    """Rows of the shards in `routing` or `tokens`, in order."""
+    files = sorted((run / folder).glob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
 def plain_logits(model: Any, tokens: list[int]) -> dict[int, Tensor]:

@@ -320,7 +320,7 @@ def test_a_forward_that_fails_leaves_no_trace(model, run):
         model(torch.tensor([[9], [9]]), **past(cache))
     logged = read(run)
     assert fed(logged) == [[*row, 9] for row in ids.tolist()]
-    assert logged.log.manifest.totals.forwards == 2
+    assert logged.manifest.totals.forwards == 2
     check_logits(model, logged)
 
 

@@ -252,7 +252,7 @@ def test_a_model_that_fails_keeps_what_came_before(model, run, where):
             handle.remove()
     logged = read(run)
     assert list(logged.sequences.values()) == real_tokens(ids, mask)
-    manifest = logged.log.manifest
+    manifest = logged.manifest
     assert manifest.closed and manifest.error == "Boom" and manifest.totals.forwards == 1
     no_errors(run)
     with torch.no_grad():
@@ -285,8 +285,8 @@ def test_ctrl_c_leaves_a_closed_run(model, run, moment):
         finally:
             handle.remove()
     logged = read(run)
-    assert logged.log.manifest.closed
-    assert logged.log.manifest.error == "KeyboardInterrupt"
+    assert logged.manifest.closed
+    assert logged.manifest.error == "KeyboardInterrupt"
     assert len(logged.tokens) == 2
     no_errors(run)
     with torch.no_grad():  # nothing of the interrupted forward is left

@@ -1,0 +1,125 @@
+"""What is put on a model's modules: hooks and attributes, taken off again and never copied."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+_ABSENT: Any = object()
+_REDUCE = "__reduce_ex__"
+_HOOKS = "_forward_pre_hooks", "_forward_hooks"
+
+
+class Changes:
+    """Hooks and attributes put on modules, until `undo`.
+
+    A copy of a module that has them (copy, pickle, torch.save, a spawned process) is as the module
+    was before: each has a `__reduce_ex__` that leaves them out. DataParallel's replicas, which are
+    made otherwise and stand in for the module, do have them.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+        self._before: list[tuple[nn.Module, str, Any]] = []
+        self._plain: dict[int, _Plain] = {}
+
+    def set(self, module: nn.Module, name: str, value: Any) -> None:
+        """Give an instance an attribute, which may hide a method of its class."""
+        before = vars(module).get(name, _ABSENT)
+        self._before.append((module, name, before))
+        self._of(module).attributes.setdefault(name, before)
+        vars(module)[name] = value
+
+    def before_forward(
+        self, module: nn.Module, hook: Callable[..., Any], *, prepend: bool = False
+    ) -> None:
+        """Call hook(module, args, kwargs) before the module runs."""
+        self._add(
+            module,
+            module.register_forward_pre_hook(eager(hook), with_kwargs=True, prepend=prepend),
+        )
+
+    def after_forward(
+        self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False
+    ) -> None:
+        """Call hook(module, args, output) after the module has run.
+
+        Args:
+            always: after an exception too, with None as output, and hook(module, args, kwargs,
+                output) is called.
+        """
+        self._add(
+            module,
+            module.register_forward_hook(eager(hook), with_kwargs=always, always_call=always),
+        )
+
+    def undo(self) -> None:
+        """Leave every module as it was found."""
+        while self._handles:
+            self._handles.pop().remove()
+        while self._before:
+            module, name, value = self._before.pop()
+            _restore(vars(module), name, value)
+        self._plain = {}
+
+    def _add(self, module: nn.Module, handle: Any) -> None:
+        self._handles.append(handle)
+        self._of(module).hooks.add(handle.id)
+
+    def _of(self, module: nn.Module) -> "_Plain":
+        if id(module) not in self._plain:
+            plain = self._plain[id(module)] = _Plain(module)
+            self._before.append((module, _REDUCE, vars(module).get(_REDUCE, _ABSENT)))
+            plain.attributes[_REDUCE] = self._before[-1][2]
+            vars(module)[_REDUCE] = plain
+        return self._plain[id(module)]
+
+
+class _Plain:
+    """The `__reduce_ex__` of a module that leaves out what was put on it.
+
+    Attributes:
+        attributes: what was there before, by name.
+        hooks: ids of the hooks put on it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._reduce = getattr(module, _REDUCE)
+        self.attributes: dict[str, Any] = {}
+        self.hooks: set[int] = set()
+
+    def __call__(self, protocol: Any) -> Any:
+        reduced = self._reduce(protocol)
+        if not isinstance(reduced, tuple) or len(reduced) < 3 or not isinstance(reduced[2], dict):
+            return reduced  # made by a class in a way of its own, from what it knows of itself
+        state = dict(reduced[2])
+        for name, value in self.attributes.items():
+            _restore(state, name, value)
+        for name, hooks in state.items():
+            if name.startswith(_HOOKS) and isinstance(hooks, dict) and self.hooks & set(hooks):
+                others = [(key, hook) for key, hook in hooks.items() if key not in self.hooks]
+                state[name] = type(hooks)(others)
+        return (*reduced[:2], state, *reduced[3:])
+
+
+def _restore(attributes: dict[str, Any], name: str, value: Any) -> None:
+    if value is _ABSENT:
+        attributes.pop(name, None)
+    else:
+        attributes[name] = value
+
+
+def eager(hook: Hook) -> Hook:
+    """Keep a hook out of compiled graphs; where nothing is compiled it is called as it is."""
+    disabled = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+
+    @functools.wraps(hook)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else hook(*args, **kwargs)
+
+    return cast(Hook, call)
