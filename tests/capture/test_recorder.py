@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import bhlog
 from bhlog.capture.contract.errors import UnknownIdentity
 from bhlog.capture.routers.family import find_routers
 from bhlog.capture.writing.writer import WriterOptions
@@ -172,14 +173,12 @@ def test_ids_of_the_callers_follow_their_sequences(model, run):
         patcher.name_sequences(["q-1", ""])
         model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
         model(ids, attention_mask=mask)
-    log = open_log(run)
-    rows = {
-        (row["sequence"], row["sample_id"], row["source"])
-        for row in log.tokens(["sequence", "sample_id", "source"]).to_pylist()
-    }
+    rows = {(row["sequence"], row["sample_id"], row["source"]) for row in rows_of(run, "tokens")}
     assert rows == {(0, "q-1", "docs"), (1, None, "docs"), (2, None, None), (3, None, None)}
     asked = "SELECT sequence, count(*) FROM tokens WHERE sample_id = 'q-1' GROUP BY ALL"
-    assert log.sql(asked).fetchall() == [(0, 5)]  # 3 that went in, and 2 of the 3 new ones
+    assert bhlog.open_log(run).sql(asked).fetchall() == [
+        (0, 5)
+    ]  # 3 that went in, and 2 of the 3 new ones
 
 
 def test_native_rows_name_their_experts_by_falling_logit_ties_to_the_lower(run):
