@@ -1,62 +1,44 @@
 """Reader of null models that older projects pickled, which can run no code.
 
-A pickle is a program that may name and call anything. This reader steps through it itself, knows
-the few instructions that a dictionary of numpy arrays needs, and imports and calls nothing: an
-array is rebuilt from its shape, its number format and its bytes.
+A pickle is a program that may name and call anything. Of its instructions this reader knows those
+that a dictionary of numpy arrays needs, and whatever they name and call is a stand-in of this
+module: numpy itself is never imported or called by a pickle. An array is rebuilt from its shape,
+its number format and its bytes.
 """
 
+import io
+import pickle
 import pickletools
 import re
 import reprlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import struct
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bhlog.capture.contract.errors import CorruptKde, KdeMismatch, UnsafePickle
-from bhlog.capture.contract.null.model import KdeModel, LayerNull, NullCurve
+from bhlog.capture.contract.errors import CorruptKde, KdeMismatch, UnsafePickle, one_line
+from bhlog.capture.contract.null.curve import NullCurve
+from bhlog.capture.contract.null.layer import LayerNull
+from bhlog.capture.contract.null.model import KdeModel
 
 FILE_NAME = re.compile(r"distribution_model_layer_(?P<layer>\d+)(?:_(?P<variant>.+))?\.pkl")
 
-# What pickled arrays name, in numpy 1 and 2; numpy 2 renamed numpy.core to numpy._core.
-_NAMES = {
-    "numpy ndarray": "ndarray",
-    "numpy dtype": "dtype",
-    "_codecs encode": "encode",  # how protocols 0 to 2 write bytes
-} | {
-    f"{core}.{module} {name}": name
-    for core in ("numpy.core", "numpy._core")
-    for module, name in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
-}
+MOST_BYTES = 1 << 26  # of a pickle; those of older projects hold two arrays of 10,000 values
+_MOST_INSTRUCTIONS = 5000  # of a pickle, which needs some 30 an array; nesting ends there too
 _NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
-_MARK = object()
-
-
-@dataclass(frozen=True)
-class _Name:
-    """Stands for what a pickle names; it is never imported."""
-
-    name: str
-
-
-@dataclass
-class _Dtype:
-    code: str
-    order: str = "="
-
-    @property
-    def numpy(self) -> np.dtype[Any]:
-        return np.dtype(self.code).newbyteorder(self.order)  # type: ignore[arg-type]
-
-
-@dataclass
-class _Array:
-    """An array under construction; filled by the pickle's BUILD instruction."""
-
-    array: NDArray[Any] | None = None
+_NEEDED = {
+    *("PROTO", "FRAME", "STOP", "MARK", "REDUCE", "BUILD", "GLOBAL", "STACK_GLOBAL"),
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BYTEARRAY8"),
+    *("NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+    *("EMPTY_DICT", "DICT", "SETITEM", "SETITEMS"),
+    *("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET"),
+}
 
 
 def load_kde_models(path: str | Path, *, variant: str | None = None) -> KdeModel:
@@ -103,7 +85,8 @@ def read_curve(path: Path) -> NullCurve:
         UnsafePickle: it names something other than numpy arrays.
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise CorruptKde(f"{path}: cannot be read ({error.strerror})") from error
     arrays = read_arrays(data, str(path))
@@ -134,188 +117,147 @@ def read_arrays(data: bytes, name: str) -> dict[str, NDArray[Any]]:
         name: says in errors where it came from.
 
     Raises:
-        CorruptKde: cut short, or no dictionary of arrays.
+        CorruptKde: cut short, too large, or no dictionary of arrays.
         UnsafePickle: it names or asks for something that arrays do not need.
     """
     try:
-        result = _run(data, name)
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"it is larger than {MOST_BYTES >> 20} MiB")
+        # goes through without doing anything: whatever lengths it claims are there, and it ends
+        if len(list(islice(pickletools.genops(data), _MOST_INSTRUCTIONS))) == _MOST_INSTRUCTIONS:
+            raise ValueError("it has more instructions than arrays need")
+        result = _Reader(data).load()
+    except UnsafePickle as error:
+        raise UnsafePickle(f"{name}: {error}; nothing of it was run") from None
+    except _DAMAGED as error:
         raise CorruptKde(
-            f"{name}: not a whole pickle of numpy arrays ({_one_line(str(error))})"
+            f"{name}: not a whole pickle of numpy arrays ({one_line(str(error), 100)})"
         ) from error
-    if not isinstance(result, Mapping):
+    if not isinstance(result, dict):
         raise CorruptKde(f"{name}: holds no dictionary; expected x and cdf")
     arrays: dict[str, NDArray[Any]] = {}
     for key, value in result.items():
-        if not isinstance(value, _Array) or value.array is None:
+        if not isinstance(value, _Array) or value.values is None:
             raise CorruptKde(f"{name}: {reprlib.repr(key)} is no numpy array")
-        arrays[key] = value.array
+        arrays[key] = value.values
     return arrays
 
 
-def _run(data: bytes, name: str) -> Any:
-    """Step through a pickle on a stack of plain values and the stand-ins above."""
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
-    made = 0  # bytes of arrays
-
-    def since_mark() -> list[Any]:
-        at = next((i for i in reversed(range(len(stack))) if stack[i] is _MARK), -1)
-        if at < 0:
-            raise ValueError("a mark is missing")
-        items = stack[at + 1 :]
-        del stack[at:]
-        return items
-
-    argument: Any
-    for opcode, argument, _ in pickletools.genops(data):
-        op = opcode.name
-        if op == "STOP":
-            return stack.pop()
-        if op in ("PROTO", "FRAME"):
-            pass
-        elif op in _LITERALS:
-            stack.append(argument)
-        elif op in _CONSTANTS:
-            stack.append(_CONSTANTS[op])
-        elif op in _EMPTY:
-            stack.append(_EMPTY[op]())
-        elif op == "MARK":
-            stack.append(_MARK)
-        elif op == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif op in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo[int(argument)] = stack[-1]
-        elif op in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[int(argument)])
-        elif op == "TUPLE":
-            stack.append(tuple(since_mark()))
-        elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            size = int(op[-1])
-            stack[-size:] = [tuple(stack[-size:])]
-        elif op == "DICT":
-            stack.append(_pairs(since_mark()))
-        elif op == "SETITEM":
-            pair = stack[-2:]
-            del stack[-2:]
-            stack[-1].update(_pairs(pair))
-        elif op == "SETITEMS":
-            pairs = _pairs(since_mark())
-            stack[-1].update(pairs)
-        elif op == "GLOBAL":
-            stack.append(_named(argument, name))
-        elif op == "STACK_GLOBAL":
-            attribute, module = stack.pop(), stack.pop()
-            if not (isinstance(attribute, str) and isinstance(module, str)):
-                raise ValueError("it names something by no text")
-            stack.append(_named(f"{module} {attribute}", name))
-        elif op == "REDUCE":
-            arguments, called = stack.pop(), stack.pop()
-            stack.append(_rebuild(called, arguments))
-            made += _n_bytes(stack[-1])
-        elif op == "BUILD":
-            state = stack.pop()
-            _fill(stack[-1], state)
-            made += _n_bytes(stack[-1])
-        else:
-            raise UnsafePickle(
-                f"{name}: uses the pickle instruction {op}, which numpy arrays do not need; "
-                "nothing of it was run"
-            )
-        if made > 4 * len(data):  # one stretch of bytes, asked for again and again
-            raise ValueError("its arrays hold more than the file does")
-    raise ValueError("it has no end")
+_DAMAGED = (
+    *(pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError),
+    *(OverflowError, EOFError, RecursionError, struct.error),
+)
 
 
-def _n_bytes(value: Any) -> int:
-    """Memory of a value that a pickle asked for."""
-    if isinstance(value, _Array):
-        return 0 if value.array is None else value.array.nbytes
-    return len(value) if isinstance(value, bytes) else 0
+class _Dtype:
+    """Stands for a number format."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        text = code.decode("latin1") if isinstance(code, bytes) else code
+        if not isinstance(text, str) or not _NUMBERS.fullmatch(text):
+            raise ValueError(f"an array holds {reprlib.repr(text)}, which are no plain numbers")
+        self.numpy = np.dtype(text)
+
+    def fill(self, state: Any) -> None:
+        order = state[1].decode("latin1") if isinstance(state[1], bytes) else state[1]
+        if order not in ("<", ">", "=", "|"):
+            raise ValueError(f"byte order {reprlib.repr(order)}")
+        self.numpy = self.numpy.newbyteorder("=" if order == "|" else order)  # type: ignore[arg-type]
 
 
-_LITERALS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
-_LITERALS |= {"STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
-_LITERALS |= {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BYTEARRAY8"}
-_CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_EMPTY: dict[str, type] = {"EMPTY_DICT": dict}
+class _Array:
+    """Stands for an array, of its own memory once it is filled."""
 
+    values: NDArray[Any] | None = None
 
-def _one_line(text: str) -> str:
-    """A stranger's text, fit for an error message."""
-    return repr(text[:100])[1:-1]
-
-
-def _pairs(items: list[Any]) -> dict[str, Any]:
-    """A dictionary of keys and values in turn; keys are text: a nested one could exhaust hash()."""
-    if not all(isinstance(key, str) for key in items[::2]):
-        raise ValueError("a key is no text")
-    return dict(zip(items[::2], items[1::2], strict=True))
-
-
-def _named(found: str, name: str) -> _Name:
-    if found not in _NAMES:
-        raise UnsafePickle(
-            f"{name}: names {_one_line(found.replace(' ', '.'))}; only numpy arrays are read from "
-            "pickles, and nothing of it was run"
-        )
-    return _Name(_NAMES[found])
-
-
-def _rebuild(called: Any, arguments: Any) -> Any:
-    """What a call of a named thing would have given, for the few that arrays need."""
-    if called == _Name("_reconstruct"):
-        return _Array()
-    if called == _Name("dtype"):
-        return _Dtype(_number_format(arguments[0]))
-    if called == _Name("encode"):
-        text, encoding = arguments
-        if encoding != "latin1":
-            raise ValueError(f"bytes are encoded as {reprlib.repr(encoding)}")
-        return _raw(text)
-    if called == _Name("_frombuffer"):
-        raw, dtype, shape, order = arguments
-        return _Array(_from_bytes(raw, dtype, shape, fortran=order == "F"))
-    raise ValueError("it calls something that is no function")
-
-
-def _fill(target: Any, state: Any) -> None:
-    if isinstance(target, _Dtype):
-        target.order = "=" if state[1] == "|" else _byte_order(state[1])
-    elif isinstance(target, _Array):
+    def fill(self, state: Any) -> None:
         _, shape, dtype, fortran, raw = state
-        target.array = _from_bytes(raw, dtype, shape, fortran=bool(fortran))
-    else:
-        raise ValueError("it changes something that is no array")
+        if not isinstance(dtype, _Dtype) or not isinstance(raw, str | bytes | bytearray):
+            raise ValueError("an array has no number format or no bytes")
+        values = np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else raw, dtype.numpy)
+        sizes = (shape,) if isinstance(shape, int) else tuple(int(size) for size in shape)
+        if any(size < 0 for size in sizes):
+            raise ValueError(f"an array has shape {sizes}")
+        shaped = values.reshape(sizes, order="F" if fortran else "C")
+        self.values = shaped.astype(values.dtype.newbyteorder("="))
 
 
-def _number_format(code: Any) -> str:
-    if isinstance(code, bytes):
-        code = code.decode("latin1")
-    if not isinstance(code, str) or not _NUMBERS.fullmatch(code):
-        raise ValueError(f"an array holds {reprlib.repr(code)}, which are no plain numbers")
-    return code
+def _encoded(text: Any, encoding: Any) -> bytes:
+    """How protocols 0 to 2 write bytes."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise ValueError(f"bytes are {type(text).__name__} encoded as {reprlib.repr(encoding)}")
+    return text.encode("latin1")
 
 
-def _byte_order(order: Any) -> str:
-    text = order.decode("latin1") if isinstance(order, bytes) else order
-    if text not in ("<", ">", "="):
-        raise ValueError(f"byte order {reprlib.repr(order)}")
-    return str(text)
+def _from_buffer(raw: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    """How protocol 5 writes an array."""
+    array = _Array()
+    array.fill((1, shape, dtype, order == "F", raw))
+    return array
 
 
-def _raw(data: Any) -> bytes:
-    return data.encode("latin1") if isinstance(data, str) else bytes(data)
+# What pickled arrays name, in numpy 1 and 2, which renamed numpy.core to numpy._core.
+_KNOWN: dict[str, Any] = {
+    "numpy.ndarray": None,  # named as an argument, never called
+    "numpy.dtype": _Dtype,
+    "_codecs.encode": _encoded,
+} | {
+    f"{core}.{name}": called
+    for core in ("numpy.core", "numpy._core")
+    for name, called in {
+        "multiarray._reconstruct": lambda *_: _Array(),
+        "numeric._frombuffer": _from_buffer,
+    }.items()
+}
 
 
-def _from_bytes(raw: Any, dtype: Any, shape: Any, *, fortran: bool) -> NDArray[Any]:
-    """An array of its own memory; the bytes must fill the shape exactly."""
-    if not isinstance(dtype, _Dtype) or not isinstance(raw, str | bytes | bytearray):
-        raise ValueError("an array has no number format or no bytes")
-    values = np.frombuffer(_raw(raw), dtype=dtype.numpy)
-    sizes = (shape,) if isinstance(shape, int) else tuple(int(size) for size in shape)
-    if any(size < 0 for size in sizes):
-        raise ValueError(f"an array has shape {sizes}")
-    return values.reshape(sizes, order="F" if fortran else "C").astype(
-        values.dtype.newbyteorder("=")
-    )
+class _Reader(pickle._Unpickler):  # that in C allocates what a pickle claims to hold
+    """Steps through a pickle: nothing is called but the stand-ins, nothing changed but them."""
+
+    stack: list[Any]
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="latin1")
+        self._left = 4 * len(data)  # bytes that arrays may hold; a stretch can be asked for often
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = f"{module}.{name}"
+        if found not in _KNOWN:
+            raise UnsafePickle(
+                f"names {one_line(found, 100)}; only numpy arrays are read from pickles"
+            )
+        return _KNOWN[found]
+
+    def call(self) -> None:
+        arguments = self.stack.pop()
+        self.stack[-1] = self.stack[-1](*arguments)
+        self._spend(self.stack[-1])
+
+    def build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if not isinstance(target, _Dtype | _Array):
+            raise ValueError("it changes something that is no array")
+        target.fill(state)
+        self._spend(target)
+
+    def _spend(self, made: Any) -> None:
+        values = made.values if isinstance(made, _Array) else made
+        self._left -= values.nbytes if isinstance(values, np.ndarray) else 0
+        self._left -= len(values) if isinstance(values, bytes) else 0
+        if self._left < 0:
+            raise ValueError("its arrays hold more than the file does")
+
+    def refuse(self, instruction: str) -> None:
+        raise UnsafePickle(
+            f"uses the pickle instruction {instruction}, which numpy arrays do not need"
+        )
+
+
+_OWN: dict[str, Any] = {"REDUCE": _Reader.call, "BUILD": _Reader.build}
+_STEPS: dict[int, Any] = {
+    ord(op.code): _OWN.get(op.name, pickle._Unpickler.dispatch[ord(op.code)])
+    if op.name in _NEEDED
+    else partial(_Reader.refuse, instruction=op.name)
+    for op in pickletools.opcodes
+}
+_Reader.dispatch = _STEPS

@@ -1,6 +1,7 @@
 import os
 import pickle
 import pickletools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bhlog.capture.contract.errors import CorruptKde, KdeMismatch, RouterLogError, UnsafePickle
+from bhlog.capture.contract.null import pickles
 from bhlog.capture.contract.null.pickles import load_kde_models, read_arrays
 from tests.synthetic import normal_kde
 
@@ -118,6 +120,14 @@ NESTED = b")" + b"\x85" * 50_000  # a tuple in a tuple in a tuple: hash() of it 
         b"\x80\x05\x8b\xff\xff\xff\x7fabc.",
         b"L" + b"9" * 100_000 + b"L\n.",
         b"\x85" * 10 + b"t.",
+        b"\x80\x02}X\x01\x00\x00\x00xc_codecs\nencode\n\x8a\t\x00\x10\xa5\xd4\xe8\x00\x00\x00\x00"
+        b"X\x06\x00\x00\x00latin1\x86Rs.",
+        b"\x80\x04Nr\xff\xff\xff\x7f.",
+        b"\x80\x04\x95" + (2**62).to_bytes(8, "little") + b"N.",
+        b"cnumpy\nndarray\n(\x8a\x06\x00\x00\x00\x00\x00\x01\x85R.",
+        b"cnumpy\ndtype\n}X\x04\x00\x00\x00fillNsb.",
+        b"}" * 100_000 + b".",
+        b"}" + b"(" + b"".join(2 * (b")" + b"\x85" * 2000 + b"N") for _ in range(1)) + b"u.",
     ],
     ids=[
         "nested key",
@@ -133,12 +143,32 @@ NESTED = b")" + b"\x85" * 50_000  # a tuple in a tuple in a tuple: hash() of it 
         "integer of 2 GiB",
         "integer of many digits",
         "no mark",
+        "bytes of 10^12 from an integer",
+        "memo of 2^31",
+        "frame of 2^62",
+        "array made by its class",
+        "state of a class",
+        "100,000 instructions",
+        "keys that are alike and nested",
     ],
 )
 def test_a_hostile_pickle_is_one_short_error(content):
+    tracemalloc.start()
     with pytest.raises(RouterLogError) as error:
         read_arrays(content, "bad.pkl")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert str(error.value).isprintable() and len(str(error.value)) < 300
+    assert peak < 32 * 2**20
+
+
+def test_a_pickle_without_end_is_not_read(tmp_path, monkeypatch):
+    path = write(tmp_path, "distribution_model_layer_0.pkl", GOOD)
+    monkeypatch.setattr(pickles, "MOST_BYTES", path.stat().st_size)
+    assert load_kde_models(tmp_path)[0].pooled
+    path.write_bytes(path.read_bytes() + b".")
+    with pytest.raises(CorruptKde, match=r"layer_0\.pkl: .* larger than"):
+        load_kde_models(tmp_path)
 
 
 def test_bytes_that_are_asked_for_again_and_again_are_refused():
