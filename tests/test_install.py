@@ -127,17 +127,17 @@ def test_a_type_checker_sees_the_types_of_an_installed_bhlog(site, tmp_path):
     (packages,) = environment.glob("lib/python*/site-packages")
     others = [path for path in sys.path if path.endswith("site-packages")]
     (packages / "here.pth").write_text("\n".join([str(site), *others]))
-    assert revealed(tmp_path, environment / "bin/python") == ["Overload", "def (", "KdeModel"]
+    assert_typed(tmp_path, environment / "bin/python")
 
 
 @pytest.mark.slow
 def test_a_type_checker_sees_the_types_of_an_editable_bhlog(tmp_path):
     pytest.importorskip("mypy", reason="needs mypy")
-    assert revealed(tmp_path, sys.executable) == ["Overload", "def (", "KdeModel"]
+    assert_typed(tmp_path, sys.executable)
 
 
-def revealed(folder, interpreter):
-    """What mypy says of three names, as far as one looks at it."""
+def assert_typed(folder, interpreter):
+    """Names of both halves, asked for in a program of the user's, have types for mypy."""
     user = folder / "user.py"
     user.write_text(
         "from bhlog import KdeModel, observe, open_log\n"
@@ -149,4 +149,8 @@ def revealed(folder, interpreter):
     )
     mypy = [sys.executable, "-m", "mypy", "--python-executable", interpreter, user.name]
     done = subprocess.run(mypy, cwd=folder, capture_output=True, text=True)
-    return [line.partition("Revealed type is ")[2] for line in done.stdout.splitlines()]
+    told = [line.partition('Revealed type is "')[2] for line in done.stdout.splitlines()[:3]]
+    assert done.returncode == 0, done.stdout
+    assert told[0].startswith("def (path: ") and " -> bhlog.analysis." in told[0]
+    assert told[1].startswith("def (model: ") and "RouterPatcher" in told[1]
+    assert told[2].startswith("bhlog.capture.contract.null.model.KdeModel")
