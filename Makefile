@@ -44,7 +44,7 @@ $(ENVIRONMENTS:%=%/.ready): %/.ready: pyproject.toml | build/files
 	@$*/bin/pip install --quiet --upgrade pip "setuptools>=77"
 	@$(if $(TORCH),$(install_torch))
 	@$*/bin/pip install $(QUIET) --editable ".[$(EXTRA)]" $(STRICT)
-	@touch $@ $*/.linked
+	@touch $@
 
 # The build of torch without a GPU is a tenth of the usual one; not every registry has it.
 install_torch = nvidia-smi >/dev/null 2>&1 || $*/bin/pip install $(QUIET) "$(TORCH)+cpu" 2>/dev/null \

@@ -9,19 +9,52 @@ import click
 
 from bhlog.capture.contract.errors import MissingExtra, RouterLogError
 
-# Where each command is defined; a module is imported only when its command is used or listed.
+# Where each command is defined, and its line in the list: a module is imported when it is used.
 COMMANDS = {
-    "demo": "bhlog.capture.apps.commands:demo",
-    "capture": "bhlog.capture.apps.commands:capture",
-    "info": "bhlog.analysis.commands.info:info",
-    "verify": "bhlog.analysis.commands.info:verify",
-    "fidelity": "bhlog.analysis.commands.replay:fidelity",
-    "replay": "bhlog.analysis.commands.replay:replay",
-    "sweep": "bhlog.analysis.commands.replay:sweep",
-    "compare": "bhlog.analysis.commands.compare:compare",
-    "kde": "bhlog.analysis.commands.kde:kde",
-    "sql": "bhlog.analysis.commands.sql:sql",
-    "plot": "bhlog.analysis.commands.plot:plot",
+    "demo": (
+        "bhlog.capture.apps.commands:demo",
+        "The whole story in a minute: capture, fit, route, replay,...",
+    ),
+    "capture": (
+        "bhlog.capture.apps.commands:capture",
+        "Run text through a model and log its routing.",
+    ),
+    "info": (
+        "bhlog.analysis.commands.info:info",
+        "What a run is and what it holds.",
+    ),
+    "verify": (
+        "bhlog.analysis.commands.info:verify",
+        "Is a run whole, and does replay reproduce it?",
+    ),
+    "fidelity": (
+        "bhlog.analysis.commands.replay:fidelity",
+        "How far a what-if can be trusted: replay NATIVE at the...",
+    ),
+    "replay": (
+        "bhlog.analysis.commands.replay:replay",
+        "Recompute a run's expert selection at other values of alpha.",
+    ),
+    "sweep": (
+        "bhlog.analysis.commands.replay:sweep",
+        "Mean experts per token at many alphas, from one pass over the...",
+    ),
+    "compare": (
+        "bhlog.analysis.commands.compare:compare",
+        "Compare policies over a run: what each would have chosen, and...",
+    ),
+    "kde": (
+        "bhlog.analysis.commands.kde:kde",
+        "Fit, inspect and check null models.",
+    ),
+    "sql": (
+        "bhlog.analysis.commands.sql:sql",
+        "Ask one run or several in SQL, as DuckDB understands it.",
+    ),
+    "plot": (
+        "bhlog.analysis.commands.plot:plot",
+        "Draw figures of a run as PNG files; without FIGURE, all that...",
+    ),
 }
 
 
@@ -34,9 +67,13 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module, name = COMMANDS[cmd_name].split(":")
+        module, name = COMMANDS[cmd_name][0].split(":")
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, short) for name, (_, short) in COMMANDS.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -25,7 +25,7 @@ def with_examples():
                 yield module.name
 
 
-@pytest.mark.parametrize("name", with_examples())
+@pytest.mark.parametrize("name", sorted(with_examples()))
 def test_examples_print_what_they_show(name):
     failed, tried = doctest.testmod(importlib.import_module(name))
     assert tried and not failed

@@ -21,8 +21,6 @@ TERMINAL = {"prompt_toolkit", "rich"}
 TORCH = {"accelerate", "datasets", "safetensors", "tokenizers", "torch", "transformers", "triton"}
 HEAVY = NUMBERS | TERMINAL | TORCH | {"scipy"}
 NOT_YET = [
-    "contract_imports_neither_wing",
-    "capture_core_imports_the_contract_and_nothing_of_analysis",
     "only_apps_import_analysis_and_at_module_level",
     "no_circle_lazy_or_not",
     "a_lazy_import_has_a_heavy_library_as_its_reason",
@@ -171,7 +169,7 @@ def both_packages_stay_under_22_000_lines() -> list[object]:
     return [total] if total >= 22_000 else []
 
 
-def tests_of_the_offline_half_import_no_torch() -> list[object]:
+def offline_tests_import_no_torch() -> list[object]:
     files = [
         p for f in ("analysis", "capture/contract") for p in (ROOT / "tests" / f).rglob("*.py")
     ]
@@ -205,7 +203,7 @@ RULES = [
     at_most_two_file_names_are_shared,
     a_file_has_at_most_400_lines,
     both_packages_stay_under_22_000_lines,
-    tests_of_the_offline_half_import_no_torch,
+    offline_tests_import_no_torch,
 ]
 
 

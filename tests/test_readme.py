@@ -1,10 +1,18 @@
-"""Every command and every Python block of the README runs, in order, in one folder."""
+"""Every command and every Python block of each README runs, in order, in a folder for each."""
 
 import re
 
 import pytest
 
-from tests.readme import make_texts, run, steps
+from tests.readme import ROOT, make_folder, readmes, run, steps
+
+pytestmark = pytest.mark.slow
+
+STEPS = [
+    pytest.param(readme, step, id=f"{readme.relative_to(ROOT)}: {step.text.splitlines()[0]}")
+    for readme in readmes()
+    for step in steps(readme)
+]
 
 
 def words(text):
@@ -13,16 +21,22 @@ def words(text):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the README's reader works."""
-    path = tmp_path_factory.mktemp("readme")
-    make_texts(path)
-    return path
+def folders(tmp_path_factory):
+    """Where each README's reader works, by README."""
+    made = {}
+
+    def folder_of(readme):
+        if readme not in made:
+            made[readme] = tmp_path_factory.mktemp("readme")
+            make_folder(made[readme], readme)
+        return made[readme]
+
+    return folder_of
 
 
-@pytest.mark.parametrize("step", [pytest.param(s, id=s.text.split("\n")[0]) for s in steps()])
-def test_the_readme_does_what_it_says(folder, step):
-    done = run(step, folder)
+@pytest.mark.parametrize(("readme", "step"), STEPS)
+def test_the_readme_does_what_it_says(folders, readme, step):
+    done = run(step, folders(readme))
     assert done.returncode == 0, f"{step.text}\n{done.stdout}\n{done.stderr}"
     assert done.stdout.strip(), f"{step.text} printed nothing"
     missing = words(step.shown) - words(done.stdout)

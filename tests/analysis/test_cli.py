@@ -33,6 +33,25 @@ def test_listing_commands_imports_neither_torch_nor_duckdb():
     assert done.stdout.strip() == "[]"
 
 
+def test_the_list_says_of_each_command_what_its_own_help_does():
+    limit = 78 - 6 - max(map(len, COMMANDS))  # as click lists commands on a terminal
+    for name, (_, short) in COMMANDS.items():
+        command = bhlog.get_command(None, name)
+        assert short == command.get_short_help_str(limit), name
+
+
+def test_help_and_a_mistyped_command_load_no_library_of_numbers():
+    code = (
+        "import sys\nfrom bhlog.analysis.cli import main\n"
+        "try:\n    main([sys.argv[1]])\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('numpy', 'pyarrow', 'polars', 'rich') if m in sys.modules])"
+    )
+    for argument in ("--help", "reply"):
+        command = [sys.executable, "-c", code, argument]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[]"
+
+
 def modules_after_importing(package):
     """Names of the modules that all modules of a package bring with them."""
     code = (
