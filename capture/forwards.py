@@ -60,7 +60,7 @@ class Forwards:
 
     def __init__(self, layers: Sequence[int], writer: RunWriter | None) -> None:
         self.recorder = None if writer is None else Recorder(writer, layers)
-        self.tracker = Tracker(frozenset(), on_cut=self._cut)
+        self.tracker = Tracker(on_cut=self._cut)
         if writer is not None:
             self.tracker.next_sequence = writer.next_sequence
             self.tracker.next_forward = writer.next_forward
@@ -79,7 +79,6 @@ class Forwards:
         self._signature = inspect.signature(base.forward)
         changes.before_forward(base, self._begin)
         changes.after_forward(base, self._end, always=True)
-        self.tracker.eos = _eos(model)
         watch_generation(changes, model, self.tracker)
 
     def close(self) -> None:
@@ -161,12 +160,3 @@ def _head_logits(output: Any) -> Tensor | None:
     """(B, H, V) logits of the vocabulary in what a model with a head returned."""
     found = [getattr(output, "logits", None), *(output if isinstance(output, tuple) else ())]
     return next((t for t in found if isinstance(t, Tensor) and t.dim() == 3), None)
-
-
-def _eos(model: Any) -> frozenset[int]:
-    """Ids that end a sequence, as generation sees them."""
-    found: set[int] = set()
-    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        ids = getattr(config, "eos_token_id", None)
-        found.update([ids] if isinstance(ids, int) else ids or [])
-    return frozenset(found)

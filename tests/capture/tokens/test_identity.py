@@ -19,7 +19,6 @@ from bhlog.capture.writing.writer import WriterOptions
 from tests.capture.tiny import (
     CACHE,
     EOS,
-    PAD,
     TRANSFORMERS_4,
     VOCABULARY,
     Logged,
@@ -156,15 +155,43 @@ def test_manual_loop_with_one_buffer_for_the_next_token(model, run):
     assert fed(read(run)) == [row + list(range(20, 30)) for row in fed_rows]
 
 
-def test_manual_loop_ends_at_the_configured_eos(model, run):
-    ids, _ = batch([3, 3])
-    steps = torch.tensor([[5, EOS, PAD, PAD], [5, 6, 7, 8]])
+CHUNKS = {
+    "whole": [14],
+    "prompt and turns": [4, 5, 5],
+    "token by token": [4] + [1] * 10,
+}
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_an_eos_in_a_text_is_text_however_it_is_fed_over_a_cache(model, run, chunks):
+    text = [5, 6, 7, 8, 10, 11, EOS, 12, 13, 20, EOS, 21, 22, EOS]
     with observed(model, run):
-        cache = model(ids, use_cache=True)[CACHE]
-        for column in range(4):
-            model(steps[:, column : column + 1], **past(cache))
-    first, second = ids.tolist()
-    assert fed(read(run)) == [[*first, 5, EOS], [*second, 5, 6, 7, 8]]
+        cache = DynamicCache(config=model.config)
+        start = 0
+        for length in CHUNKS[chunks]:
+            model(torch.tensor([text[start : start + length]]), **past(cache))
+            start += length
+    logged = read(run)
+    assert fed(logged) == [text]
+    check_logits(model, logged)
+
+
+def test_options_on_a_cropped_prefix_keep_every_token_after_an_eos(model, run):
+    prefix, first, second = [5, 6, 7, 8], [10, 11, EOS, 12, 13], [20, EOS, 21, 22, 23]
+    with observed(model, run):
+        cache = DynamicCache(config=model.config)
+        for part in (prefix, first):
+            model(torch.tensor([part]), **past(cache))
+        cache.crop(-5)
+        model(torch.tensor([second]), **past(cache))
+        for token in (24, EOS, 25):
+            model(torch.tensor([[token]]), **past(cache))
+    logged = read(run)
+    assert logged.manifest.totals.tokens + logged.manifest.totals.rejected == 17
+    assert [*second, 24, EOS, 25] == [
+        token for number in sorted(logged.tokens) for p, token in logged.tokens[number].items()
+        if logged.forward[number][p] > 1
+    ]  # fmt: skip
 
 
 def test_tuple_outputs_are_followed_and_have_a_loss(model, run):
@@ -263,7 +290,7 @@ def test_a_generation_whose_cache_is_not_found_is_refused(model, run, options, m
 
 
 def test_tokens_that_generate_chose_after_tokens_in_no_cache_are_refused():
-    tracker = Tracker(frozenset())
+    tracker = Tracker()
     tracker.generation_begins()
     tracker.end(tracker.begin({"input_ids": torch.tensor([[5, 6, 7]])}), None)
     tracker.tokens_chosen(torch.tensor([False]))
@@ -275,13 +302,13 @@ def test_two_caches_at_once_are_refused():
     one, other = DynamicCache(), DynamicCache()
     ids = torch.tensor([[5]])
     with pytest.raises(UnknownIdentity, match="2 caches"):
-        Tracker(frozenset()).begin({"input_ids": ids, **past(one), "another": other})
+        Tracker().begin({"input_ids": ids, **past(one), "another": other})
 
 
 def test_tokens_of_several_requests_in_one_row_are_refused():
     """As continuous batching feeds them: here a token each of two, at positions that rise."""
     with pytest.raises(UnknownIdentity, match="packed"):
-        Tracker(frozenset()).begin(
+        Tracker().begin(
             {
                 "input_ids": torch.tensor([[5, 6]]),
                 "position_ids": torch.tensor([[3, 8]]),
