@@ -74,6 +74,60 @@ def test_mask_as_attention_takes_it(model, run):
     assert fed(read(run)) == real_tokens(ids, mask) * 3
 
 
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("kind", ["bool", "additive", "opened up", "half"])
+def test_tokens_that_see_ahead_are_tokens(model, run, left, kind):
+    """A prefix that attends both ways, and a whole text that does, with padding beside it."""
+    ids, mask = batch([8, 5], left=left)
+    real = mask.bool()
+    prefix = torch.zeros(2, 8, dtype=torch.bool)
+    for row, starts in enumerate((0, 3 if left else 0)):
+        prefix[row, starts : starts + 3] = True
+    both = prefix[:, :, None] & prefix[:, None, :]
+    causal = torch.ones(8, 8, dtype=torch.bool).tril()
+    image = causal.clone()
+    image[5:, 5:] = True  # a block at the end that attends both ways, as of an image
+    seen = [
+        image & real[:, None, None, :],
+        (causal | both)[:, None] & real[:, None, None, :],
+        real[:, None, None, :].expand(2, 1, 8, 8),
+    ]
+    with observed(model, run):
+        for visible in seen:
+            if kind == "opened up" and left:  # rows on the right always have something to see
+                visible = visible & real[:, None, :, None]
+                visible = visible | ~visible.any(-1, keepdim=True)
+            lowest = -1e4 if kind == "half" else torch.finfo(torch.float32).min
+            model(
+                ids, attention_mask=visible if kind == "bool" else torch.where(visible, 0.0, lowest)
+            )
+    assert fed(read(run)) == real_tokens(ids, mask) * 3
+
+
+def test_a_bias_of_attention_hides_nothing(model, run):
+    ids, mask = batch([6, 3], left=True)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril() & mask[:, None, None, :].bool()
+    bias = -0.25 * (torch.arange(6)[:, None] - torch.arange(6)).abs()
+    with observed(model, run):
+        model(ids, attention_mask=torch.where(causal, bias, -torch.inf).nan_to_num(neginf=-1e9))
+    assert fed(read(run)) == real_tokens(ids, mask)
+
+
+def test_a_mask_that_packs_sequences_or_a_tree_is_refused(model, run):
+    ids, _ = batch([8])
+    causal = torch.ones(8, 8, dtype=torch.bool).tril()
+    blocks = torch.block_diag(torch.ones(5, 5), torch.ones(3, 3)).bool() & causal
+    tree = causal.clone()
+    tree[6, 5] = tree[7, 5] = False  # another continuation of the token at 4
+    with observed(model, run):
+        for visible in (blocks, tree, torch.eye(8, dtype=torch.bool)):
+            with pytest.raises(UnknownIdentity, match="one sequence per row"):
+                model(ids, attention_mask=visible[None, None])
+        window = causal.triu(-2)
+        model(ids, attention_mask=window[None, None])
+    assert fed(read(run)) == ids.tolist()
+
+
 def test_mask_of_another_shape_is_refused(model, run):
     ids, _ = batch([6])
     with observed(model, run), pytest.raises(UnknownIdentity, match="one column per token"):
