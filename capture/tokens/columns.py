@@ -61,7 +61,7 @@ def _seen(visible: Tensor, first: int) -> Tensor:
 
 
 def _require_one_sequence(visible: Tensor, token: Tensor, first: int) -> None:
-    """Raise if a token does not see the one before it, or none of what the cache holds.
+    """Raise if a new token does not see the new token before it.
 
     Blocks along the diagonal are several sequences in a row, and a tree is several continuations.
     """
