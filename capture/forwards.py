@@ -1,6 +1,7 @@
 """A model's forwards: the one place that knows which is under way, and what becomes of it."""
 
 import inspect
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bhlog.capture.changes import Changes
+from bhlog.capture.contract.errors import WriterFailed
 from bhlog.capture.recorder import Record, Recorder
 from bhlog.capture.tokens.generation import watch_generation
 from bhlog.capture.tokens.identity import Tracker
@@ -60,11 +62,12 @@ class Forwards:
 
     def __init__(self, layers: Sequence[int], writer: RunWriter | None) -> None:
         self.recorder = None if writer is None else Recorder(writer, layers)
-        self.tracker = Tracker(frozenset(), on_cut=self._cut)
+        self.tracker = Tracker(on_cut=self._cut)
         if writer is not None:
             self.tracker.next_sequence = writer.next_sequence
             self.tracker.next_forward = writer.next_forward
         self._here = _Thread()
+        self._pid = os.getpid()
 
     def attach(self, changes: Changes, model: nn.Module, base: nn.Module) -> None:
         """Follow a model from now on, until the changes are undone and this is closed.
@@ -79,7 +82,6 @@ class Forwards:
         self._signature = inspect.signature(base.forward)
         changes.before_forward(base, self._begin)
         changes.after_forward(base, self._end, always=True)
-        self.tracker.eos = _eos(model)
         watch_generation(changes, model, self.tracker)
 
     def close(self) -> None:
@@ -89,7 +91,7 @@ class Forwards:
             WriterFailed: the writer stopped on an error.
         """
         self.tracker.release()
-        if self.recorder is not None:
+        if self.recorder is not None and os.getpid() == self._pid:
             self.recorder.flush()
 
     @property
@@ -104,6 +106,12 @@ class Forwards:
             record.take(layers, tensors)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if os.getpid() != self._pid:
+            raise WriterFailed(
+                f"process {os.getpid()} was forked inside the block of process {self._pid}, which "
+                "writes the run: nothing of it would be logged; run the model in that process, or "
+                "observe it within the forked one"
+            )
         here = self._here
         here.forward = here.record = None
         here.forward = self.tracker.begin(_by_name(self._signature, args, kwargs))
@@ -161,12 +169,3 @@ def _head_logits(output: Any) -> Tensor | None:
     """(B, H, V) logits of the vocabulary in what a model with a head returned."""
     found = [getattr(output, "logits", None), *(output if isinstance(output, tuple) else ())]
     return next((t for t in found if isinstance(t, Tensor) and t.dim() == 3), None)
-
-
-def _eos(model: Any) -> frozenset[int]:
-    """Ids that end a sequence, as generation sees them."""
-    found: set[int] = set()
-    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        ids = getattr(config, "eos_token_id", None)
-        found.update([ids] if isinstance(ids, int) else ids or [])
-    return frozenset(found)

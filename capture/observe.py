@@ -1,5 +1,6 @@
 """Runs: observe or route a model inside a block, and log it."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -104,9 +105,9 @@ def recording(
     try:
         patcher.attach(routing, kde, writer=writer)
     except BaseException as error:  # it left nothing on the model
-        if writer is not None:
-            _close_quietly(writer, error, fit)
+        _close_quietly(writer, error, fit)
         raise
+    writing = os.getpid()
     try:
         yield
     except BaseException as error:
@@ -115,19 +116,21 @@ def recording(
         except WriterFailed:
             pass  # the caller gets its own error; the manifest names the writer's
         finally:
-            if writer is not None:
+            if os.getpid() == writing:
                 _close_quietly(writer, error, fit)
         raise
     try:
         patcher.unpatch()
     finally:
-        if writer is not None:
+        if writer is not None and os.getpid() == writing:  # a fork has neither writer nor run
             writer.close()
             if fit is not None:
                 fit.finish(writer)
 
 
-def _close_quietly(writer: RunWriter, error: BaseException, fit: KdeFit | None) -> None:
+def _close_quietly(writer: RunWriter | None, error: BaseException, fit: KdeFit | None) -> None:
+    if writer is None:
+        return
     with suppress(WriterFailed):
         writer.close(error)
     if fit is not None:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from bhlog.capture.contract.errors import UnknownIdentity
 
+_HIDES = -1e4  # the least that models add to a score in order to hide a column
+
 
 def new_columns(mask: Any, batch: int, start: int, length: int, device: torch.device) -> Tensor:
     """(batch, length) bool: the columns from `start` on that are tokens.
@@ -17,8 +19,9 @@ def new_columns(mask: Any, batch: int, start: int, length: int, device: torch.de
             kind of layer.
 
     Raises:
-        UnknownIdentity: the mask is of another kind.
+        UnknownIdentity: the mask is of another kind, or says that a row is not one sequence.
     """
+    whole = not isinstance(mask, dict) or "full_attention" in mask
     mask = _one_mask(mask)
     if mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -28,14 +31,10 @@ def new_columns(mask: Any, batch: int, start: int, length: int, device: torch.de
         new = mask[:, first : first + length].to(device, torch.bool, copy=True)
     elif mask.dim() == 4 and mask.shape[2] == length and width >= length:
         visible = _visible(mask)
-        # a query sees its own column unless that is padding; a row with nothing to see may have
-        # been opened up, and then sees the future too
         first = start if width >= start + length else width - length
-        queries = torch.arange(length, device=mask.device)
-        new = visible[:, queries, queries + first]
-        if width > first + 1:
-            ahead = (queries + first + 1).clamp(max=width - 1)
-            new = new & ~(visible[:, queries, ahead] & (queries + first + 1 < width))
+        new = _seen(visible, first)
+        if whole and length > 1:
+            _require_one_sequence(visible, new, first)
         new = new.to(device)
     else:
         raise UnknownIdentity(
@@ -44,6 +43,41 @@ def new_columns(mask: Any, batch: int, start: int, length: int, device: torch.de
         )
     result: Tensor = new.expand(batch, length)
     return result
+
+
+def _seen(visible: Tensor, first: int) -> Tensor:
+    """(B or 1, Q) bool: which queries are tokens, at the columns from `first` on.
+
+    A token sees its own column, and padding does not; or padding is a row with nothing to see that
+    was opened up for some kernel and sees every column, those ahead of it too. Tokens may do that
+    as well, where attention runs both ways, but then others see their columns as well.
+    """
+    Q, K = visible.shape[1:]
+    own = torch.arange(first, first + Q, device=visible.device)
+    sees_itself = visible[:, torch.arange(Q, device=visible.device), own]
+    opened = visible.all(dim=-1) & (own < K - 1)
+    by_others = (visible & ~opened[:, :, None])[:, :, first : first + Q].any(dim=1)
+    return sees_itself & by_others
+
+
+def _require_one_sequence(visible: Tensor, token: Tensor, first: int) -> None:
+    """Raise if a new token does not see the new token before it.
+
+    Blocks along the diagonal are several sequences in a row, and a tree is several continuations.
+    """
+    Q = visible.shape[1]
+    new = visible[:, :, first : first + Q]
+    place = torch.arange(Q, device=visible.device)
+    # the last token before each query, -1 if it is the first
+    last = torch.where(token, place, -1).cummax(dim=1).values
+    before = torch.cat([torch.full_like(last[:, :1], -1), last[:, :-1]], dim=1)
+    sees = new.gather(2, before.clamp(min=0)[:, :, None])[:, :, 0]
+    if bool((token & (before >= 0) & ~sees).any()):
+        raise UnknownIdentity(
+            "attention_mask keeps tokens of a row from the token before them: it packs several "
+            "sequences in a row, or a tree of them, and bhlog cannot tell them apart; run one "
+            "sequence per row"
+        )
 
 
 def past_columns(mask: Any, batch: int, start: int, device: torch.device) -> Tensor:
@@ -89,6 +123,9 @@ def _one_mask(mask: Any) -> Tensor | None:
 
 
 def _visible(mask: Tensor) -> Tensor:
-    """(B or 1, Q, K) bool: which columns each query attends to."""
-    first: Tensor = mask[:, 0]
-    return first if first.dtype == torch.bool else first == 0
+    """(B or 1, Q, K) bool: which columns each query attends to, by any head.
+
+    Numbers are added to attention's scores: what hides a column is far below any bias of them.
+    """
+    visible = mask if mask.dtype == torch.bool else mask > _HIDES
+    return visible[:, 0] if visible.shape[1] == 1 else visible.any(dim=1)

@@ -29,8 +29,8 @@ def watch_generation(changes: Changes, model: nn.Module, tracker: Tracker) -> No
     """Let generations of the model tell the tracker what they do.
 
     `generate` asks its model for the stopping criteria once, before the prompt is fed, and calls
-    them after every token. Where a model has no such method, ends of sequences are known by the
-    ids in its configuration alone.
+    them after every token. What a model feeds without it, in a loop of its caller's, is text to the
+    last id.
     """
 
     def watch(module: nn.Module, criteria: Any, generate: Any) -> None:

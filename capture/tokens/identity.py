@@ -41,14 +41,12 @@ class Tracker:
     """Numbers sequences and forwards, and follows generations through their caches.
 
     Attributes:
-        eos: ids that end a sequence in decoding, where no generation says what ended.
         next_sequence, next_forward: the numbers given next.
         next_texts: by text column of the log, what the next new sequences have there, one name per
             row or per prompt of several rows; used up by the forward that starts them.
         on_cut: called with a stream and its new length when a cache drops its last columns.
     """
 
-    eos: frozenset[int]
     next_sequence: int = 0
     next_forward: int = 0
     next_texts: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -158,15 +156,14 @@ class Tracker:
     ) -> Forward:
         """The next forward: which of its real columns are kept, and where in their sequences."""
         S = real.shape[1]
-        drafts = S == 1 or stream.drafts
-        decode = start > 0 and (chosen or (drafts and not self._place.prompt))
+        decode = start > 0 and (chosen or (S == 1 and not self._place.prompt))
         keep, ends = real, torch.full_like(stream.ends, NEVER)
-        if decode or chosen:
+        if chosen:  # generate feeds padding after the end of a row; a text may hold such an id
             columns = torch.arange(start, start + S, device=real.device)
             ends = stream.ends
             keep = real & (columns < ends[:, None])
-        if decode and not chosen and token_ids is not None and self.eos:
-            keep, ends = _stop_after(token_ids, keep, ends, start, self.eos)
+        elif (n := self._ended_before(stream)) is not None:
+            keep = real & (torch.arange(S, device=real.device) < S - n[:, None])
         head_start, stream.last_logits = stream.last_logits, None
         number, self.next_forward = self.next_forward, self.next_forward + 1
         return Forward(
@@ -209,6 +206,17 @@ class Tracker:
             )
         stream.ends = before.ends.to(stream.ends.device)
         return True
+
+    def _ended_before(self, stream: Stream) -> Tensor | None:
+        """(B,) last columns that are padding where a processor of a generation's logits runs it.
+
+        It feeds its own cache what the generation has chosen, and what follows the end of a row
+        too. None outside of such a forward.
+        """
+        ours = self._place.stream
+        if ours is None or ours is stream or len(ours.sequences) != len(stream.sequences):
+            return None
+        return (ours.length - ours.ends).clamp(min=0).to(stream.ends.device)
 
     def _new_stream(self, mask: Any, batch: int, start: int, device: torch.device) -> Stream:
         texts, self.next_texts = self.next_texts, {}
@@ -325,16 +333,3 @@ def _cache_of(inputs: dict[str, Any], length: int) -> Any:
             "and no cache that holds the others; pass the cache, or a mask of the tokens given"
         )
     return cache
-
-
-def _stop_after(
-    token_ids: Tensor, keep: Tensor, ends: Tensor, start: int, eos: frozenset[int]
-) -> tuple[Tensor, Tensor]:
-    """Drop what follows the first end-of-sequence token of each row, and note where it was."""
-    found = torch.zeros_like(token_ids, dtype=torch.bool)
-    for token_id in eos:
-        found |= token_ids == token_id
-    found &= keep
-    after = found.long().cumsum(dim=1) - found.long()  # 0 up to the first end, itself included
-    first = start + found.long().argmax(dim=1) + 1
-    return keep & (after == 0), torch.where(found.any(dim=1), ends.minimum(first), ends)

@@ -24,7 +24,6 @@ class Stream:
         ends: (B,) int64, columns from here on follow the row's end of sequence.
         last_start: column at which the last forward began.
         settled: columns that a generation has gone on from; a cut below undoes none of them.
-        drafts: whether columns were cut from the cache (assisted decoding).
         last_logits: (B, H, V), the head's output at the last H columns, for the next token's loss.
     """
 
@@ -36,7 +35,6 @@ class Stream:
     ends: Tensor
     last_start: int = 0
     settled: int = 0
-    drafts: bool = False
     last_logits: Tensor | None = None
 
     def append(self, keep: Tensor, tokens: Tensor, ends: Tensor) -> None:
@@ -57,7 +55,6 @@ class Stream:
         self.length, self.settled = length, min(length, self.settled)
         self.tokens = self.columns[:, :length].sum(dim=1)
         self.ends = torch.where(self.ends > length, NEVER, self.ends)
-        self.drafts = True
 
     def reorder(self, rows: list[int], sequences: NDArray[np.uint32]) -> None:
         """Row i continues what row rows[i] was, under the number sequences[i]."""
@@ -82,7 +79,10 @@ class Forward:
         token_ids: (B, S) int64, a copy; None when the model was given embeddings.
         positions: (B, S) int64, in the sequence, padding not counted.
         keep: (B, S) bool; False for padding and for what follows a row's end of sequence.
-        phase: 0 prefill, 1 decode.
+        phase: 1 decode: its tokens continue what a cache holds as they were chosen, by `generate`
+            (a draft may have several) or one at a time by a loop of the caller's. 0 prefill: they
+            are given, as a prompt, a chunk or a turn of it, or a whole text that is read again
+            because no cache holds it.
         start: column of the cache at which the forward's tokens go.
         stream: the stream it belongs to.
         ends: (B,) the stream's `ends` once the forward is done.

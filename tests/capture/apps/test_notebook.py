@@ -94,7 +94,7 @@ def test_a_patch_that_fails_closes_its_run(demo, tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("no hook")
 
-    monkeypatch.setattr(OLMoERouterPatcher, "_hook_forward", fail)
+    monkeypatch.setattr(OLMoERouterPatcher, "_attach", fail)
     logger = BHRoutingLogger(tmp_path, "fails")
     with pytest.raises(RuntimeError, match="no hook"):
         OLMoERouterPatcher(demo.model).patch_with_bh(logger=logger, kde=normal_kde(range(4)))

@@ -339,6 +339,22 @@ def test_chat_of_several_turns_continues_its_sequence(model, run):
     check_logits(model, logged)
 
 
+def test_a_phase_is_decode_where_chosen_tokens_continue_a_cache(model, run):
+    ids, _ = batch([5])
+    with observed(model, run):
+        cache = DynamicCache(config=model.config)
+        model(ids, **past(cache))
+        model(torch.tensor([[7, 8, 9]]), **past(cache))
+        cache.crop(-1)
+        model(torch.tensor([list(range(10, 20))]), **past(cache))  # given, after a cut too
+        model(torch.tensor([[20]]), **past(cache))  # alone: a loop that chose it
+        model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False)
+    logged = read(run)
+    phases = logged.phase[0]
+    assert [phases[p] for p in sorted(phases)] == ["prefill"] * 17 + ["decode"]
+    assert {phase for n in (1, 2, 3) for phase in logged.phase[n].values()} == {"prefill"}
+
+
 def test_second_turn_after_rows_that_finished_early(model, run):
     ids, mask, eos = finishing(model)
     cache = DynamicCache(config=model.config)
@@ -385,7 +401,8 @@ def test_a_generation_that_fails_leaves_no_trace_in_the_next_forward(model, run)
     assert sequences[-4:] == whole.tolist()
 
 
-def test_an_end_is_kept_though_guidance_runs_the_model_in_between(model, run):
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_an_end_is_kept_though_guidance_runs_the_model_in_between(model, run, use_cache):
     ids, mask, eos = finishing(model)
     with observed(model, run):
         output = model.generate(
@@ -395,8 +412,15 @@ def test_an_end_is_kept_though_guidance_runs_the_model_in_between(model, run):
             do_sample=False,
             eos_token_id=eos,
             guidance_scale=1.01,
+            use_cache=use_cache,
         )
-    expected, found = generated(output, mask, {eos}), fed(read(run))
+    logged = read(run)
+    expected = generated(output, mask, {eos})
+    assert PAD not in {token for row in expected for token in row}
+    assert PAD not in {token for row in logged.tokens.values() for token in row.values()}
+    if not use_cache:
+        return  # every forward reads its sequences anew
+    found = fed(logged)
     assert len({len(row) for row in expected}) > 1
     assert all(row in found for row in expected)
 

@@ -19,7 +19,6 @@ from bhlog.capture.writing.writer import WriterOptions
 from tests.capture.tiny import (
     CACHE,
     EOS,
-    PAD,
     TRANSFORMERS_4,
     VOCABULARY,
     Logged,
@@ -73,6 +72,60 @@ def test_mask_as_attention_takes_it(model, run):
         for given in (visible, additive, opened_up):
             model(ids, attention_mask=given)
     assert fed(read(run)) == real_tokens(ids, mask) * 3
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("kind", ["bool", "additive", "opened up", "half"])
+def test_tokens_that_see_ahead_are_tokens(model, run, left, kind):
+    """A prefix that attends both ways, and a whole text that does, with padding beside it."""
+    ids, mask = batch([8, 5], left=left)
+    real = mask.bool()
+    prefix = torch.zeros(2, 8, dtype=torch.bool)
+    for row, starts in enumerate((0, 3 if left else 0)):
+        prefix[row, starts : starts + 3] = True
+    both = prefix[:, :, None] & prefix[:, None, :]
+    causal = torch.ones(8, 8, dtype=torch.bool).tril()
+    image = causal.clone()
+    image[5:, 5:] = True  # a block at the end that attends both ways, as of an image
+    seen = [
+        image & real[:, None, None, :],
+        (causal | both)[:, None] & real[:, None, None, :],
+        real[:, None, None, :].expand(2, 1, 8, 8),
+    ]
+    with observed(model, run):
+        for visible in seen:
+            if kind == "opened up" and left:  # rows on the right always have something to see
+                visible = visible & real[:, None, :, None]
+                visible = visible | ~visible.any(-1, keepdim=True)
+            lowest = -1e4 if kind == "half" else torch.finfo(torch.float32).min
+            model(
+                ids, attention_mask=visible if kind == "bool" else torch.where(visible, 0.0, lowest)
+            )
+    assert fed(read(run)) == real_tokens(ids, mask) * 3
+
+
+def test_a_bias_of_attention_hides_nothing(model, run):
+    ids, mask = batch([6, 3], left=True)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril() & mask[:, None, None, :].bool()
+    bias = -0.25 * (torch.arange(6)[:, None] - torch.arange(6)).abs()
+    with observed(model, run):
+        model(ids, attention_mask=torch.where(causal, bias, -torch.inf).nan_to_num(neginf=-1e9))
+    assert fed(read(run)) == real_tokens(ids, mask)
+
+
+def test_a_mask_that_packs_sequences_or_a_tree_is_refused(model, run):
+    ids, _ = batch([8])
+    causal = torch.ones(8, 8, dtype=torch.bool).tril()
+    blocks = torch.block_diag(torch.ones(5, 5), torch.ones(3, 3)).bool() & causal
+    tree = causal.clone()
+    tree[6, 5] = tree[7, 5] = False  # another continuation of the token at 4
+    with observed(model, run):
+        for visible in (blocks, tree, torch.eye(8, dtype=torch.bool)):
+            with pytest.raises(UnknownIdentity, match="one sequence per row"):
+                model(ids, attention_mask=visible[None, None])
+        window = causal.triu(-2)
+        model(ids, attention_mask=window[None, None])
+    assert fed(read(run)) == ids.tolist()
 
 
 def test_mask_of_another_shape_is_refused(model, run):
@@ -156,15 +209,43 @@ def test_manual_loop_with_one_buffer_for_the_next_token(model, run):
     assert fed(read(run)) == [row + list(range(20, 30)) for row in fed_rows]
 
 
-def test_manual_loop_ends_at_the_configured_eos(model, run):
-    ids, _ = batch([3, 3])
-    steps = torch.tensor([[5, EOS, PAD, PAD], [5, 6, 7, 8]])
+CHUNKS = {
+    "whole": [14],
+    "prompt and turns": [4, 5, 5],
+    "token by token": [4] + [1] * 10,
+}
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_an_eos_in_a_text_is_text_however_it_is_fed_over_a_cache(model, run, chunks):
+    text = [5, 6, 7, 8, 10, 11, EOS, 12, 13, 20, EOS, 21, 22, EOS]
     with observed(model, run):
-        cache = model(ids, use_cache=True)[CACHE]
-        for column in range(4):
-            model(steps[:, column : column + 1], **past(cache))
-    first, second = ids.tolist()
-    assert fed(read(run)) == [[*first, 5, EOS], [*second, 5, 6, 7, 8]]
+        cache = DynamicCache(config=model.config)
+        start = 0
+        for length in CHUNKS[chunks]:
+            model(torch.tensor([text[start : start + length]]), **past(cache))
+            start += length
+    logged = read(run)
+    assert fed(logged) == [text]
+    check_logits(model, logged)
+
+
+def test_options_on_a_cropped_prefix_keep_every_token_after_an_eos(model, run):
+    prefix, first, second = [5, 6, 7, 8], [10, 11, EOS, 12, 13], [20, EOS, 21, 22, 23]
+    with observed(model, run):
+        cache = DynamicCache(config=model.config)
+        for part in (prefix, first):
+            model(torch.tensor([part]), **past(cache))
+        cache.crop(-5)
+        model(torch.tensor([second]), **past(cache))
+        for token in (24, EOS, 25):
+            model(torch.tensor([[token]]), **past(cache))
+    logged = read(run)
+    assert logged.manifest.totals.tokens + logged.manifest.totals.rejected == 17
+    assert [*second, 24, EOS, 25] == [
+        token for number in sorted(logged.tokens) for p, token in logged.tokens[number].items()
+        if logged.forward[number][p] > 1
+    ]  # fmt: skip
 
 
 def test_tuple_outputs_are_followed_and_have_a_loss(model, run):
@@ -263,7 +344,7 @@ def test_a_generation_whose_cache_is_not_found_is_refused(model, run, options, m
 
 
 def test_tokens_that_generate_chose_after_tokens_in_no_cache_are_refused():
-    tracker = Tracker(frozenset())
+    tracker = Tracker()
     tracker.generation_begins()
     tracker.end(tracker.begin({"input_ids": torch.tensor([[5, 6, 7]])}), None)
     tracker.tokens_chosen(torch.tensor([False]))
@@ -275,13 +356,13 @@ def test_two_caches_at_once_are_refused():
     one, other = DynamicCache(), DynamicCache()
     ids = torch.tensor([[5]])
     with pytest.raises(UnknownIdentity, match="2 caches"):
-        Tracker(frozenset()).begin({"input_ids": ids, **past(one), "another": other})
+        Tracker().begin({"input_ids": ids, **past(one), "another": other})
 
 
 def test_tokens_of_several_requests_in_one_row_are_refused():
     """As continuous batching feeds them: here a token each of two, at positions that rise."""
     with pytest.raises(UnknownIdentity, match="packed"):
-        Tracker(frozenset()).begin(
+        Tracker().begin(
             {
                 "input_ids": torch.tensor([[5, 6]]),
                 "position_ids": torch.tensor([[3, 8]]),
