@@ -1,6 +1,7 @@
 """The `bhlog` command: finds a subcommand, runs it, and turns errors into one line."""
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -114,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo(f"bhlog: {_missing(error.name)}", err=True)
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # more of them do not cut this short
         click.echo("bhlog: interrupted", err=True)
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)

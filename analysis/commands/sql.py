@@ -1,6 +1,9 @@
 """bhlog sql: ask runs in SQL, by a query, by a question of sql/, or at a prompt."""
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +66,12 @@ examples:
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one a core.")
 @click.option("--temp-dir", type=click.Path(file_okay=False), help="Where data spill to.")
 @click.option(
+    "--temp-limit", metavar="SIZE", default="16GB", show_default=True, help="Most that is spilled."
+)
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds after which to stop."
+)
+@click.option(
     "--shell-command", is_flag=True, help="Print a command that opens the views in duckdb."
 )
 @click.option(
@@ -83,6 +92,8 @@ def sql(
     memory_limit: str | None,
     threads: int | None,
     temp_dir: str | None,
+    temp_limit: str,
+    timeout: float | None,
     shell_command: bool,
     unsafe: bool,
 ) -> None:
@@ -105,15 +116,19 @@ def sql(
         raise InvalidOption("--param belongs to --query")
     from bhlog.analysis.database.database import connect
     from bhlog.analysis.database.question import find_question, pairs
+    from bhlog.analysis.database.waiting import one_interrupt
 
     question = None if name is None else find_question(name)
     parameters = {} if question is None else question.values(pairs(params))
+    click.get_current_context().with_resource(_warnings_in_one_line())
     database = connect(
         [open_run(run) for run in runs],
         kde=None if kde is None else load(kde),
         memory_limit=memory_limit,
         threads=threads,
         temp_dir=temp_dir,
+        temp_limit=temp_limit,
+        timeout=timeout,
         unsafe=unsafe,
     )
     with database:
@@ -140,7 +155,18 @@ def sql(
         for run, log in database.runs.items():
             if not log.shards:
                 click.echo(f"bhlog: run '{run}' holds no rows yet ({log.path})", err=True)
-        _answer(database, query, parameters, result_format, out, max_rows)
+        with one_interrupt():
+            _answer(database, query, parameters, result_format, out, max_rows)
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        click.echo(f"bhlog: {message}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _answer(

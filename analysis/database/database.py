@@ -7,7 +7,7 @@ external access, extensions, other settings.
 
 import atexit
 import re
-import tempfile
+import time
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,22 +23,26 @@ import pyarrow as pa
 from bhlog.analysis.database.catalog import VIEWS
 from bhlog.analysis.database.functions import FUNCTIONS, register_functions
 from bhlog.analysis.database.nulls import Nulls
+from bhlog.analysis.database.own_tables import as_table
 from bhlog.analysis.database.run_files import SCHEME, RunFiles
+from bhlog.analysis.database.spill import SpillFolder
+from bhlog.analysis.database.statement import reading_statement
 from bhlog.analysis.database.views import create_views
+from bhlog.analysis.database.waiting import wait_for
 from bhlog.analysis.log import Log
-from bhlog.capture.contract.errors import CorruptShard, InvalidOption, KdeMismatch, RouterLogError
+from bhlog.capture.contract.errors import CorruptShard, InvalidOption, RouterLogError
 from bhlog.capture.contract.null.model import KdeModel
-from bhlog.capture.contract.schema import routing_schema
 
-# What a statement may be. Others change settings or files, which a log has no use for.
-_READS = ("SELECT", "CREATE", "DROP", "SET", "PRAGMA", "CALL", "MULTI")
-_EXPLAIN = re.compile(r"\s*EXPLAIN\s+(ANALYZE\s+)?(\([^()]*\)\s*)?", re.IGNORECASE)
-_COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
+SPILL_LIMIT = "16GB"  # of data that do not fit into memory, unless told otherwise
 
-# How DuckDB words pages of a file that it cannot decode.
-_UNDECODED = re.compile(
-    r"TProtocol|TType|know what type|Python file|thrift|zstd|decompress|decode|corrupt|parquet",
-    re.IGNORECASE,
+# What DuckDB raises for files rather than for queries, and Arrow for streams of its results.
+_UNREADABLE = (
+    duckdb.IOException,
+    duckdb.SerializationException,
+    duckdb.InternalException,
+    duckdb.FatalException,
+    pa.ArrowException,
+    OSError,
 )
 
 # Types that Arrow or polars cannot carry.
@@ -60,13 +64,22 @@ class Database:
     Attributes:
         runs: the logs by the name that the column `run` gives them.
         connection: the DuckDB connection; `sql` keeps it to reading.
+        timeout: seconds after which `batches` stops a query; None: never.
     """
 
     def __init__(
-        self, runs: Mapping[str, Log], connection: duckdb.DuckDBPyConnection, *, unsafe: bool
+        self,
+        runs: Mapping[str, Log],
+        connection: duckdb.DuckDBPyConnection,
+        files: RunFiles,
+        *,
+        timeout: float | None,
+        unsafe: bool,
     ) -> None:
         self.runs = dict(runs)
         self.connection = connection
+        self.timeout = timeout
+        self._failures = files.failures
         self._unsafe = unsafe
 
     def __enter__(self) -> Self:
@@ -76,7 +89,7 @@ class Database:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; relations of it can no longer be read."""
+        """Close the connection; what is still to be read of relations keeps its own."""
         self.connection.close()
 
     def sql(
@@ -85,21 +98,47 @@ class Database:
         """The result of a query, read as it is asked for: .pl(), .df(), .to_arrow_table(), ...
 
         Args:
-            query: SQL of DuckDB.
-            parameters: values of $name in the query.
+            query: one statement in DuckDB's SQL.
+            parameters: values of $name in the query; a polars, pandas or Arrow table among them is
+                a table of that name.
 
         Raises:
             InvalidOption: the query cannot be read, names something that is not there, or does
                 something other than reading.
             CorruptShard: a file that it needs is cut short or unreadable.
         """
-        if not self._unsafe:
-            self._check_reads(query)
+        return self._ask(query, parameters)[1]
+
+    def _ask(
+        self, query: str, parameters: Mapping[str, Any] | None
+    ) -> tuple[duckdb.DuckDBPyConnection, duckdb.DuckDBPyRelation]:
+        """A query's result, and the connection that it is read on.
+
+        It is one of its own: in a transaction that can only read, and with the caller's tables.
+        """
+        self._failures.take()  # of a relation that was read elsewhere
+        given = dict(parameters or {})
+        tables = {name: as_table(value) for name, value in given.items()}
+        tables = {name: table for name, table in tables.items() if table is not None}
+        values = {name: given[name] for name in given if name not in tables} or None
         with self.errors():
-            relation = self.connection.sql(query, params=dict(parameters or {}) or None)
-        if relation is None:  # a statement without rows, such as CREATE VIEW
-            relation = self.connection.sql("SELECT 'done' AS result WHERE false")
-        return relation
+            if self._unsafe:
+                for name, table in tables.items():
+                    self.connection.register(name, table)
+                relation = self.connection.sql(query, params=values)
+                if relation is None:  # a statement without rows, such as CREATE VIEW
+                    relation = self.connection.sql("SELECT 'done' AS result WHERE false")
+                return self.connection, relation
+            statement = reading_statement(query)
+            connection = self.connection.cursor()
+            for name, table in tables.items():
+                if name in VIEWS:
+                    raise InvalidOption(
+                        f"'{name}' is a view of the run; give the table another name"
+                    )
+                connection.register(name, table)
+            connection.execute("BEGIN TRANSACTION READ ONLY").fetchall()
+            return connection, connection.sql(statement, params=values)
 
     def batches(
         self, query: str, parameters: Mapping[str, Any] | None = None
@@ -107,19 +146,26 @@ class Database:
         """(schema, record batches) of a query's result, in flat memory; errors as sql has them.
 
         Columns that share a name get a number, as in layer, layer_1; types that only DuckDB has,
-        such as INTERVAL, become text.
+        such as INTERVAL, become text. Ctrl-C stops the query.
         """
+        deadline = None if self.timeout is None else time.monotonic() + self.timeout
+        connection, relation = self._ask(query, parameters)
+
+        def started() -> pa.RecordBatchReader:
+            return _carried(relation).to_arrow_reader(1 << 14)
+
         with self.errors():
-            relation = _carried(self.sql(query, parameters))
-            reader = relation.to_arrow_reader(1 << 14)
+            reader = wait_for(started, connection, deadline=deadline)
+
+        def following() -> pa.RecordBatch | None:
+            return next(reader, None)
 
         def read() -> Iterator[pa.RecordBatch]:
             while True:
                 with self.errors():
-                    try:
-                        batch = reader.read_next_batch()
-                    except StopIteration:
-                        return
+                    batch = wait_for(following, connection, deadline=deadline)
+                if batch is None:
+                    return
                 yield batch
 
         return reader.schema, read()
@@ -158,41 +204,22 @@ class Database:
 
     def translated(self, error: Exception) -> RouterLogError:
         """The one-line error that says what DuckDB's error means here."""
+        failure = self._failures.take()
+        if failure is not None:
+            return failure
         text = str(error)
-        where = re.search(re.escape(SCHEME) + r"://(.+?)/(routing|tokens)/([\w-]+\.parquet)", text)
+        where = re.search(re.escape(SCHEME) + r"://(.+?)/(\w+/[^\"'\s]+?\.parquet)", text)
         if where and where[1] in self.runs:
-            log = self.runs[where[1]]
-            try:
-                log.open_shard(where[2], where[3])
-            except CorruptShard as corrupt:
-                return corrupt
             return CorruptShard(
-                f"{log.path}/{where[2]}/{where[3]}: cannot be read ({self._plain(text)}); "
+                f"{self.runs[where[1]].path}/{where[2]}: cannot be read ({self._plain(text)}); "
                 "restore the file, or move it away to read the rest"
             )
-        if _UNDECODED.search(text):
-            broken = self._broken_shard()
-            if broken is not None:
-                return broken
-        in_function = re.search(r"executing the UDF: (\w+): (.*)", text, re.DOTALL)
-        if in_function:
-            kind = KdeMismatch if in_function[1] == "KdeMismatch" else InvalidOption
-            return kind(" ".join(in_function[2].split()))
+        if isinstance(error, _UNREADABLE):
+            runs = ", ".join(log.path for log in self.runs.values())
+            return CorruptShard(
+                f"{runs}: a file cannot be read ({self._plain(text)}); bhlog verify says which"
+            )
         return InvalidOption(f"SQL: {self._plain(text)}")
-
-    def _broken_shard(self) -> CorruptShard | None:
-        """The first shard that cannot be read whole: DuckDB does not always name it."""
-        for log in self.runs.values():
-            try:
-                for folder, names in (("routing", log.shards), ("tokens", log.token_shards)):
-                    for name in names:
-                        log.open_shard(folder, name)
-                for group in log.row_groups():
-                    log.read(group, routing_schema(0).names)
-                log.tokens()
-            except CorruptShard as error:
-                return error
-        return None
 
     def _plain(self, text: str) -> str:
         """DuckDB's message in one line, with the nearest right name for a wrong one."""
@@ -209,25 +236,6 @@ class Database:
             near = re.search(r'Did you mean "([^"]+)"', text)
             return _no_such("function", function[1], FUNCTIONS, near[1] if near else None)
         return re.sub(r"^([A-Z]\w* )+Error: ", "", " ".join(lines))
-
-    def _check_reads(self, query: str) -> None:
-        with self.errors():
-            statements = duckdb.extract_statements(query)
-        if not statements:
-            raise InvalidOption("SQL: the query is empty")
-        for statement in statements:
-            try:
-                kind = statement.type.name
-            except ValueError:  # DuckDB's binding does not know all of DuckDB's kinds
-                kind = statement.query.split(maxsplit=1)[0].upper()
-            if kind == "EXPLAIN":
-                inner = _EXPLAIN.sub("", _COMMENT.sub(" ", statement.query), count=1)
-                self._check_reads(inner)
-            elif kind not in _READS:
-                raise InvalidOption(
-                    f"SQL: {kind} is refused, the connection only reads the runs; to write a "
-                    "result use --out FILE, for anything else --unsafe"
-                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,6 +259,8 @@ def connect(
     memory_limit: str | None = None,
     threads: int | None = None,
     temp_dir: str | Path | None = None,
+    temp_limit: str = SPILL_LIMIT,
+    timeout: float | None = None,
     unsafe: bool = False,
 ) -> Database:
     """Open runs in DuckDB, with a view for each of VIEWS and the functions beside this module.
@@ -263,6 +273,8 @@ def connect(
         memory_limit: such as "4GB"; beyond it DuckDB spills to temp_dir. None: 80 % of memory.
         threads: None means one a core.
         temp_dir: folder for spilled data; a folder inside it is made, and removed in the end.
+        temp_limit: most data that are spilled at a time.
+        timeout: seconds after which `batches` stops a query; None: never.
         unsafe: leave external access, writing and settings to the user.
 
     Raises:
@@ -280,20 +292,20 @@ def connect(
             "its place, or read it all the same with --unsafe"
         )
     connection = duckdb.connect()
-    database = Database(runs, connection, unsafe=unsafe)
+    database = Database(runs, connection, files, timeout=timeout, unsafe=unsafe)
     connection.register_filesystem(files)
-    spill = _spill_folder(temp_dir)
-    weakref.finalize(files, spill.cleanup)  # DuckDB keeps files as long as anything reads
+    spill = SpillFolder(temp_dir)
+    weakref.finalize(files, spill.remove)  # DuckDB keeps files as long as anything reads
     _open.add(database)
     with database.errors():
-        connection.execute("SET temp_directory = $folder", {"folder": spill.name})
+        connection.execute("SET temp_directory = $folder", {"folder": str(spill.path)})
+        connection.execute("SET max_temp_directory_size = $limit", {"limit": temp_limit})
         connection.execute("SET parquet_metadata_cache = true")
-        connection.execute("SET enable_progress_bar = false")
         if memory_limit is not None:
             connection.execute("SET memory_limit = $limit", {"limit": memory_limit})
         if threads is not None:
             connection.execute("SET threads = $threads", {"threads": threads})
-        register_functions(connection, Nulls(runs, kde))
+        register_functions(connection, Nulls(runs, kde), files.failures)
         create_views(connection, runs, files, kde)
         if not unsafe:
             connection.execute("SET allow_community_extensions = false")
@@ -344,19 +356,3 @@ def _names(logs: Sequence[Log]) -> list[str]:
             length += 1
         names.append("/".join(own[-length:]).replace("//", "/"))
     return names
-
-
-def _spill_folder(temp_dir: str | Path | None) -> tempfile.TemporaryDirectory[str]:
-    """A private folder inside temp_dir, which goes with the connection.
-
-    Raises:
-        InvalidOption: it cannot be made there.
-    """
-    try:
-        return tempfile.TemporaryDirectory(
-            prefix="bhlog-sql-", dir=temp_dir, ignore_cleanup_errors=True
-        )
-    except OSError as error:
-        raise InvalidOption(
-            f"{temp_dir}: no folder for spilled data can be made there ({error.strerror})"
-        ) from error

@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 from duckdb.func import FunctionNullHandling, PythonUDFType
 from numpy.typing import NDArray
 
+from bhlog.analysis.database.failures import Failures
 from bhlog.analysis.database.lists import ListColumn, key_groups, list_elements, logit_groups
 from bhlog.analysis.database.nulls import Nulls
 from bhlog.analysis.kernels.softmax import find_certainty
@@ -71,8 +72,10 @@ CREATE MACRO n_shared(experts, others) AS _n_shared(experts::USMALLINT[], others
 """
 
 
-def register_functions(connection: duckdb.DuckDBPyConnection, nulls: Nulls) -> None:
-    """Make the functions of this module known to a connection."""
+def register_functions(
+    connection: duckdb.DuckDBPyConnection, nulls: Nulls, failures: Failures
+) -> None:
+    """Make the functions of this module known to a connection; failures keeps their errors."""
     rule = ["FLOAT[]", "VARCHAR", "INTEGER", "DOUBLE", "INTEGER", "INTEGER"]
     functions: list[tuple[Callable[..., pa.Array], list[Any], str]] = [
         (_bh_count, rule, "INTEGER"),
@@ -86,7 +89,7 @@ def register_functions(connection: duckdb.DuckDBPyConnection, nulls: Nulls) -> N
     for function, parameters, result in functions:
         connection.create_function(
             function.__name__,
-            _over_arrow(function, nulls),
+            _over_arrow(function, nulls, failures),
             parameters,
             result,
             type=PythonUDFType.ARROW,
@@ -96,9 +99,12 @@ def register_functions(connection: duckdb.DuckDBPyConnection, nulls: Nulls) -> N
     connection.execute(_MACROS)
 
 
-def _over_arrow(function: Callable[..., pa.Array], nulls: Nulls) -> Callable[..., pa.Array]:
+def _over_arrow(
+    function: Callable[..., pa.Array], nulls: Nulls, failures: Failures
+) -> Callable[..., pa.Array]:
     def over_arrow(*columns: pa.ChunkedArray) -> pa.Array:
-        return function(nulls, *(column.combine_chunks() for column in columns))
+        with failures.kept():
+            return function(nulls, *(column.combine_chunks() for column in columns))
 
     # DuckDB counts the parameters by the signature: those of the function without nulls.
     own = inspect.signature(function)

@@ -211,8 +211,8 @@ def test_a_count_and_an_average_read_no_logits(tmp_path, monkeypatch):
             read.append(len(data))
             return data
 
-        def close(self):
-            self.file.close()
+        def __getattr__(self, name):
+            return getattr(self.file, name)
 
     opened = Log.open_file
     monkeypatch.setattr(Log, "open_file", lambda log, path: Counting(opened(log, path)))

@@ -1,7 +1,10 @@
 """SQL on a stranger's log: attacks beyond those that test_database tries on every kind of query."""
 
+import gc
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import duckdb
@@ -146,16 +149,137 @@ REFUSED = (
     "CREATE TABLE x AS FROM '{place}/secret.csv'",
     "CREATE VIEW x AS FROM read_text('{place}/secret.csv'); FROM x",
     "CREATE MACRO m() AS TABLE FROM read_text('{place}/secret.csv'); FROM m()",
+    "SELECT 1; SELECT 2",
+    "CREATE VIEW x AS SELECT 1",
+    "CREATE TEMP TABLE x AS SELECT 1",
+    "SET VARIABLE x = 1",
+    "BEGIN",
+    "COMMIT",
+    "ROLLBACK",
+    "PRAGMA table_info('routing')",
+    "CALL duckdb_views()",
+    "DROP VIEW routing",
+    "WITH gone AS (DELETE FROM runs RETURNING *) SELECT * FROM gone",
+    "WITH more AS (INSERT INTO runs SELECT * FROM runs RETURNING *) SELECT * FROM more",
+    "WITH other AS (UPDATE runs SET path = 'x' RETURNING *) SELECT * FROM other",
+    "EXPLAIN ANALYZE WITH gone AS (DELETE FROM runs RETURNING *) SELECT * FROM gone",
+    "EXPLAIN ANALYZE DELETE FROM runs",
+    "EXPLAIN ANALYZE COPY (SELECT 1) TO '{place}/x.csv'",
+    "EXPLAIN /* a /* b */ SELECT 1 */ ANALYZE COPY (SELECT 1) TO '{place}/x.csv'",
+    "EXPLAIN /* /* */ */ ANALYZE /* */ CREATE TABLE x AS SELECT 1",
+    "/* /* */ SELECT 1; -- */ EXPLAIN ANALYZE COPY (SELECT 1) TO '{place}/x.csv'",
+    "EXPLAIN ANALYZE -- SELECT 1\n COPY (SELECT 1) TO '{place}/x.csv'",
+    "EXPLAIN (FORMAT json) CREATE TABLE x AS SELECT 1",
+    "EXPLAIN (FORMAT json, ANALYZE) COPY (SELECT 1) TO '{place}/x.csv'",
+    "EXPLAIN (ANALYZE) COPY (SELECT 1) TO '{place}/x.csv'",
+    "EXPLAIN ANALYZE ATTACH '{place}/x.db'",
+    "EXPLAIN ANALYZE SET threads = 1",
+    "COPY (PIVOT routing ON layer USING sum(n_selected)) TO '{place}/x.csv'",
+    "EXPLAIN ANALYZE COPY (PIVOT routing ON layer USING sum(n_selected)) TO '{place}/x.csv'",
+    "CREATE TABLE x AS PIVOT routing ON layer USING sum(n_selected)",
+    "DELETE FROM runs WHERE 1 IN (SELECT 1 FROM (PIVOT routing ON layer USING count(*)))",
+    "INSERT INTO runs FROM (PIVOT runs ON top_k USING count(*))",
+    "SELECT * FROM (PIVOT routing ON layer USING count(*)); COPY (SELECT 1) TO '{place}/x.csv'",
+    "PIVOT (WITH gone AS (DELETE FROM runs RETURNING *) FROM gone) ON top_k USING count(*)",
+    "MERGE INTO runs USING runs AS r ON (true) WHEN MATCHED THEN DELETE",
+    "COPY (SELECT 1) TO '{spill}/x.csv'",
+    "EXPLAIN ANALYZE COPY (SELECT 1) TO '{spill}/x.csv'",
+    "SELECT current_setting('temp_directory')",
+    "SELECT \"current_setting\" ('temp_directory')",
+    "SELECT 'temp_directory'.current_setting()",
+    "SELECT * FROM read_text(current_setting('temp_directory') || '/*')",
+    "SELECT * FROM duckdb_settings()",
+    "SELECT * FROM pg_catalog.pg_settings",
+    "SUMMARIZE pg_settings",
+    "SHOW temp_directory",
+    "SHOW allowed_directories",
+    "SELECT * FROM duckdb_temporary_files()",
+    "SELECT * FROM query('SELECT * FROM duckdb_settings()')",
+    "SELECT * FROM json_execute_serialized_sql(json_serialize_sql('FROM duckdb_settings()'))",
 )
+
+
+def spill_of(database) -> str:
+    query = "SELECT current_setting('temp_directory')"
+    return database.connection.sql(query).fetchall()[0][0]
 
 
 @pytest.mark.parametrize("attempt", REFUSED)
 def test_sql_is_refused_what_reaches_beyond_the_run(place, database, attempt):
+    spill = spill_of(database)
     before = sorted(place.rglob("*"))
     with pytest.raises(RouterLogError) as error:
-        answer(database, attempt.format(place=place))
+        answer(database, attempt.format(place=place, spill=spill))
     assert SECRET not in str(error.value) and "\n" not in str(error.value)
     assert sorted(place.rglob("*")) == before
+    assert not list(Path(spill).glob("x*"))
+    assert answer(database, "SELECT count(*) AS n FROM runs") == [{"n": 1}]
+    assert spill not in str(error.value) or spill in attempt.format(place=place, spill=spill)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT 1",
+        "SELECT 1; -- and no more",
+        "/* a /* b */ c */ FROM runs",
+        "VALUES (1)",
+        "TABLE runs",
+        "DESCRIBE routing",
+        "SHOW TABLES",
+        "SHOW ALL TABLES",
+        "SUMMARIZE tokens",
+        "WITH a AS (SELECT 1) SELECT * FROM a",
+        "EXPLAIN SELECT 1",
+        "explain analyze /* /* */ */ select 1",
+        "EXPLAIN (FORMAT json) SELECT 1",
+        "EXPLAIN ANALYZE (SELECT 1)",
+        "PIVOT routing ON layer USING sum(n_selected) GROUP BY position",
+        "PIVOT routing ON layer IN (0, 1) USING sum(n_selected) GROUP BY position;",
+        "SELECT path AS query, 'current_setting(' AS text FROM runs",
+    ],
+)
+def test_what_only_reads_is_answered(database, query):
+    assert answer(database, query)
+
+
+def test_what_spills_is_bounded(tmp_path):
+    run = write_run(tmp_path / "demo", n_sequences=1, length=2, n_shards=1)
+    big = "SELECT hash(range)::VARCHAR AS h, count(*) AS n FROM range(3000000) GROUP BY h"
+    options = {"memory_limit": "40MB", "threads": 1, "temp_dir": tmp_path}
+    with connect(open_log(run), temp_limit="1MB", **options) as database:
+        with pytest.raises(RouterLogError) as error:
+            answer(database, big)
+        assert "\n" not in str(error.value)
+    with connect(open_log(run), **options) as database:
+        assert len(answer(database, big)) == 3_000_000
+    with pytest.raises(RouterLogError):
+        connect(open_log(run), temp_limit="much")
+
+
+def test_what_a_killed_process_left_is_swept_and_what_a_living_one_uses_is_not(tmp_path):
+    run = write_run(tmp_path / "demo", n_sequences=1, length=2, n_shards=1)
+    spill = tmp_path / "spill"
+    spill.mkdir()
+    script = (
+        "import sys, time; from bhlog.analysis.log import open_log\n"
+        "from bhlog.analysis.database.database import connect\n"
+        "database = connect(open_log(sys.argv[1]), temp_dir=sys.argv[2])\n"
+        "print('open', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(run), str(spill)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "open\n"
+        (theirs,) = (path for path in spill.iterdir() if path.is_dir())
+        (theirs / "data").write_text("spilled")
+        connect(open_log(run), temp_dir=spill).close()
+        assert (theirs / "data").exists()
+        process.kill()
+        process.wait()
+    with connect(open_log(run), temp_dir=spill):
+        assert not theirs.exists() and len(list(spill.iterdir())) == 2
+    gc.collect()
+    assert not list(spill.iterdir())
 
 
 def test_the_configuration_cannot_be_opened_again(place, database):

@@ -1,0 +1,145 @@
+"""Pages of a Parquet column chunk, checked against their own checksums and the chunk's footer.
+
+A chunk is a run of pages, each a header in Thrift's compact protocol and its data. The header holds
+the CRC-32 of the data as they are stored; it has none of its own, so that what it says is compared
+with what the footer says of the chunk.
+"""
+
+import zlib
+from typing import Any, NamedTuple
+
+_PAGE_TYPES = {0: 5, 2: 7, 3: 8}  # data, dictionary, data v2: field of the header that they need
+_ENCODINGS = {
+    0: "PLAIN",
+    2: "PLAIN_DICTIONARY",
+    3: "RLE",
+    4: "BIT_PACKED",
+    5: "DELTA_BINARY_PACKED",
+    6: "DELTA_LENGTH_BYTE_ARRAY",
+    7: "DELTA_BYTE_ARRAY",
+    8: "RLE_DICTIONARY",
+    9: "BYTE_STREAM_SPLIT",
+}
+
+
+class Chunk(NamedTuple):
+    """What a file's footer says of a column chunk.
+
+    Attributes:
+        start, end: its bytes in the file.
+        group, column: row group, and name of the column.
+        n_values: values of all its data pages.
+        n_bytes: uncompressed bytes of all its pages, headers included.
+        encodings: of its pages, by name.
+    """
+
+    start: int
+    end: int
+    group: int
+    column: str
+    n_values: int
+    n_bytes: int
+    encodings: tuple[str, ...]
+
+
+def chunks_of(metadata: Any) -> list[Chunk]:
+    """The column chunks of a pyarrow FileMetaData, by their place in the file."""
+    chunks = []
+    for g in range(metadata.num_row_groups):
+        group = metadata.row_group(g)
+        for c in range(group.num_columns):
+            column = group.column(c)
+            start = column.data_page_offset
+            if column.has_dictionary_page and column.dictionary_page_offset is not None:
+                start = min(start, column.dictionary_page_offset)
+            chunks.append(
+                Chunk(
+                    start,
+                    start + column.total_compressed_size,
+                    g,
+                    column.path_in_schema.partition(".")[0],
+                    column.num_values,
+                    column.total_uncompressed_size,
+                    column.encodings,
+                )
+            )
+    return sorted(chunks)
+
+
+def page_error(data: memoryview, chunk: Chunk) -> str | None:
+    """What is wrong with the bytes of a chunk, in words; None if nothing is, "" if no page of it
+    has a checksum.
+    """
+    at = n_values = n_bytes = n_checked = n_pages = 0
+    while at < len(data):
+        try:
+            header, start = _struct(data, at)
+            crc = header.get(4)
+            size = header[3]
+            page = header[_PAGE_TYPES[header[1]]]
+            values, encoding = page[1], _ENCODINGS[page[4 if header[1] == 3 else 2]]
+        except (IndexError, KeyError, TypeError, ValueError, RecursionError):
+            return f"page {n_pages} has no readable header"
+        end = start + size
+        if min(size, values) < 0 or end > len(data) or encoding not in chunk.encodings:
+            return f"page {n_pages} is not what the footer says of its column"
+        if crc is not None:
+            if zlib.crc32(data[start:end]) != crc & 0xFFFFFFFF:
+                return f"page {n_pages} does not have its checksum"
+            n_checked += 1
+        n_values += 0 if header[1] == 2 else values
+        n_bytes += start - at + header[2]
+        n_pages += 1
+        at = end
+    if n_values != chunk.n_values or n_bytes != chunk.n_bytes:
+        return "its pages hold other numbers of values or bytes than the footer says"
+    if 0 < n_checked < n_pages:
+        return "some of its pages have a checksum and others none"
+    return None if n_checked or not n_pages else ""
+
+
+def _struct(data: memoryview, at: int) -> tuple[dict[int, Any], int]:
+    """(fields by number, the place after it) of a struct in Thrift's compact protocol."""
+    fields: dict[int, Any] = {}
+    number = 0
+    while True:
+        byte = data[at]
+        at += 1
+        if byte == 0:
+            return fields, at
+        kind = byte & 15
+        if byte >> 4:
+            number += byte >> 4
+        else:
+            number, at = _integer(data, at)
+        if kind in (5, 6):  # i32, i64: all integers of a page header
+            fields[number], at = _integer(data, at)
+        elif kind == 12:
+            fields[number], at = _struct(data, at)
+        elif kind == 8:  # binary: smallest and largest values
+            length, at = _varint(data, at)
+            if length > len(data) - at:
+                raise ValueError("a text longer than the page")
+            fields[number], at = None, at + length
+        elif kind in (1, 2):
+            fields[number] = kind == 1
+        else:
+            raise ValueError(f"type {kind}")
+
+
+def _integer(data: memoryview, at: int) -> tuple[int, int]:
+    value, at = _varint(data, at)
+    return (value >> 1) ^ -(value & 1), at
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("an integer of more than 64 bits")
