@@ -7,11 +7,12 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from bhlog.analysis.fold import Scope
 from bhlog.analysis.log import open_log
-from bhlog.analysis.replay.compare import compare
-from bhlog.analysis.replay.replay import replay, settings_of
+from bhlog.analysis.replay.comparison import compare, replay
+from bhlog.analysis.replay.settings import settings_of
 from bhlog.capture.contract.null.model import KdeModel, LayerNull
-from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.contract.rule import BhOptions, Bounds
 from tests.synthetic import normal_kde, normal_logits, write_run
 
 LAYERS, E = (0, 2, 3), 64
@@ -30,11 +31,11 @@ def logits_of_every_kind(seed):
     return logits
 
 
-def run(folder, options=None, seed=0):
+def run(folder, options=None, n_shards=4, seed=0):
     return write_run(
-        folder, layers=LAYERS, n_experts=E, n_sequences=12, length=30, n_shards=4,
+        folder, layers=LAYERS, n_experts=E, n_sequences=12, length=30, n_shards=n_shards,
         options=options, kde=None if options is None else normal_kde(LAYERS),
-        logits=logits_of_every_kind(seed), decode_from=20,
+        logits=logits_of_every_kind(seed).reshape(3, n_shards, -1, E), decode_from=20,
     )  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def by_expert(kde):
 
 def empirical(folder, options):
     """A run routed by empirical p-values, without a null model."""
-    path = run(folder, options)
+    path = run(folder, options, n_shards=1)  # a forward is in one shard
     manifest = open_log(path).manifest
     own = replace(options, p_values="empirical")
     replace(manifest, routing=replace(manifest.routing, options=own, kde_sha256=None)).write(path)
@@ -91,8 +92,10 @@ def shared(frame):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_replay_is_the_policy_bh_bit_for_bit(case, threads):
     log, kde = case
-    compared = compare(log, [f"bh:{alpha!r}" for alpha in ALPHAS], kde=kde, threads=threads)
-    replayed = replay(log, settings_of(log, ALPHAS), kde=kde, threads=threads)
+    compared = compare(
+        log, [f"bh:{alpha!r}" for alpha in ALPHAS], kde=kde, scope=Scope(threads=threads)
+    )
+    replayed = replay(log, settings_of(log, ALPHAS), kde=kde, scope=Scope(threads=threads))
     assert len(compared.columns) == 25 and compared.columns[1:] == replayed.columns[1:]
     assert_frame_equal(shared(compared), shared(replayed), check_exact=True)
 
@@ -100,9 +103,9 @@ def test_a_replay_is_the_policy_bh_bit_for_bit(case, threads):
 def test_they_agree_under_other_bounds_and_on_some_of_the_rows(case):
     log, kde = case
     for where in ("phase = 'decode'", "forward < 5"):
-        options = {"kde": kde, "layers": [0, 3], "where": where}
-        compared = compare(log, ["bh:0.3", "bh:0.5"], min_k=3, max_k=9, **options)
-        settings = settings_of(log, [0.3, 0.5], min_k=3, max_k=9)
+        options = {"kde": kde, "scope": Scope([0, 3], where)}
+        compared = compare(log, ["bh:0.3", "bh:0.5"], bounds=Bounds(3, 9), **options)
+        settings = settings_of(log, [0.3, 0.5], bounds=Bounds(3, 9))
         replayed = replay(log, settings, **options)
         assert set(replayed["min_k"]) == {3} and set(replayed["max_k"]) == {9}
         assert_frame_equal(shared(compared), shared(replayed), check_exact=True)
@@ -125,8 +128,8 @@ def test_what_a_run_logged_is_what_its_own_setting_says(tmp_path):
     log = open_log(run(tmp_path / "run", options))
     finite = "NOT (sequence BETWEEN 3 AND 8 AND position BETWEEN 4 AND 5)"  # what the rule decides
     for frame in (
-        compare(log, ["bh:0.3"], where=finite),
-        replay(log, settings_of(log, [0.3]), where=finite),
+        compare(log, ["bh:0.3"], scope=Scope(where=finite)),
+        replay(log, settings_of(log, [0.3]), scope=Scope(where=finite)),
     ):
         assert frame["logged_jaccard"].to_list() == [1.0] * 4
         assert frame.filter(pl.col("layer").is_null())["max_experts"].item() == 5

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from bhlog.analysis.log import open_log
-from bhlog.analysis.replay.replay import Replay
+from bhlog.analysis.replay.decide import decider_of
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.rule import BhOptions
 from bhlog.capture.observe import route
@@ -264,7 +264,7 @@ def test_rejected_drafts_are_counted_and_their_batches_not_replayed(model, run):
     totals = log.manifest.totals
     assert totals.rejected == rows - totals.tokens > 0
     with pytest.raises(InvalidOption, match="drafts that were rejected"):
-        Replay(log, [BhOptions(alpha=0.3, p_values="empirical")])
+        decider_of(log, [BhOptions(alpha=0.3, p_values="empirical")])
 
 
 def test_prompt_lookup_keeps_no_rejected_draft(model, run):
