@@ -29,7 +29,7 @@ def _condition(where: str) -> tuple[pl.Expr, list[str]]:
     for name in names:
         if name not in known:
             raise InvalidOption(f"where: no column '{name}'; columns are {', '.join(known)}")
-    return expression, names
+    return expression, [*dict.fromkeys(names)]  # a column may stand there twice
 
 
 def matches(rows: pa.RecordBatch, where: str) -> pa.Array:

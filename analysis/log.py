@@ -30,7 +30,7 @@ from bhlog.capture.contract.manifest import (
     merge_manifests,
 )
 from bhlog.capture.contract.null.model import KdeModel
-from bhlog.capture.contract.rule import Renormalize
+from bhlog.capture.contract.rule import Bounds, Renormalize
 from bhlog.capture.contract.schema import (
     COLUMNS,
     SHARD_NAME,
@@ -355,23 +355,23 @@ class Log:
             layers, where: only these layers, and rows that match a condition in SQL.
             out: folder that every decision is written to as well; see analysis.replay.decisions.
         """
+        from bhlog.analysis.fold import Scope
+        from bhlog.analysis.replay.comparison import replay
         from bhlog.analysis.replay.decisions import write_decisions
-        from bhlog.analysis.replay.replay import replay, settings_of
+        from bhlog.analysis.replay.settings import settings_of
 
         kde = _loaded(kde)
         settings = settings_of(
             self,
             [alpha] if isinstance(alpha, int | float) else alpha,
-            min_k=min_k,
-            max_k=max_k,
+            bounds=Bounds(min_k, max_k),
             temperature=temperature,
             renormalize=renormalize,
         )
+        scope = Scope(layers, where)
         if out is not None:
-            if layers is not None or where is not None:
-                raise InvalidOption("out holds every row of the log: leave layers and where out")
-            write_decisions(self, settings, out, kde=kde)
-        return replay(self, settings, kde=kde, layers=layers, where=where)
+            write_decisions(self, settings, out, kde=kde, scope=scope)
+        return replay(self, settings, kde=kde, scope=scope)
 
     def profile(
         self,
@@ -383,10 +383,13 @@ class Log:
         where: str | None = None,
     ) -> "Profile":
         """Experts at every alpha of a grid, from one pass; see bhlog.analysis.sweep.profile."""
-        from bhlog.analysis.sweep.profile import GRID, profile_log
+        from bhlog.analysis.fold import Scope
+        from bhlog.analysis.sweep.profile import GRID
+        from bhlog.analysis.sweep.profiling import profile_log
 
         grid = GRID if alphas is None else alphas
-        return profile_log(self, _loaded(kde), alphas=grid, kept=kept, layers=layers, where=where)
+        scope = Scope(layers, where)
+        return profile_log(self, _loaded(kde), alphas=grid, kept=kept, scope=scope)
 
     def check_layers(self, layers: Iterable[int] | None) -> set[int]:
         """The layers asked for as a set, all of the run's for None.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from analysis import open_log
-from bhlog.analysis.sweep.profile import profile_log
+from bhlog.analysis.sweep.profiling import profile_log
 from tests.synthetic import normal_kde, write_run
 
 TASKS = Path("/proc/self/task")

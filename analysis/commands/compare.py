@@ -15,13 +15,13 @@ from bhlog.analysis.commands.options import (
 from bhlog.analysis.output import format_option, print_frame, progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import polars as pl
 
+    from bhlog.analysis.fold import Scope
     from bhlog.analysis.log import Log
-    from bhlog.analysis.replay.families import Policy
+    from bhlog.analysis.replay.policy import Policy
     from bhlog.capture.contract.null.model import KdeModel
+    from bhlog.capture.contract.rule import Bounds
 
 SHORT = (
     "policy",
@@ -91,9 +91,11 @@ def compare(
     """
     import polars as pl
 
-    from bhlog.analysis.replay.compare import compare as compare_policies
-    from bhlog.analysis.replay.families import parse_policy
+    from bhlog.analysis.fold import Scope
+    from bhlog.analysis.replay.comparison import compare as compare_policies
     from bhlog.analysis.replay.match import match_experts
+    from bhlog.analysis.replay.registry import parse_policy
+    from bhlog.capture.contract.rule import Bounds
 
     if listing:
         print_frame(_families(), output_format)
@@ -101,6 +103,7 @@ def compare(
     if run is None:
         raise click.UsageError("name the run to compare policies on, or --list")
     check_figure(figure)
+    bounds, scope = Bounds(min_k, max_k), Scope(layers, where)
     log = open_run(run)
     null = None if kde is None else load(kde)
     if not texts:
@@ -110,31 +113,26 @@ def compare(
     if experts is not None:
         with progress_bar("match", None) as advance:
             policies = match_experts(
-                log, policies, experts, kde=null, min_k=min_k, max_k=max_k,
-                layers=layers, where=where, progress=advance,
-            )  # fmt: skip
+                log, policies, experts, kde=null, bounds=bounds, scope=scope.but(progress=advance)
+            )
     with progress_bar("compare", log.manifest.totals.rows or None) as advance:
         frame = compare_policies(
-            log, policies, kde=null, min_k=min_k, max_k=max_k,
-            layers=layers, where=where, progress=advance,
-        )  # fmt: skip
+            log, policies, kde=null, bounds=bounds, scope=scope.but(progress=advance)
+        )
     print_frame(
         _shortened(frame, by_layer=by_layer, whole=all_columns or output_format != "table"),
         output_format,
     )
-    _note_bounds(log, min_k, max_k)
+    _note_bounds(log, bounds)
     if experts is not None:
         _note_misses(frame.filter(pl.col("layer").is_null()), experts)
     if figure is not None:
-        _draw(
-            log, policies, null, figure, min_k=min_k, max_k=max_k,
-            layers=layers, where=where,
-        )  # fmt: skip
+        _draw(log, policies, null, figure, bounds, scope)
 
 
 def _all_policies(log: "Log", null: "KdeModel | None") -> tuple[str, ...]:
     """Every family; without p-values only those that do not test."""
-    from bhlog.analysis.replay.families import families
+    from bhlog.analysis.replay.registry import families
 
     options = log.manifest.routing.options
     empirical = options is not None and options.p_values == "empirical"
@@ -150,15 +148,18 @@ def _all_policies(log: "Log", null: "KdeModel | None") -> tuple[str, ...]:
     return tuple(name for name in known if name not in left_out)
 
 
-def _note_bounds(log: "Log", min_k: int | None, max_k: int | None) -> None:
+def _note_bounds(log: "Log", bounds: "Bounds") -> None:
     """Say on stderr which bounds the run lends to every policy, top-k among them."""
-    from bhlog.analysis.replay.match import default_bounds
+    from bhlog.analysis.replay.settings import bounds_of
 
-    low, high = default_bounds(log, min_k, max_k)
+    lends = bounds_of(log)
     lent = [
         f"{name} {value}"
-        for name, value, asked, none in (("min_k", low, min_k, 1), ("max_k", high, max_k, None))
-        if asked is None and value != none
+        for name, value, asked, none in (
+            ("min_k", lends.min_k, bounds.min_k, 1),
+            ("max_k", lends.max_k, bounds.max_k, None),
+        )
+        if asked is None and value not in (none, None)
     ]
     if lent:
         click.echo(
@@ -185,7 +186,7 @@ def _note_misses(overall: "pl.DataFrame", experts: float) -> None:
 def _families() -> "pl.DataFrame":
     import polars as pl
 
-    from bhlog.analysis.replay.families import families
+    from bhlog.analysis.replay.registry import families
 
     rows = []
     for name, kind in families().items():
@@ -215,16 +216,11 @@ def _draw(
     policies: "list[Policy]",
     null: "KdeModel | None",
     figure: str,
-    *,
-    min_k: int | None,
-    max_k: int | None,
-    layers: "Sequence[int] | None",
-    where: str | None,
+    bounds: "Bounds",
+    scope: "Scope",
 ) -> None:
     from bhlog.analysis.figures.cost import draw_comparison
     from bhlog.analysis.replay.cost_curves import cost_curves
 
-    curves = cost_curves(
-        log, policies, kde=null, min_k=min_k, max_k=max_k, layers=layers, where=where
-    )
+    curves = cost_curves(log, policies, kde=null, bounds=bounds, scope=scope)
     write_figure(draw_comparison(curves, title=f"Policies at equal cost: {log.name}"), figure)

@@ -16,7 +16,7 @@ from bhlog.analysis.commands.options import (
 )
 from bhlog.analysis.output import format_option, print_frame, progress_bar
 from bhlog.capture.contract.errors import InvalidOption
-from bhlog.capture.contract.rule import RENORMALIZE
+from bhlog.capture.contract.rule import RENORMALIZE, Bounds
 
 if TYPE_CHECKING:
     import polars as pl
@@ -89,17 +89,17 @@ def replay(
 
     Reads only the log: no model, no GPU.
     """
+    from bhlog.analysis.fold import Scope
+    from bhlog.analysis.replay.comparison import replay as replay_log
     from bhlog.analysis.replay.decisions import write_decisions
-    from bhlog.analysis.replay.replay import replay as replay_log
-    from bhlog.analysis.replay.replay import settings_of
+    from bhlog.analysis.replay.settings import settings_of
 
     log = open_run(run)
     null = _null_model(kde)
     settings = settings_of(
         log,
         alphas,
-        min_k=min_k,
-        max_k=max_k,
+        bounds=Bounds(min_k, max_k),
         temperature=temperature,
         renormalize=None if renormalize is None else RENORMALIZE[renormalize],
     )
@@ -107,11 +107,13 @@ def replay(
         raise InvalidOption("--out writes every row of the log: leave --layers and --where out")
     if out is not None:
         with progress_bar("write", log.manifest.totals.rows or None) as advance:
-            folders = write_decisions(log, settings, out, kde=null, progress=advance)
+            scope = Scope(progress=advance)
+            folders = write_decisions(log, settings, out, kde=null, scope=scope)
         for folder in folders:
             click.echo(f"wrote {folder}", err=True)
     with progress_bar("replay", log.manifest.totals.rows or None) as advance:
-        frame = replay_log(log, settings, kde=null, layers=layers, where=where, progress=advance)
+        scope = Scope(layers, where, progress=advance)
+        frame = replay_log(log, settings, kde=null, scope=scope)
     print_frame(_shortened(frame, all_columns or output_format != "table"), output_format)
 
 
@@ -130,8 +132,8 @@ def replay(
     help="Alphas to print; repeatable (default: a dozen from 0.01 to 0.9).",
 )
 @kde_option
-@click.option("--min-k", type=int, default=1, show_default=True, help="Fewest experts a token.")
-@click.option("--max-k", type=int, help="Most experts a token (default: all).")
+@click.option("--min-k", type=int, help="Fewest experts a token (default: as in the run, or 1).")
+@click.option("--max-k", type=int, help="Most experts a token (default: as in the run, or all).")
 @layers_option
 @where_option
 @click.option(
@@ -158,7 +160,7 @@ def sweep(
     runs: tuple[str, ...],
     alphas: tuple[float, ...],
     kde: str | None,
-    min_k: int,
+    min_k: int | None,
     max_k: int | None,
     layers: tuple[int, ...] | None,
     where: str | None,
@@ -212,12 +214,13 @@ def fidelity(native: str, bh: str, output_format: str) -> None:
 
     Both runs must hold the same text.
     """
+    from bhlog.analysis.fold import Scope
     from bhlog.analysis.replay.fidelity import fidelity as compare
 
     logs = open_run(native), open_run(bh)
     rows = sum(log.manifest.totals.rows for log in logs)
     with progress_bar("compare", rows or None) as advance:
-        frame = compare(*logs, progress=advance)
+        frame = compare(*logs, scope=Scope(progress=advance))
     print_frame(frame, output_format)
 
 
@@ -230,7 +233,9 @@ def _profile(
     where: str | None,
 ) -> "Profile":
     """The profile of a run, or the one in a file."""
-    from bhlog.analysis.sweep.profile import GRID, Profile, profile_log
+    from bhlog.analysis.fold import Scope
+    from bhlog.analysis.sweep.profile import GRID, Profile
+    from bhlog.analysis.sweep.profiling import profile_log
 
     if Path(run).is_file():
         if null is not None or layers or where is not None:
@@ -240,15 +245,8 @@ def _profile(
         return Profile.load(run)
     log = open_run(run)
     with progress_bar("sweep", log.manifest.totals.rows or None) as advance:
-        return profile_log(
-            log,
-            null,
-            alphas=sorted({*GRID, *alphas}),
-            kept=kept,
-            layers=layers,
-            where=where,
-            progress=advance,
-        )
+        scope = Scope(layers, where, progress=advance)
+        return profile_log(log, null, alphas=sorted({*GRID, *alphas}), kept=kept, scope=scope)
 
 
 def _within(profile: "Profile") -> list[float]:
@@ -258,7 +256,7 @@ def _within(profile: "Profile") -> list[float]:
 
 
 def _targets(
-    profile: "Profile", experts: float, min_k: int, max_k: int | None, per_layer: bool
+    profile: "Profile", experts: float, min_k: int | None, max_k: int | None, per_layer: bool
 ) -> "pl.DataFrame":
     """The alphas that give a number of experts, layer by layer and over all (layer null)."""
     import polars as pl

@@ -31,7 +31,7 @@ from bhlog.analysis.database.failures import Failures
 from bhlog.analysis.database.lists import ListColumn, key_groups, list_elements, logit_groups
 from bhlog.analysis.database.nulls import Nulls
 from bhlog.analysis.kernels.softmax import find_certainty
-from bhlog.analysis.replay.ranked import RankedRows
+from bhlog.analysis.replay.rows import Rows
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.rule import (
     BhOptions,
@@ -154,7 +154,7 @@ def _n_selected(nulls: Nulls, rule: _Rule, logits: NDArray[np.float32]) -> NDArr
     thresholds = nulls.thresholds(rule.run, rule.layer, rule.alpha, E)
     if thresholds.ndim == 2:
         return _decisions(nulls, rule, logits).n_selected
-    return RankedRows(logits).step_up(thresholds, low, high)[1]
+    return Rows(logits).step_up(thresholds, low, high)[1]
 
 
 def _bh_experts(

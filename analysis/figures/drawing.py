@@ -16,8 +16,9 @@ from bhlog.analysis.figures.file import save_figure
 from bhlog.analysis.figures.load import ExpertLoad, expert_load, source_load
 from bhlog.analysis.figures.sample import LayerSample, sample_rows
 from bhlog.analysis.log import Log
-from bhlog.analysis.replay.replay import replay, settings_of
-from bhlog.analysis.sweep.profile import profile_log
+from bhlog.analysis.replay.comparison import replay
+from bhlog.analysis.replay.settings import settings_of
+from bhlog.analysis.sweep.profiling import profile_log
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions, critical_values

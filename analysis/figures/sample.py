@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bhlog.analysis.log import Log
-from bhlog.analysis.replay.replay import COLUMNS, Replay, p_values_of
+from bhlog.analysis.log import Log, logits_of
+from bhlog.analysis.replay.decide import COLUMNS, decider_of, p_values_of
 from bhlog.analysis.spread import draw, groups_by_layer, quotas, spread
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions
@@ -56,10 +56,10 @@ def sample_rows(
         kde: null model; None takes the run's own.
 
     Raises:
-        InvalidOption, KdeMismatch: see bhlog.analysis.replay.replay.Replay.
+        InvalidOption, KdeMismatch: see bhlog.analysis.replay.decide.Decider.
     """
-    rule = Replay(log, [options], kde)
-    null = None if rule.empirical else kde or log.kde
+    decider = decider_of(log, [options], kde)
+    null = None if decider.empirical else kde or log.kde
     rng = np.random.default_rng(seed)
     most = max(1, min(MOST_ROWS, MOST_VALUES // (len(log.layers) * log.n_experts)))
     samples = []
@@ -68,16 +68,16 @@ def sample_rows(
         parts = []
         for group, quota in zip(chosen, quotas(chosen, most), strict=True):
             batch = log.read(group, [*COLUMNS, "sequence", "position"])
-            batch = _drawn(batch, quota, rng, whole_forwards=rule.empirical)
-            decided = rule.decide(batch)
+            batch = _drawn(batch, quota, rng, whole_forwards=decider.empirical)
+            (decisions,) = decider.decide(batch)
             p = p_values_of(batch, None if null is None else null[layer])
             part = (
                 batch.column("sequence").to_numpy(),
                 batch.column("position").to_numpy(),
-                decided.logits,
+                logits_of(batch),
                 p,
-                decided.n_rejected[0],
-                decided.n_selected[0],
+                decisions.n_rejected,
+                decisions.n_selected,
             )
             take = draw(len(p), quota, rng)
             parts.append([column[take] for column in part])

@@ -6,14 +6,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bhlog.analysis.fold import WHOLE, Scope
 from bhlog.analysis.log import Log
-from bhlog.analysis.replay.blocks import Blocks, Sample, draw_sample, no_rows
-from bhlog.analysis.replay.families import Policy
+from bhlog.analysis.replay.decide import Decider
 from bhlog.analysis.replay.families.topk import TopK
-from bhlog.analysis.replay.match import bounded, default_bounds
+from bhlog.analysis.replay.match import no_rows
+from bhlog.analysis.replay.policy import Policy
+from bhlog.analysis.replay.sampling import Sample, draw_sample
+from bhlog.analysis.replay.settings import bounds_of
 from bhlog.analysis.replay.summary import LayerSummary
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.rule import OPEN, Bounds
 
 MOST_POINTS = 48  # of a curve
 ROOM = 1.75  # curves go on to so many times the experts of the dearest policy
@@ -83,30 +87,27 @@ def cost_curves(
     policies: Sequence[Policy],
     *,
     kde: KdeModel | None = None,
-    min_k: int | None = None,
-    max_k: int | None = None,
-    layers: Sequence[int] | None = None,
-    where: str | None = None,
+    bounds: Bounds = OPEN,
+    scope: Scope = WHOLE,
 ) -> CostCurves:
     """Curves of the policies' families, from a bounded sample of the log.
 
     Args:
         policies: at least one.
-        min_k, max_k, layers, where: see bhlog.analysis.replay.compare.compare.
+        kde, bounds, scope: see bhlog.analysis.replay.comparison.compare.
 
     Raises:
         InvalidOption: there are no rows.
-        KdeMismatch: see Blocks.
+        KdeMismatch: see Decider.
     """
-    min_k, max_k = default_bounds(log, min_k, max_k)
     E = log.n_experts
-    sample = draw_sample(log, Blocks(log, policies, kde, where), layers=layers, where=where)
+    decider = Decider(log, policies, kde, bounds=bounds_of(log, bounds), scope=scope)
+    sample = draw_sample(log, decider, scope)
     if not len(sample):
-        raise InvalidOption(no_rows(log, where))
+        raise InvalidOption(no_rows(log, scope))
     marks: list[Mark] = []
     families: dict[str, Policy] = {}
-    for policy in policies:
-        at = bounded(policy, E, min_k, max_k)
+    for policy, at in zip(policies, decider.policies, strict=True):
         marks.append(Mark(str(policy), policy.family, *_point(at, sample)))
         if policy.name != TopK.name:
             families.setdefault(policy.family, at)
@@ -154,6 +155,5 @@ def _point(policy: Policy, sample: Sample) -> tuple[float, float]:
     """Mean experts and mean probability kept over a sample."""
     summary = LayerSummary(sample.parts[0].n_experts)
     for rows in sample.parts:
-        choice = policy.decide(rows)
-        summary.add(rows, choice.n_selected, choice.n_rejected, choice.out_of_order, top_k=1)
+        summary.add(policy.decide(rows), top_k=1)
     return summary.mean_experts, summary.probability_kept

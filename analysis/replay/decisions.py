@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from bhlog.analysis.fold import Progress
-from bhlog.analysis.log import Log
-from bhlog.analysis.replay.replay import COLUMNS, Replay, Replayed
+from bhlog.analysis.fold import WHOLE, Scope
+from bhlog.analysis.log import Log, logits_of
+from bhlog.analysis.replay.decide import COLUMNS, Decider, decider_of
 from bhlog.capture.contract.errors import InvalidOption, RouterLogError, RunExists
 from bhlog.capture.contract.files import open_part, seal, sync_folder
 from bhlog.capture.contract.manifest import ModelInfo
@@ -68,8 +68,7 @@ def write_decisions(
     out: str | Path,
     *,
     kde: KdeModel | None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
+    scope: Scope = WHOLE,
 ) -> list[Path]:
     """Write the decisions of a replay: OUT/NAME/rank00000-00000.parquet for each setting.
 
@@ -81,25 +80,34 @@ def write_decisions(
     compute weights in bfloat16 round them further. A row without a finite logit keeps the logged
     experts and weights.
 
+    Args:
+        settings: see settings_of.
+        kde: null model; None takes the run's own.
+        scope: threads and progress; a file has every row of its shard.
+
     Returns:
         The folder of each setting.
 
     Raises:
         RunExists: a folder is there already.
-        InvalidOption: a setting is there twice, the model has a formula of its own, or OUT cannot
-            be written.
-        InvalidOption, KdeMismatch: see Replay.
+        InvalidOption: a setting is there twice, the scope leaves rows out, the model has a formula
+            of its own, or OUT cannot be written.
+        InvalidOption, KdeMismatch: see Decider.
     """
     if "://" in str(out):
         raise InvalidOption(f"{out}: decisions are written to a folder on this machine")
-    rule = Replay(log, settings, kde)
+    if scope.layers is not None or scope.where is not None or scope.sample < 1:
+        raise InvalidOption(
+            f"{out}: holds every row of the log: leave layers, where and sample out"
+        )
+    decider = decider_of(log, settings, kde)
     model = log.manifest.model
     if model.scoring not in ("softmax", "sigmoid"):
         raise InvalidOption(
             f"{log.path}: the weights of {model.class_name} follow a formula ({model.scoring}) "
             "that the run does not hold, so decisions cannot be written; the summary needs none"
         )
-    null = _null_name(log, rule, kde)
+    null = _null_name(log, decider, kde)
     names = [setting_name(options, log.n_experts, null) for options in settings]
     if len({*names}) < len(names):
         raise InvalidOption("a setting is asked for twice: write each replay once")
@@ -112,7 +120,7 @@ def write_decisions(
         for part in parts:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-        _write_shards(log, rule, parts, threads, progress)
+        _write_shards(log, decider, settings, parts, scope)
         for part, folder in zip(parts, folders, strict=True):
             part.rename(folder)
         sync_folder(Path(out))
@@ -128,9 +136,9 @@ def write_decisions(
     return folders
 
 
-def _null_name(log: Log, rule: Replay, kde: KdeModel | None) -> str | None:
+def _null_name(log: Log, decider: Decider, kde: KdeModel | None) -> str | None:
     """How a folder's name tells the null model, unless it is the run's own."""
-    if rule.empirical:
+    if decider.empirical:
         return "empirical"
     if kde is None:
         return None
@@ -139,9 +147,16 @@ def _null_name(log: Log, rule: Replay, kde: KdeModel | None) -> str | None:
 
 
 def _write_shards(
-    log: Log, rule: Replay, parts: Sequence[Path], threads: int | None, progress: Progress | None
+    log: Log,
+    decider: Decider,
+    settings: Sequence[BhOptions],
+    parts: Sequence[Path],
+    scope: Scope,
 ) -> None:
-    """Write the shards of every setting, several at once."""
+    """Write the shards of every setting, several at once.
+
+    This is no fold: rows go into their file in the order of the log, and a fold may cut a shard.
+    """
     stopped = threading.Event()
 
     def write(name: str) -> None:
@@ -149,20 +164,21 @@ def _write_shards(
         with ExitStack() as stack:
             files = [stack.enter_context(open_part(part / name, SCHEMA)) for part in parts]
             for group in log.groups_of(name, shard):
-                most = group.rows if rule.empirical else max(1, _PIECE_LOGITS // log.n_experts)
+                most = group.rows if decider.empirical else max(1, _PIECE_LOGITS // log.n_experts)
                 for batch in log.pieces(group, _COLUMNS, most_rows=most, shard=shard):
                     if stopped.is_set():
                         return
-                    replayed = rule.decide(batch)
-                    for i, write_group in enumerate(files):
-                        write_group(_table(batch, replayed, i, rule.settings[i], log))
-                    if progress is not None:
-                        progress(batch.num_rows)
+                    for write_group, options, decisions in zip(
+                        files, settings, decider.decide(batch), strict=True
+                    ):
+                        write_group(_table(batch, decisions, options, log))
+                    if scope.progress is not None:
+                        scope.progress(batch.num_rows)
         for part in parts:
             seal((part / name).with_name(name + ".part"))
 
     # each thread holds a file open for each setting
-    threads = min(threads or os.cpu_count() or 1, max(1, _MOST_FILES // len(parts)))
+    threads = min(scope.threads or os.cpu_count() or 1, max(1, _MOST_FILES // len(parts)))
     with ThreadPoolExecutor(threads) as pool:
         jobs = [pool.submit(write, name) for name in log.shards]
         try:
@@ -174,16 +190,12 @@ def _write_shards(
             raise
 
 
-def _table(
-    batch: pa.RecordBatch, replayed: Replayed, setting: int, options: BhOptions, log: Log
-) -> pa.Table:
-    decisions = Decisions(
-        replayed.order, replayed.n_selected[setting], replayed.n_rejected[setting]
-    )
+def _table(batch: pa.RecordBatch, decisions: Decisions, options: BhOptions, log: Log) -> pa.Table:
+    logits = logits_of(batch)
     chosen = np.arange(decisions.order.shape[1]) < decisions.n_selected[:, None]
     offsets = pa.array(np.concatenate([[0], np.cumsum(decisions.n_selected)]), pa.int32())
-    weights = replayed_weights(replayed.logits, decisions, options, log.manifest.model)
-    for row in np.flatnonzero(no_finite_logit(replayed.logits)):
+    weights = replayed_weights(logits, decisions, options, log.manifest.model)
+    for row in np.flatnonzero(no_finite_logit(logits)):
         weights[row, : decisions.n_selected[row]] = batch.column("weights")[row].as_py()
     columns = {
         **{name: batch.column(name) for name in _KEYS},

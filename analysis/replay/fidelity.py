@@ -7,9 +7,9 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from bhlog.analysis.fold import PIECE_LOGITS, Progress
+from bhlog.analysis.fold import PIECE_LOGITS, WHOLE, Scope, sampled
 from bhlog.analysis.log import Log
-from bhlog.analysis.replay.replay import COLUMNS, Replay
+from bhlog.analysis.replay.decide import Decider, decider_of
 from bhlog.capture.contract.errors import InvalidOption
 
 _TOKEN = ["rank", "sequence", "position"]
@@ -24,12 +24,15 @@ _EMPTY = pl.DataFrame(
 )
 
 
-def fidelity(native: Log, rerun: Log, *, progress: Progress | None = None) -> pl.DataFrame:
+def fidelity(native: Log, rerun: Log, *, scope: Scope = WHOLE) -> pl.DataFrame:
     """Replay a native run at the settings of a BH run and compare, layer by layer.
 
     Tokens are matched by rank, sequence and position, and must have the same ids. Both logs are
     read side by side; what is held is the tokens by which one is ahead of the other, few for runs
     of the same text in the same order.
+
+    Args:
+        scope: which rows of both; it is read by one thread.
 
     Returns:
         One row per layer: layer, tokens, replayed and actual (mean experts per token), gap
@@ -44,22 +47,21 @@ def fidelity(native: Log, rerun: Log, *, progress: Progress | None = None) -> pl
         raise InvalidOption(f"{rerun.path}: routed natively; the second run must be BH-routed")
     if native.layers != rerun.layers or native.n_experts != rerun.n_experts:
         raise InvalidOption(f"{native.path} and {rerun.path} come from models of other shape")
-    rule = Replay(native, [options], rerun.kde)
-    return pl.DataFrame([_compare(native, rerun, layer, rule, progress) for layer in native.layers])
+    layers = sorted(native.check_layers(scope.layers))
+    decider = decider_of(native, [options], rerun.kde, scope)
+    return pl.DataFrame([_compare(native, rerun, layer, decider, scope) for layer in layers])
 
 
-def _compare(
-    native: Log, rerun: Log, layer: int, rule: Replay, progress: Progress | None
-) -> dict[str, Any]:
+def _compare(native: Log, rerun: Log, layer: int, decider: Decider, scope: Scope) -> dict[str, Any]:
     """A layer's row of fidelity."""
     sums = np.zeros(6)  # tokens, replayed, actual, same count, same experts, Jaccard
     for both in _matched(
-        _pieces(native, layer, rule, progress), _pieces(rerun, layer, None, progress), native, rerun
+        _pieces(native, layer, decider, scope), _pieces(rerun, layer, None, scope), native, rerun
     ):
         sums += _sums(both)
     tokens, replayed, actual, same_count, same_experts, jaccard = sums.tolist()
     if not tokens:
-        raise InvalidOption(f"{rerun.path}: no tokens to compare in layer {layer}")
+        raise InvalidOption(f"{rerun.path}: no tokens to compare in layer {layer}{scope.words}")
     return {
         "layer": layer,
         "tokens": int(tokens),
@@ -119,32 +121,35 @@ def _sums(both: pl.DataFrame) -> np.ndarray:
     return np.array([both.height, n.sum(), m.sum(), (n == m).sum(), same.sum(), jaccard.sum()])
 
 
-def _pieces(
-    log: Log, layer: int, rule: Replay | None, progress: Progress | None
-) -> Iterator[pl.DataFrame]:
-    """Tokens of a layer with their experts: replayed by a rule, or as logged (None)."""
+def _pieces(log: Log, layer: int, decider: Decider | None, scope: Scope) -> Iterator[pl.DataFrame]:
+    """Tokens of a layer with their experts: as decided again, or as logged (None)."""
     columns = [*_TOKEN, "token_id", "experts"]
-    needed = columns if rule is None else [*dict.fromkeys([*columns, *COLUMNS])]
-    whole = rule is not None and rule.empirical
+    needed = columns if decider is None else [*dict.fromkeys([*columns, *decider.columns])]
+    whole = decider is not None and decider.empirical
     for name in log.shards:
         shard = log.open_shard("routing", name)
         for group in log.groups_of(name, shard):
             if group.layer != layer:
                 continue
             most = group.rows if whole else max(1, PIECE_LOGITS // log.n_experts)
-            for batch in log.pieces(group, needed, most_rows=most, shard=shard):
+            for batch in log.pieces(group, needed, scope.where, most_rows=most, shard=shard):
+                if scope.sample < 1:
+                    batch = batch.filter(pa.array(sampled(batch, scope.sample)))
+                if scope.progress is not None:
+                    scope.progress(batch.num_rows)
+                if not batch.num_rows:
+                    continue
                 frame = pl.DataFrame(pl.from_arrow(batch.select(columns)))
-                if rule is not None:
-                    frame = frame.with_columns(_replayed(rule, batch))
-                if progress is not None:
-                    progress(batch.num_rows)
+                if decider is not None:
+                    frame = frame.with_columns(_decided(decider, batch))
                 yield frame
 
 
-def _replayed(rule: Replay, batch: pa.RecordBatch) -> pl.Series:
-    """The experts that the rule chooses, a list a row."""
-    decided = rule.decide(batch)
-    n = decided.n_selected[0]
-    offsets = pa.array(np.concatenate([[0], np.cumsum(n)]), pa.int32())
-    chosen = decided.order[np.arange(decided.order.shape[1]) < n[:, None]]
-    return pl.Series("experts", pa.ListArray.from_arrays(offsets, pa.array(chosen)))
+def _decided(decider: Decider, batch: pa.RecordBatch) -> pl.Series:
+    """The experts that are chosen, a list a row."""
+    (decisions,) = decider.decide(batch)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(decisions.n_selected)]), pa.int32())
+    chosen = np.arange(decisions.order.shape[1]) < decisions.n_selected[:, None]
+    return pl.Series(
+        "experts", pa.ListArray.from_arrays(offsets, pa.array(decisions.order[chosen]))
+    )

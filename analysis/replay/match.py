@@ -1,7 +1,6 @@
 """Budget: the value of each policy's parameter that gives a number of experts per token."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Self
 
@@ -9,13 +8,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bhlog.analysis.fold import Progress, Scope, fold
+from bhlog.analysis.fold import WHOLE, Scope, fold
 from bhlog.analysis.log import Log
-from bhlog.analysis.replay.blocks import Blocks, Sample, draw_sample, no_rows
-from bhlog.analysis.replay.families import Policy
-from bhlog.analysis.replay.replay import COLUMNS
+from bhlog.analysis.replay.decide import Decider
+from bhlog.analysis.replay.policy import Policy
+from bhlog.analysis.replay.sampling import Sample, draw_sample
+from bhlog.analysis.replay.settings import bounds_of
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.rule import OPEN, Bounds
 
 TOLERANCE = 0.001  # experts per token
 HALVINGS = 40
@@ -29,11 +30,8 @@ def match_experts(
     experts: float,
     *,
     kde: KdeModel | None = None,
-    min_k: int | None = None,
-    max_k: int | None = None,
-    layers: Sequence[int] | None = None,
-    where: str | None = None,
-    progress: Progress | None = None,
+    bounds: Bounds = OPEN,
+    scope: Scope = WHOLE,
 ) -> list[Policy]:
     """Each policy at the value whose mean experts per token over the rows comes nearest `experts`.
 
@@ -43,35 +41,36 @@ def match_experts(
     cannot reach the budget, is left at its nearest value: look at the mean.
 
     Args:
-        min_k, max_k, layers, where: see bhlog.analysis.replay.compare.compare.
+        kde, bounds, scope: see bhlog.analysis.replay.comparison.compare.
 
     Raises:
         InvalidOption: experts is below 0 or above the number of experts, or there are no rows.
-        KdeMismatch: see Blocks.
+        KdeMismatch: see Decider.
     """
     if not 0 <= experts <= log.n_experts:
         raise InvalidOption(
             f"a budget must be from 0 to the model's {log.n_experts} experts, got {experts:g}"
         )
-    min_k, max_k = default_bounds(log, min_k, max_k)
-    blocks = Blocks(log, policies, kde, where)
-    sample = draw_sample(log, blocks, layers=layers, where=where)
+    bounds = bounds_of(log, bounds)
+
+    def decider(policies: Sequence[Policy]) -> Decider:
+        return Decider(log, policies, kde, bounds=bounds, scope=scope)
+
+    first = decider(policies)
+    sample = draw_sample(log, first, scope)
     if not len(sample):
-        raise InvalidOption(no_rows(log, where))
-    searches = [
-        _Search(bounded(policy, log.n_experts, min_k, max_k), experts, sample)
-        for policy in policies
-    ]
+        raise InvalidOption(no_rows(log, scope))
+    searches = [_Search(policy, experts, sample) for policy in first.policies]
     for _ in range(0 if sample.whole else MOST_PASSES):
         wanted = [search.candidates() for search in searches]
         if not any(wanted):
             break
         counted = fold(
             log,
-            partial(_Totals, blocks, [c for part in wanted for c in part]),
-            COLUMNS,
-            Scope(layers, where, progress=progress),
-            whole_groups=blocks.empirical,
+            partial(Totals, decider([c for part in wanted for c in part])),
+            first.columns,
+            scope,
+            whole_groups=first.empirical,
         )
         means = iter(counted.totals / counted.rows)
         for search, part in zip(searches, wanted, strict=True):
@@ -79,20 +78,9 @@ def match_experts(
     return [policy.at(search.best.value) for policy, search in zip(policies, searches, strict=True)]
 
 
-def default_bounds(log: Log, min_k: int | None, max_k: int | None) -> tuple[int, int | None]:
-    """Bounds as given; where None, those of the run, or 1 and None (all experts)."""
-    options = log.manifest.routing.options
-    if min_k is None:
-        min_k = 1 if options is None else options.min_k
-    if max_k is None and options is not None:
-        max_k = options.max_k
-    return min_k, max_k
-
-
-def bounded(policy: Policy, n_experts: int, min_k: int | None, max_k: int | None) -> Policy:
-    """The policy with the bounds in force as its own; see Policy.bounds."""
-    low, high = policy.bounds(n_experts, min_k, max_k)
-    return replace(policy, min_k=low, max_k=high)
+def no_rows(log: Log, scope: Scope) -> str:
+    """What to say of a log without rows, or without any in scope."""
+    return f"{log.path}: no rows{scope.words}"
 
 
 def mean_experts(policy: Policy, sample: Sample) -> float:
@@ -180,17 +168,17 @@ class _Search:
         return self.policy.at(self.policy.value_at(position, self.n_experts))
 
 
-class _Totals:
+class Totals:
     """Experts that each of several policies selects, summed over rows."""
 
-    def __init__(self, blocks: Blocks, policies: Sequence[Policy]) -> None:
-        self.blocks, self.policies = blocks, policies
-        self.totals = np.zeros(len(policies), dtype=np.int64)
+    def __init__(self, decider: Decider) -> None:
+        self.decider = decider
+        self.totals = np.zeros(len(decider.policies), dtype=np.int64)
         self.rows = 0
 
     def update(self, batch: pa.RecordBatch) -> None:
-        for rows in self.blocks.of(batch):
-            for i, policy in enumerate(self.policies):
+        for rows in self.decider.rows(batch):
+            for i, policy in enumerate(self.decider.policies):
                 self.totals[i] += int(policy.decide(rows).n_selected.sum())
         self.rows += batch.num_rows
 

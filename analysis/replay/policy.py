@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 
 from bhlog.analysis.replay.rows import Rows
 from bhlog.capture.contract.errors import InvalidOption
-from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.contract.rule import OPEN, Bounds, Decisions
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
-    """What a policy chose for T rows.
+class Selection:
+    """What a policy selected for T rows.
 
     Attributes:
-        rows: what it was chosen for.
+        rows: what it was selected for.
         n_selected: (T,) int64, after the bounds.
         n_rejected: (T,) int64, before the bounds; None if the policy is no test.
     """
@@ -28,29 +28,38 @@ class Choice:
     n_rejected: NDArray[np.int64] | None
 
     @property
-    def follows_logits(self) -> bool:
-        """Whether experts are chosen by falling logit; else by rising p-value."""
-        return self.n_rejected is None or self.rows.p_follows_logits
+    def by_p(self) -> bool:
+        """Whether experts are chosen by rising p-value, in another order than by falling logit."""
+        return self.n_rejected is not None and not self.rows.p_follows_logits
 
     @cached_property
     def chosen(self) -> NDArray[np.bool_]:
         """(T, E): whether each expert is chosen."""
-        if self.follows_logits:
-            return self.rows.chosen(self.n_selected)
-        return self.rows.chosen_by_p(self.n_selected)
+        return self.rows.chosen(self.n_selected, by_p=self.by_p)
 
     @property
     def out_of_order(self) -> NDArray[np.bool_] | None:
         """The same; None where they are the first n_selected by falling logit."""
-        return None if self.follows_logits else self.chosen
+        return self.chosen if self.by_p else None
+
+    @property
+    def decisions(self) -> Decisions:
+        """The same with the experts in order; n_rejected is 0 if nothing was tested."""
+        n = np.zeros(len(self.rows)) if self.n_rejected is None else self.n_rejected
+        return Decisions(
+            self.rows.order(by_p=self.by_p),
+            self.n_selected.astype(np.uint16),
+            n.astype(np.uint16),
+        )
 
 
 @dataclass(frozen=True)
 class Policy(ABC):
     """A rule that chooses the first `count` experts of each row, between min_k and max_k.
 
-    A family is a file of this folder with a frozen dataclass that sets `name`, `parameter` and
-    `example` and has `count` and `value_at`. The first line of its docstring says what it chooses.
+    A family is a frozen dataclass that sets `name`, `parameter` and `example` and has `count` and
+    `value_at`; the first line of its docstring says what it chooses. It is a file of the folder
+    families, or stands anywhere else: texts name it as soon as it is defined, see registry.
 
     Attributes:
         name: of the family, as in bh:0.3.
@@ -70,7 +79,7 @@ class Policy(ABC):
 
     def __post_init__(self) -> None:
         self.check()
-        BhOptions(min_k=self.min_k or 0, max_k=self.max_k)
+        Bounds(self.min_k or 0, self.max_k)
 
     def check(self) -> None:
         """Raise InvalidOption if a field is out of range."""
@@ -98,31 +107,32 @@ class Policy(ABC):
         """The same policy at another value of its parameter."""
         return replace(self, **{self.parameter: value})  # type: ignore[arg-type]
 
-    def bounds(
-        self, n_experts: int, min_k: int | None = None, max_k: int | None = None
-    ) -> tuple[int, int]:
+    def bounds(self, n_experts: int, given: Bounds = OPEN) -> tuple[int, int]:
         """(min_k, max_k) in force for routers of n_experts experts.
 
         Args:
-            min_k, max_k: where the policy has none of its own; None means 1 and all experts.
+            given: where the policy has none of its own.
 
         Raises:
             InvalidOption: a bound is above n_experts, or min_k above max_k.
         """
-        low = self.min_k if self.min_k is not None else 1 if min_k is None else min_k
-        high = max_k if self.max_k is None else self.max_k
-        return BhOptions(min_k=low, max_k=high).bounds(n_experts)
+        return Bounds(self.min_k, self.max_k).filled(given).resolve(n_experts)
 
-    def decide(self, rows: Rows, *, min_k: int | None = None, max_k: int | None = None) -> Choice:
+    def bounded(self, n_experts: int, given: Bounds = OPEN) -> Self:
+        """The policy with the bounds in force as its own."""
+        low, high = self.bounds(n_experts, given)
+        return replace(self, min_k=low, max_k=high)
+
+    def decide(self, rows: Rows, given: Bounds = OPEN) -> Selection:
         """Choose the experts of each row; see bounds.
 
         A row without a finite logit keeps the experts that were logged.
         """
-        low, high = self.bounds(rows.n_experts, min_k, max_k)
+        low, high = self.bounds(rows.n_experts, given)
         count = self.count(rows).astype(np.int64)
         count[rows.undecided] = 0
         n_selected = rows.n_selected(count, low, high)
-        return Choice(rows, n_selected, count if self.tests else None)
+        return Selection(rows, n_selected, count if self.tests else None)
 
     @property
     def family(self) -> str:

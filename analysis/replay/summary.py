@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from bhlog.analysis.kernels.tally import (
     KEPT,
@@ -17,8 +16,8 @@ from bhlog.analysis.kernels.tally import (
     SUMS,
     tally,
 )
-from bhlog.analysis.replay.ranked import RankedRows
-from bhlog.capture.contract.errors import CorruptShard
+from bhlog.analysis.replay.policy import Selection
+from bhlog.analysis.replay.rows import damaged
 
 
 class LayerSummary:
@@ -50,29 +49,22 @@ class LayerSummary:
         """Mean softmax probability of the chosen experts."""
         return float(self.sums[KEPT] / self.rows)
 
-    def add(
-        self,
-        rows: RankedRows,
-        n_selected: NDArray[np.int64],
-        n_rejected: NDArray[np.int64] | None,
-        chosen: NDArray[np.bool_] | None,
-        *,
-        top_k: int,
-        temperature: float = 1.0,
-    ) -> None:
-        """Count T rows.
+    def add(self, selection: Selection, *, top_k: int, temperature: float = 1.0) -> None:
+        """Count the rows of a selection.
 
         Args:
-            n_selected: (T,).
-            n_rejected: (T,); None if nothing was tested.
-            chosen: (T, E), n_selected of each row; None means the first by falling logit.
+            top_k: experts of the native choice.
             temperature: of the softmax.
+
+        Raises:
+            CorruptShard: experts are logged that cannot be.
         """
+        rows, n_selected, chosen = selection.rows, selection.n_selected, selection.out_of_order
         nothing = np.empty((0, rows.n_experts), dtype=np.bool_)
         try:
             tally(
                 rows.logits,
-                n_selected if n_rejected is None else n_rejected,
+                n_selected if selection.n_rejected is None else selection.n_rejected,
                 n_selected,
                 rows.cuts,
                 nothing if chosen is None else chosen,
@@ -85,10 +77,7 @@ class LayerSummary:
                 self.sums,
             )
         except IndexError as error:
-            raise CorruptShard(
-                f"an expert beyond the {rows.n_experts} of the model is logged, or more experts "
-                "than it has: the log is damaged; bhlog verify names the file"
-            ) from error
+            raise damaged(rows.n_experts) from error
 
     def merge(self, other: "LayerSummary") -> None:
         """Add the rows of another summary."""

@@ -6,24 +6,20 @@ at every alpha of the grid, exactly as replay would count it, and with it the me
 under any bounds.
 """
 
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from bhlog.analysis.fold import Progress, Scope, fold
-from bhlog.analysis.log import Log, layer_of, logits_of
+from bhlog.analysis.sweep import profile_file
 from bhlog.analysis.sweep.budget import share_budget
-from bhlog.analysis.sweep.critical import MOST_ALPHAS, ONE, Counted, CriticalAlphas
-from bhlog.capture.contract.errors import CorruptProfile, InvalidOption, KdeMismatch
-from bhlog.capture.contract.null.model import KdeModel
+from bhlog.analysis.sweep.critical import ONE
+from bhlog.capture.contract.errors import CorruptProfile, InvalidOption
+from bhlog.capture.contract.rule import OPEN, Bounds
 
 # 200 alphas a decade below 0.01, then steps of 0.001: the resolution of alpha_for
 GRID = tuple(
@@ -44,6 +40,8 @@ class Profile:
         source: ids of the runs that were counted.
         kde_sha256: of the null model, as in run.json.
         where: the condition that the counted rows match; None for all rows.
+        bounds: of the runs, which apply where a question leaves min_k or max_k out; open ones are 1
+            and all experts. None: they differ between the runs, and every question must give both.
     """
 
     alphas: NDArray[np.float64]
@@ -52,13 +50,16 @@ class Profile:
     kde_sha256: str
     where: str | None = None
     kept: dict[int, NDArray[np.int64]] | None = None
+    bounds: Bounds | None = OPEN
 
     def __post_init__(self) -> None:
         J = len(self.alphas)
-        if not _rising(self.alphas):
+        if not rising(self.alphas):
             raise CorruptProfile("alphas must rise inside (0, 1)")
         if not self.counts:
             raise CorruptProfile("a profile needs at least one layer")
+        if self.bounds is not None:
+            self.bounds.resolve(self.n_experts)  # checks them
         for layer, counts in self.counts.items():
             if counts.ndim != 2 or counts.shape != (self.n_experts, J + 1):
                 raise CorruptProfile(
@@ -93,7 +94,7 @@ class Profile:
         self,
         alpha: float | Mapping[int, float],
         *,
-        min_k: int = 1,
+        min_k: int | None = None,
         max_k: int | None = None,
         layer: int | None = None,
     ) -> float:
@@ -103,9 +104,11 @@ class Profile:
 
         Args:
             alpha: one for all layers, or by layer, as alphas_for gives them.
+            min_k, max_k: bounds; None is as in the runs, see `bounds`. n_experts for max_k is none.
 
         Raises:
-            InvalidOption: alpha is below the grid, there is no such layer, or bounds are wrong.
+            InvalidOption: alpha is below the grid, there is no such layer, bounds are wrong, or
+                they differ between the runs and are not given.
         """
         if not isinstance(alpha, Mapping):
             return float(self.curve(min_k=min_k, max_k=max_k, layer=layer)[self._place(alpha)])
@@ -118,7 +121,7 @@ class Profile:
         self,
         alpha: float | Mapping[int, float],
         *,
-        min_k: int = 1,
+        min_k: int | None = None,
         max_k: int | None = None,
         layer: int | None = None,
     ) -> float:
@@ -140,7 +143,7 @@ class Profile:
         self,
         mean_experts: float,
         *,
-        min_k: int = 1,
+        min_k: int | None = None,
         max_k: int | None = None,
         layer: int | None = None,
     ) -> float:
@@ -154,7 +157,7 @@ class Profile:
         return float(self.alphas[np.searchsorted(curve, mean_experts, side="left")])
 
     def alphas_for(
-        self, mean_experts: float, *, min_k: int = 1, max_k: int | None = None
+        self, mean_experts: float, *, min_k: int | None = None, max_k: int | None = None
     ) -> dict[int, float]:
         """An alpha for each layer: together they give at least this many experts per token.
 
@@ -176,7 +179,7 @@ class Profile:
         return dict(zip(self.layers, self.alphas[places].tolist(), strict=True))
 
     def frame(
-        self, alphas: Sequence[float], *, min_k: int = 1, max_k: int | None = None
+        self, alphas: Sequence[float], *, min_k: int | None = None, max_k: int | None = None
     ) -> pl.DataFrame:
         """A row per alpha: mean experts of every layer (layer_0, ...) and over all (overall)."""
         places = [self._place(alpha) for alpha in alphas]
@@ -189,41 +192,47 @@ class Profile:
         return pl.DataFrame({"alpha": pl.Series(alphas, dtype=pl.Float64), **columns})
 
     def curve(
-        self, *, min_k: int = 1, max_k: int | None = None, layer: int | None = None
+        self, *, min_k: int | None = None, max_k: int | None = None, layer: int | None = None
     ) -> NDArray[np.float64]:
         """(J,) mean n_selected at each alpha of the grid, of one layer or over all (None).
 
         Raises:
             InvalidOption: there is no such layer, or bounds are wrong.
         """
-        high = self._checked(min_k, max_k, layer)
+        low, high = self._checked(min_k, max_k, layer)
         selected, rows = self._selected[layer]
-        return np.asarray(min_k + (selected[high] - selected[min_k]) / max(1, rows))
+        return np.asarray(low + (selected[high] - selected[low]) / max(1, rows))
 
-    def _kept_curve(self, min_k: int, max_k: int | None, layer: int) -> NDArray[np.float64]:
+    def _kept_curve(self, min_k: int | None, max_k: int | None, layer: int) -> NDArray[np.float64]:
         """(J,) mean probability kept at each alpha of the grid."""
         if self.kept is None:
             raise InvalidOption(
                 "this profile did not count the probability that experts keep; make it anew: "
                 "log.profile(kept=True) or bhlog sweep RUN --kept"
             )
-        high = self._checked(min_k, max_k, layer)
+        low, high = self._checked(min_k, max_k, layer)
         by_rank = self.kept[layer]
-        always = by_rank[:min_k].sum()
-        reached = np.cumsum(by_rank[min_k:high, :-1].sum(axis=0))
+        always = by_rank[:low].sum()
+        reached = np.cumsum(by_rank[low:high, :-1].sum(axis=0))
         return np.asarray((always + reached) / (ONE * max(1, self.rows(layer))))
 
-    def _checked(self, min_k: int, max_k: int | None, layer: int | None) -> int:
-        """max_k as a number; InvalidOption if a bound is wrong or there is no such layer."""
+    def _checked(self, min_k: int | None, max_k: int | None, layer: int | None) -> tuple[int, int]:
+        """The bounds in force; InvalidOption if one is wrong or there is no such layer."""
         E = self.n_experts
-        high = E if max_k is None else max_k
-        if not 0 <= min_k <= high <= E or high < 1:
-            raise InvalidOption(f"bounds must be 0 <= min_k <= max_k <= {E}, got {min_k}, {high}")
+        low, high = (1, E) if self.bounds is None else self.bounds.resolve(E)
+        if self.bounds is None and (min_k is None or max_k is None):
+            raise InvalidOption(
+                "the runs of this profile have different bounds: give both, --min-k and --max-k "
+                "(min_k= and max_k= in Python)"
+            )
+        low, high = low if min_k is None else min_k, high if max_k is None else max_k
+        if not 0 <= low <= high <= E or high < 1:
+            raise InvalidOption(f"bounds must be 0 <= min_k <= max_k <= {E}, got {low}, {high}")
         if layer is not None and layer not in self.counts:
             raise InvalidOption(
                 f"no layer {layer} in the profile; it has {', '.join(map(str, self.layers))}"
             )
-        return high
+        return low, high
 
     @cached_property
     def _selected(self) -> dict[int | None, tuple[NDArray[np.int64], int]]:
@@ -239,7 +248,8 @@ class Profile:
         return found
 
     def merge(self, other: "Profile") -> "Profile":
-        """The profile of the rows of both; it keeps probabilities if both do.
+        """The profile of the rows of both; it keeps probabilities if both do, and bounds if they
+        are the same.
 
         Raises:
             InvalidOption: their grids, experts, null models or conditions differ, or both count the
@@ -270,7 +280,13 @@ class Profile:
             self.kde_sha256,
             self.where,
             kept,
+            self.bounds if self._same_bounds(other) else None,
         )
+
+    def _same_bounds(self, other: "Profile") -> bool:
+        if self.bounds is None or other.bounds is None:
+            return False
+        return self.bounds.resolve(self.n_experts) == other.bounds.resolve(self.n_experts)
 
     def save(self, path: str | Path) -> None:
         """Write the profile as Parquet, whole or not at all; see bhlog.analysis.sweep.profile_file.
@@ -278,9 +294,10 @@ class Profile:
         Raises:
             InvalidOption: the file cannot be written there.
         """
-        from bhlog.analysis.sweep.profile_file import save_profile
-
-        save_profile(self, path)
+        facts = profile_file.Facts(
+            self.n_experts, self.alphas, self.source, self.kde_sha256, self.where, self.bounds
+        )
+        profile_file.write(path, facts, self.counts, self.kept)
 
     @classmethod
     def load(cls, path: str | Path) -> "Profile":
@@ -289,9 +306,26 @@ class Profile:
         Raises:
             CorruptProfile: it is not there, not a profile, or breaks an invariant.
         """
-        from bhlog.analysis.sweep.profile_file import load_profile
-
-        return load_profile(path)
+        facts, counts, kept, rows = profile_file.read(path)
+        try:
+            profile = cls(
+                facts.alphas,
+                counts,
+                facts.source,
+                facts.kde_sha256,
+                facts.where,
+                kept,
+                facts.bounds,
+            )
+            for layer, n in rows.items():
+                if n != profile.rows(layer):
+                    raise CorruptProfile(
+                        f"layer {layer}: counts {profile.rows(layer)} rows, but says rows = {n}"
+                    )
+        except (CorruptProfile, InvalidOption) as error:
+            raise CorruptProfile(f"{path}: {error}") from error
+        profile._selected  # noqa: B018 - sums up now what every answer needs
+        return profile
 
     def _place(self, alpha: float) -> int:
         """The last alpha of the grid up to this one."""
@@ -312,111 +346,6 @@ class Profile:
             )
 
 
-def profile_log(
-    log: Log,
-    kde: KdeModel | None = None,
-    *,
-    alphas: Sequence[float] = GRID,
-    kept: bool = False,
-    layers: Iterable[int] | None = None,
-    where: str | None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> Profile:
-    """Profile of a log under a null model; None takes the run's own.
-
-    Rows without a finite logit are left out: the rule does not decide them.
-
-    Args:
-        alphas: the grid.
-        kept: whether to count the probability kept too, for probability_kept and alphas_for.
-        layers, where, threads, progress: which rows, and how they are read; see Scope.
-
-    Raises:
-        KdeMismatch: no null model, one for other layers, or one with a curve per expert.
-        InvalidOption: alphas are not rising inside (0, 1), or there are too many.
-    """
-    grid = np.asarray(alphas, dtype=np.float64)
-    if not _rising(grid) or len(grid) > MOST_ALPHAS:
-        raise InvalidOption(f"alphas must rise inside (0, 1), at most {MOST_ALPHAS:,} of them")
-    model = log.null_model(kde)
-    if not model.pooled:
-        raise KdeMismatch(
-            "a profile needs a null model pooled over experts; this one has a curve per expert, "
-            "for which replay answers: bhlog replay RUN --alpha A"
-        )
-
-    @cache
-    def critical(layer: int) -> CriticalAlphas:
-        thresholds = model[layer].curves[0].threshold_grid(grid, log.n_experts)
-        return CriticalAlphas(np.ascontiguousarray(thresholds.T))
-
-    total = _Total()
-    fold(
-        log,
-        lambda: _Counts(total, critical, kept),
-        ("layer", "logits"),
-        Scope(layers, where, threads=threads, progress=progress),
-    )
-    if not total.layers:
-        raise InvalidOption(f"{log.path}: no rows to count" + (f" where {where}" if where else ""))
-    sha256 = model.sha256
-    found = sorted(total.layers.items())
-    return Profile(
-        grid,
-        {layer: counted.rows for layer, counted in found},
-        (log.manifest.run_id,),
-        sha256,
-        where,
-        {i: c.kept for i, c in found if c.kept is not None} if kept else None,
-    )
-
-
-class _Total:
-    """Rows by layer, rank and critical alpha.
-
-    One serves all threads, since it is large and sums of integers commute.
-    """
-
-    def __init__(self) -> None:
-        self.layers: dict[int, Counted] = {}
-        self._lock = threading.Lock()
-
-    def add(self, layer: int, counted: Counted) -> None:
-        with self._lock:
-            before = self.layers.get(layer)
-            self.layers[layer] = counted if before is None else before + counted
-
-
-class _Counts:
-    """Counts one layer at a time, and adds it to the total when another one comes."""
-
-    def __init__(
-        self, total: _Total, critical: Callable[[int], CriticalAlphas], kept: bool
-    ) -> None:
-        self._total, self._critical, self._kept = total, critical, kept
-        self._layer = -1
-        self._counted: Counted | None = None
-
-    def update(self, batch: pa.RecordBatch) -> None:
-        layer = layer_of(batch)
-        if layer != self._layer:
-            self.hand_over()
-            self._layer = layer
-        self._counted = self._critical(layer).count(
-            logits_of(batch), weigh=self._kept, into=self._counted
-        )
-
-    def hand_over(self) -> None:
-        """Add what was counted to the total."""
-        if self._counted is not None:
-            self._total.add(self._layer, self._counted)
-            self._counted = None
-
-    def merge(self, other: Self) -> None:
-        other.hand_over()
-
-
 def _sum(
     a: Mapping[int, NDArray[np.int64]], b: Mapping[int, NDArray[np.int64]]
 ) -> dict[int, NDArray[np.int64]]:
@@ -426,7 +355,7 @@ def _sum(
     }
 
 
-def _rising(alphas: NDArray[np.float64]) -> bool:
+def rising(alphas: NDArray[np.float64]) -> bool:
     """Whether alphas rise inside (0, 1); not if there are none, or NaN."""
     inside = len(alphas) > 0 and alphas[0] > 0 and alphas[-1] < 1
     return bool(inside and np.all(np.diff(alphas) > 0))

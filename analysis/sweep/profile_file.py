@@ -10,10 +10,16 @@
 | source | ids of the runs |
 | kde_sha256 | of the null model |
 | where | the condition that the rows match; null for all rows |
+
+Beside the version, the metadata holds the bounds of the runs as JSON: {"min_k": 2, "max_k": null},
+where null is 1 or all experts, or null alone if they differ between the runs. An older file lacks
+them: 1 and all experts.
 """
 
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +28,8 @@ from numpy.typing import NDArray
 
 from bhlog.capture.contract.errors import CorruptProfile, InvalidOption
 from bhlog.capture.contract.files import whole_file
+from bhlog.capture.contract.rule import Bounds
 from bhlog.capture.contract.schema import list_type
-
-if TYPE_CHECKING:
-    from bhlog.analysis.sweep.profile import Profile
 
 PROFILE_SCHEMA_VERSION = 1
 
@@ -43,10 +47,28 @@ SCHEMA = pa.schema(
     ]
 )
 _VERSION = b"bhlog.profile_schema_version"
+_BOUNDS = b"bhlog.bounds"
+
+Counts = dict[int, NDArray[np.int64]]
 
 
-def save_profile(profile: "Profile", path: str | Path) -> None:
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What a profile is of; see Profile for what each is."""
+
+    n_experts: int
+    alphas: NDArray[np.float64]
+    source: tuple[str, ...]
+    kde_sha256: str
+    where: str | None
+    bounds: Bounds | None
+
+
+def write(path: str | Path, facts: Facts, counts: Counts, kept: Counts | None) -> None:
     """Write a profile under a temporary name, sync it, rename it.
+
+    Args:
+        counts, kept: (E, J + 1) by layer.
 
     Raises:
         InvalidOption: the file cannot be written there.
@@ -55,18 +77,21 @@ def save_profile(profile: "Profile", path: str | Path) -> None:
     rows = [
         {
             "layer": layer,
-            "n_experts": profile.n_experts,
-            "rows": profile.rows(layer),
-            "alphas": profile.alphas,
-            "counts": counts.ravel(),
-            "kept": None if profile.kept is None else profile.kept[layer].ravel(),
-            "source": profile.source,
-            "kde_sha256": profile.kde_sha256,
-            "where": profile.where,
+            "n_experts": facts.n_experts,
+            "rows": int(of_layer[0].sum()),
+            "alphas": facts.alphas,
+            "counts": of_layer.ravel(),
+            "kept": None if kept is None else kept[layer].ravel(),
+            "source": facts.source,
+            "kde_sha256": facts.kde_sha256,
+            "where": facts.where,
         }
-        for layer, counts in profile.counts.items()
+        for layer, of_layer in counts.items()
     ]
-    schema = SCHEMA.with_metadata({_VERSION: str(PROFILE_SCHEMA_VERSION)})
+    bounds = None if facts.bounds is None else asdict(facts.bounds)
+    schema = SCHEMA.with_metadata(
+        {_VERSION: str(PROFILE_SCHEMA_VERSION), _BOUNDS: json.dumps(bounds)}
+    )
     try:
         with whole_file(path) as file:
             pq.write_table(pa.Table.from_pylist(rows, schema=schema), file, compression="zstd")
@@ -74,14 +99,12 @@ def save_profile(profile: "Profile", path: str | Path) -> None:
         raise InvalidOption(f"{path}: cannot write a profile ({error.strerror})") from error
 
 
-def load_profile(path: str | Path) -> "Profile":
-    """Read a profile file.
+def read(path: str | Path) -> tuple[Facts, Counts, Counts | None, dict[int, int]]:
+    """Read a profile file: facts, counts and probability kept by layer, and the rows it says.
 
     Raises:
-        CorruptProfile: it is not there, not a profile file, or breaks an invariant.
+        CorruptProfile: it is not there, or not a profile file.
     """
-    from bhlog.analysis.sweep.profile import Profile
-
     try:
         with pq.ParquetFile(pa.BufferReader(Path(path).read_bytes())) as file:
             # one of Arrow's threads would end the process if it let go of the bytes at exit
@@ -93,7 +116,8 @@ def load_profile(path: str | Path) -> "Profile":
         ) from error
     except pa.ArrowException as error:
         raise CorruptProfile(f"{path}: not a profile file: {str(error).splitlines()[0]}") from error
-    version = (table.schema.metadata or {}).get(_VERSION, b"").decode(errors="replace")
+    metadata = table.schema.metadata or {}
+    version = metadata.get(_VERSION, b"").decode(errors="replace")
     if table.schema.remove_metadata() != SCHEMA:
         raise CorruptProfile(
             f"{path}: columns are {', '.join(table.column_names)}; "
@@ -105,39 +129,44 @@ def load_profile(path: str | Path) -> "Profile":
             f"{PROFILE_SCHEMA_VERSION}; make it anew with: bhlog sweep RUN --save FILE"
         )
     try:
-        return _profile(table, Profile)
-    except CorruptProfile as error:
+        return _parts(table, _bounds(metadata))
+    except (CorruptProfile, InvalidOption) as error:
         raise CorruptProfile(f"{path}: {error}") from error
 
 
-def _profile(table: pa.Table, make: type["Profile"]) -> "Profile":
+def _bounds(metadata: dict[bytes, bytes]) -> Bounds | None:
+    """The bounds of the runs; those of an older file are open."""
+    try:
+        found: Any = json.loads(metadata.get(_BOUNDS, b"{}"))
+        bounds = None if found is None else Bounds(**found)
+    except (ValueError, TypeError) as error:
+        raise CorruptProfile(f"bounds are {metadata[_BOUNDS]!r}") from error
+    for bound in () if bounds is None else (bounds.min_k, bounds.max_k):
+        if not (bound is None or type(bound) is int):
+            raise CorruptProfile(f"bounds are {metadata[_BOUNDS]!r}")
+    return bounds
+
+
+def _parts(
+    table: pa.Table, bounds: Bounds | None
+) -> tuple[Facts, Counts, Counts | None, dict[int, int]]:
     for name in ("n_experts", "alphas", "source", "kde_sha256", "where"):
         if len({str(value) for value in table[name].to_pylist()}) > 1:
             raise CorruptProfile(f"its layers differ in {name}")
     layers = table["layer"].to_pylist()
     if not layers or sorted(set(layers)) != layers:
         raise CorruptProfile(f"expected a row per layer, rising, got layers {layers}")
-    facts = table.slice(0, 1).to_pylist()[0]
-    alphas, E = np.array(facts["alphas"], dtype=np.float64), facts["n_experts"]
+    first = table.slice(0, 1).to_pylist()[0]
+    alphas, E = np.array(first["alphas"], dtype=np.float64), first["n_experts"]
     if E < 1:
         raise CorruptProfile(f"n_experts is {E}")
     counts = _matrices(table, "counts", E, len(alphas) + 1)
     kept = None if table["kept"].null_count else _matrices(table, "kept", E, len(alphas) + 1)
-    profile = make(
-        alphas, counts, tuple(facts["source"]), facts["kde_sha256"], facts["where"], kept
-    )
-    for layer, rows in zip(layers, table["rows"].to_pylist(), strict=True):
-        if rows != profile.rows(layer):
-            raise CorruptProfile(
-                f"layer {layer}: counts {profile.rows(layer)} rows, but says rows = {rows}"
-            )
-    profile.curve()  # sums up now what every answer needs
-    return profile
+    facts = Facts(E, alphas, tuple(first["source"]), first["kde_sha256"], first["where"], bounds)
+    return facts, counts, kept, dict(zip(layers, table["rows"].to_pylist(), strict=True))
 
 
-def _matrices(
-    table: pa.Table, column: str, n_rows: int, n_columns: int
-) -> dict[int, NDArray[np.int64]]:
+def _matrices(table: pa.Table, column: str, n_rows: int, n_columns: int) -> Counts:
     """The lists of a column as matrices, by layer."""
     found = {}
     for layer, values in zip(table["layer"].to_pylist(), table[column], strict=True):

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from bhlog.analysis.fold import Progress, Scope, fold
 from bhlog.analysis.log import Log, layer_of, logits_of
-from bhlog.analysis.replay.replay import COLUMNS, Replay, padded_experts
+from bhlog.analysis.replay.decide import COLUMNS, Decider, decider_of
+from bhlog.analysis.verify.rows import padded_experts
 from bhlog.capture.contract.rule import finite_keys
 
 
@@ -27,13 +28,13 @@ def verify_replay(log: Log, progress: Progress | None = None) -> pl.DataFrame:
         InvalidOption: the run's experts are not decided by its logits alone.
     """
     options = log.manifest.routing.options
-    rule = None if options is None else Replay(log, [options])
+    decider = None if options is None else decider_of(log, [options])
     total = fold(
         log,
-        lambda: _Comparison(rule, log.manifest.model.top_k),
+        lambda: _Comparison(decider, log.manifest.model.top_k),
         ("layer", "sequence", "position", *COLUMNS[1:], "n_selected", "n_rejected"),
         Scope(progress=progress),
-        whole_groups=rule is not None and rule.empirical,
+        whole_groups=decider is not None and decider.empirical,
     )
     rows = [
         {"layer": layer, "rows": n, "mismatches": wrong, "first": first}
@@ -46,21 +47,21 @@ def verify_replay(log: Log, progress: Progress | None = None) -> pl.DataFrame:
 class _Comparison:
     """Counts rows whose replayed decision differs from the logged one."""
 
-    def __init__(self, rule: Replay | None, top_k: int) -> None:
-        self.rule, self.top_k = rule, top_k
+    def __init__(self, decider: Decider | None, top_k: int) -> None:
+        self.decider, self.top_k = decider, top_k
         self.layers: dict[int, tuple[int, int, str | None]] = {}
 
     def update(self, batch: pa.RecordBatch) -> None:
         n = batch.column("n_selected").to_numpy()
         logged = padded_experts(batch.column("experts"), self.width(batch))
-        if self.rule is None:
+        if self.decider is None:
             wrong = self._native(batch, logged)
         else:
-            mine = self.rule.decide(batch)
+            (mine,) = self.decider.decide(batch)
             slots = np.arange(logged.shape[1]) < n[:, None]
             wrong = (
-                (mine.n_selected[0] != n)
-                | (mine.n_rejected[0] != batch.column("n_rejected").to_numpy())
+                (mine.n_selected != n)
+                | (mine.n_rejected != batch.column("n_rejected").to_numpy())
                 | ((mine.order[:, : logged.shape[1]] != logged) & slots).any(axis=1)
             )
         first = None

@@ -7,7 +7,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from bhlog.analysis.log import Log, logits_of
-from bhlog.analysis.replay.replay import padded_experts
 from bhlog.capture.contract.rule import finite_keys, no_finite_logit
 
 
@@ -73,3 +72,11 @@ def _checks(
 
 def _valid(column: pa.Array) -> NDArray[np.bool_]:
     return np.asarray(column.is_valid())
+
+
+def padded_experts(experts: pa.ListArray, width: int) -> NDArray[np.uint16]:
+    """(T, width) uint16: the lists of a column side by side, 0 beyond their ends."""
+    lengths = experts.value_lengths().to_numpy(zero_copy_only=False)
+    result = np.zeros((len(experts), width), dtype=np.uint16)
+    result[np.arange(width) < lengths[:, None]] = experts.flatten().to_numpy()
+    return result

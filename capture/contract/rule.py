@@ -19,6 +19,57 @@ RENORMALIZE: dict[str, Renormalize] = {"model": "model", "yes": True, "no": Fals
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """Fewest and most experts of a token, as asked for.
+
+    Attributes:
+        min_k: at least 0; None leaves it open.
+        max_k: at least 1 and at least min_k; None leaves it open.
+
+    What is open is as in the run, where there is one, and else 1 and all experts.
+    """
+
+    min_k: int | None = None
+    max_k: int | None = None
+
+    def __post_init__(self) -> None:
+        low = 1 if self.min_k is None else self.min_k
+        if low < 0:
+            raise InvalidOption(f"min_k must be at least 0, got {low}")
+        if self.max_k is not None and self.max_k < max(1, low):
+            raise InvalidOption(
+                f"max_k must be at least 1 and at least min_k ({low}), got {self.max_k}"
+            )
+
+    def resolve(self, n_experts: int) -> tuple[int, int]:
+        """(min_k, max_k) for routers of n_experts experts; what is open is 1 and all of them.
+
+        Raises:
+            InvalidOption: a bound is above n_experts.
+        """
+        low = 1 if self.min_k is None else self.min_k
+        high = n_experts if self.max_k is None else self.max_k
+        for name, bound in (("min_k", low), ("max_k", high)):
+            if bound > n_experts:
+                raise InvalidOption(f"{name} is {bound}, but the model has {n_experts} experts")
+        return low, high
+
+    def filled(self, other: "Bounds") -> "Bounds":
+        """The same, with another's where they are open.
+
+        Raises:
+            InvalidOption: together they leave no number of experts.
+        """
+        return Bounds(
+            other.min_k if self.min_k is None else self.min_k,
+            other.max_k if self.max_k is None else self.max_k,
+        )
+
+
+OPEN = Bounds()
+
+
+@dataclass(frozen=True)
 class BhOptions:
     """Settings of BH routing.
 
@@ -43,12 +94,7 @@ class BhOptions:
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
             raise InvalidOption(f"alpha must be between 0 and 1, got {self.alpha}")
-        if self.min_k < 0:
-            raise InvalidOption(f"min_k must be at least 0, got {self.min_k}")
-        if self.max_k is not None and self.max_k < max(1, self.min_k):
-            raise InvalidOption(
-                f"max_k must be at least 1 and at least min_k ({self.min_k}), got {self.max_k}"
-            )
+        Bounds(self.min_k, self.max_k)  # checks them
         if not (np.isfinite(self.temperature) and self.temperature > 0):
             raise InvalidOption(f"temperature must be above 0, got {self.temperature}")
         if self.renormalize not in (True, False, "model"):
@@ -64,11 +110,7 @@ class BhOptions:
         Raises:
             InvalidOption: a bound is above n_experts.
         """
-        max_k = n_experts if self.max_k is None else self.max_k
-        for name, bound in (("min_k", self.min_k), ("max_k", max_k)):
-            if bound > n_experts:
-                raise InvalidOption(f"{name} is {bound}, but the model has {n_experts} experts")
-        return self.min_k, max_k
+        return Bounds(self.min_k, self.max_k).resolve(n_experts)
 
     def check_null(self, kde: object | None) -> None:
         """Check that there is a null model where p-values come from one, and only there.
@@ -145,6 +187,26 @@ def count_rejected(
     return last_passing(sorted_keys >= thresholds).astype(np.uint16)
 
 
+def count_rejected_by_expert(
+    keys: NDArray[np.float32], thresholds: NDArray[np.float32]
+) -> NDArray[np.uint16]:
+    """n_rejected of each row: the largest k such that k experts reach their own t_{k,i}.
+
+    Args:
+        keys: (T, E) float32, non-finite logits as -inf.
+        thresholds: (E, E) float32, t_{k,i}: rank k along the first axis, expert i along the second.
+    """
+    T, E = keys.shape
+    reached = np.empty((T, E), dtype=np.int64)  # smallest rank whose threshold is reached
+    for expert in range(E):
+        falling = thresholds[:, expert]
+        reached[:, expert] = np.searchsorted(-falling, -keys[:, expert], side="left")
+    reached += (E + 1) * np.arange(T)[:, None]
+    n_reached = np.bincount(reached.ravel(), minlength=T * (E + 1)).reshape(T, E + 1)
+    passes = np.cumsum(n_reached[:, :E], axis=1) >= np.arange(1, E + 1)
+    return last_passing(passes).astype(np.uint16)
+
+
 def decide(
     logits: NDArray[np.float32], thresholds: NDArray[np.float32], *, min_k: int, max_k: int
 ) -> Decisions:
@@ -187,15 +249,7 @@ def decide_by_expert(
         min_k, max_k: bounds on experts per row.
     """
     keys = finite_keys(logits)
-    E = keys.shape[1]
-    reached = np.empty(keys.shape, dtype=np.int64)  # smallest rank whose threshold is reached
-    for expert in range(E):
-        falling = thresholds[:, expert]
-        reached[:, expert] = np.searchsorted(-falling, -keys[:, expert], side="left")
-    n_reached = np.zeros((len(keys), E + 1), dtype=np.int64)
-    np.add.at(n_reached, (np.arange(len(keys))[:, None], reached), 1)
-    passes = np.cumsum(n_reached[:, :E], axis=1) >= np.arange(1, E + 1)
-    n_rejected = last_passing(passes).astype(np.uint16)
+    n_rejected = count_rejected_by_expert(keys, thresholds)
     return _bounded(p_value_order(keys, p), n_rejected, keys, min_k, max_k)
 
 

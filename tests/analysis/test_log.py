@@ -85,6 +85,8 @@ def test_layers_and_a_condition_choose_rows(run):
     ]
     assert seen.rows == [{name: row[name] for name in seen.rows[0]} for row in expected]
     assert fold(log, Seen, COLUMNS, Scope(where="position > 100")).rows == []
+    twice = Scope(where="position > 3 AND position < 5")
+    assert {row["position"] for row in fold(log, Seen, COLUMNS, twice).rows} == {4}
 
 
 @pytest.mark.parametrize(

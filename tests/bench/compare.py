@@ -27,9 +27,10 @@ import pyarrow as pa
 from bhlog.analysis.fold import Scope, fold
 from bhlog.analysis.log import Log, open_log
 from bhlog.analysis.null.estimate import fit_kde
-from bhlog.analysis.replay.compare import compare
-from bhlog.analysis.replay.families import Policy, families, parse_policy
+from bhlog.analysis.replay.comparison import compare
 from bhlog.analysis.replay.match import match_experts
+from bhlog.analysis.replay.policy import Policy
+from bhlog.analysis.replay.registry import families, parse_policy
 from bhlog.capture.contract.null.model import KdeModel
 from tests.synthetic import write_run
 
@@ -76,7 +77,7 @@ def log_of(folder: Path, rows: int, cdfs: Any) -> tuple[Log, KdeModel]:
 def peak_mib(run: str, null: str, policies: list[Policy], threads: int) -> float:
     """Peak RSS in MiB of this process, after a comparison and a match."""
     log, kde = open_log(run), KdeModel.load(null)
-    compare(log, policies, kde=kde, threads=threads)
+    compare(log, policies, kde=kde, scope=Scope(threads=threads))
     match_experts(log, policies, EXPERTS + 0.5, kde=kde)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -88,11 +89,11 @@ def measure(folder: Path, rows: int, cdfs: Any, threads: int, repeats: int) -> d
     works: dict[str, Callable[[], Any]] = {
         "read logits": lambda: fold(log, Reading, ["logits"], Scope(threads=threads)),
         "match": lambda: match_experts(log, open_policies, EXPERTS, kde=kde),
-        "all": lambda: compare(log, policies, kde=kde, threads=threads),
+        "all": lambda: compare(log, policies, kde=kde, scope=Scope(threads=threads)),
     }
     for policy in policies:
         works[policy.name] = lambda p=policy: compare(  # type: ignore[misc]
-            log, [p], kde=kde, threads=threads
+            log, [p], kde=kde, scope=Scope(threads=threads)
         )
     taken: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):

@@ -33,9 +33,12 @@ from torch import Tensor
 
 from bhlog.analysis.log import Log, layer_of, logits_of, open_log
 from bhlog.analysis.null.estimate import fit_kde
-from bhlog.analysis.replay.replay import Replay, replay, settings_of
+from bhlog.analysis.replay.comparison import replay
+from bhlog.analysis.replay.decide import Decider, decider_of
+from bhlog.analysis.replay.settings import settings_of
 from bhlog.analysis.sweep.critical import CriticalAlphas
-from bhlog.analysis.sweep.profile import GRID, Profile, profile_log
+from bhlog.analysis.sweep.profile import GRID, Profile
+from bhlog.analysis.sweep.profiling import profile_log
 from bhlog.capture.contract.null.model import KdeModel, NullCurve
 from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import write_run
@@ -121,11 +124,12 @@ def torch_bh(logits: Tensor, x0: float, dx: float, tail: Tensor, alphas: Sequenc
     return count
 
 
-def ours_one(rule: Replay, batches: list[pa.RecordBatch]) -> NDArray[np.integer]:
+def ours_one(decider: Decider, batches: list[pa.RecordBatch]) -> NDArray[np.integer]:
     """(T,) experts of each row, and which they are."""
 
     def decide(batch: pa.RecordBatch) -> NDArray[np.integer]:
-        return np.concatenate([c[0].n_selected for _, c in rule.choices(batch)])
+        (policy,) = decider.policies
+        return np.concatenate([policy.decide(rows).n_selected for rows in decider.rows(batch)])
 
     with ThreadPoolExecutor(THREADS) as pool:
         return np.concatenate(list(pool.map(decide, batches)))
@@ -146,15 +150,15 @@ def against_torch(log: Log, kde: KdeModel, repeats: int) -> dict[str, Any]:
     null = curve.x0, curve.dx, torch.tensor(curve.tail, dtype=torch.float32)
     half = -(-batch.num_rows // THREADS)
     batches = [batch.slice(start, half) for start in range(0, batch.num_rows, half)]
-    rule = Replay(log, settings_of(log, [ALPHA]), kde)
+    decider = decider_of(log, settings_of(log, [ALPHA]), kde)
     grid = curve.threshold_grid(np.array(ALPHAS), E)
     critical = CriticalAlphas(np.ascontiguousarray(grid.T))
     # float32 p-values of the peer are near, not equal
-    near = torch_bh(logits, *null, [ALPHA]).numpy() == ours_one(rule, batches)
+    near = torch_bh(logits, *null, [ALPHA]).numpy() == ours_one(decider, batches)
     times = timed(
         {
             "torch": lambda: torch_bh(logits, *null, ALPHAS[:PEER_ALPHAS]),
-            "one": lambda: ours_one(rule, batches),
+            "one": lambda: ours_one(decider, batches),
             "hundred": lambda: ours_all(critical, batches),
         },
         repeats,

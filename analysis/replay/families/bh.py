@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from bhlog.analysis.replay.policy import Policy, unit_value
 from bhlog.analysis.replay.rows import Rows
-from bhlog.capture.contract.rule import critical_values, decide_by_expert, last_passing
+from bhlog.capture.contract.rule import count_rejected_by_expert, critical_values, last_passing
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,5 @@ def step_up(rows: Rows, alpha: float) -> NDArray[np.integer]:
     if rows.p_follows_logits:
         return rows.step_up(rows.thresholds(alpha), 0, rows.n_experts)[0]
     if rows.null is not None:
-        thresholds = rows.thresholds(alpha)
-        E = rows.n_experts
-        return decide_by_expert(rows.keys, thresholds, rows.p, min_k=0, max_k=E).n_rejected
+        return count_rejected_by_expert(rows.keys, rows.thresholds(alpha))
     return last_passing(rows.sorted_p <= critical_values(alpha, rows.n_experts))

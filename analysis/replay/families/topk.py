@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from bhlog.analysis.replay.policy import Policy
 from bhlog.analysis.replay.rows import Rows
 from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.rule import OPEN, Bounds
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,10 @@ class TopK(Policy):
     def count(self, rows: Rows) -> NDArray[np.integer]:
         return np.full(len(rows), self.k)
 
-    def bounds(
-        self, n_experts: int, min_k: int | None = None, max_k: int | None = None
-    ) -> tuple[int, int]:
+    def bounds(self, n_experts: int, given: Bounds = OPEN) -> tuple[int, int]:
         if self.k > n_experts:
             raise InvalidOption(f"k is {self.k}, but the model has {n_experts} experts")
-        return super().bounds(n_experts, min_k, max_k)
+        return super().bounds(n_experts, given)
 
     @staticmethod
     def value_at(position: float, n_experts: int) -> float:

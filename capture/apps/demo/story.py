@@ -119,9 +119,11 @@ def _what_if(native: "Log", reruns: "dict[float, Log]", kde: KdeModel) -> "pl.Da
     """A row per alpha: what replay says of the native log, and what rerunning gave."""
     import polars as pl
 
-    from bhlog.analysis.replay.replay import replay, settings_of
+    from bhlog.analysis.replay.comparison import replay
+    from bhlog.analysis.replay.settings import settings_of
+    from bhlog.capture.contract.rule import Bounds
 
-    settings = settings_of(native, ALPHAS, max_k=MAX_K)
+    settings = settings_of(native, ALPHAS, bounds=Bounds(max_k=MAX_K))
     summary = replay(native, settings, kde=kde)
     rows: list[dict[str, Any]] = []
     for alpha in ALPHAS:

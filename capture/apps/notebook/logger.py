@@ -368,7 +368,7 @@ class _Moments:
 def _p_values(batch: Any, kde: KdeModel | None, bh: bool) -> NDArray[np.float64] | None:
     """(T, E) float64 p-values of a batch of one layer; None for a run that has none."""
     from bhlog.analysis.log import layer_of
-    from bhlog.analysis.replay.replay import p_values_of
+    from bhlog.analysis.replay.decide import p_values_of
 
     if kde is None and not bh:
         return None

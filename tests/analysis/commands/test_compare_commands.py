@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bhlog.analysis.cli import main
-from bhlog.analysis.replay.families import families
+from bhlog.analysis.replay.registry import families
 from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run
 

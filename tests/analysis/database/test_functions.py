@@ -7,7 +7,7 @@ from hypothesis.extra.numpy import arrays
 
 from bhlog.analysis.database.database import connect
 from bhlog.analysis.log import layer_of, logits_of, open_log
-from bhlog.analysis.replay.replay import Replay
+from bhlog.analysis.replay.decide import decider_of
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch, RouterLogError
 from bhlog.capture.contract.null.model import KdeModel, LayerNull, NullCurve
 from bhlog.capture.contract.rule import (
@@ -65,14 +65,14 @@ SETTINGS = [(0.05, 1, 16), (0.3, 0, 16), (0.6, 2, 6), (0.01, 1, 1)]
 @pytest.mark.parametrize(("alpha", "min_k", "max_k"), SETTINGS)
 def test_bh_count_and_bh_experts_are_the_replay(run, database, alpha, min_k, max_k):
     log = open_log(run)
-    rule = Replay(log, [BhOptions(alpha, min_k=min_k, max_k=max_k)])
+    decider = decider_of(log, [BhOptions(alpha, min_k=min_k, max_k=max_k)])
     expected = {}
     columns = ["layer", "rank", "sequence", "position", "logits", "experts", "forward"]
     for batch in log.batches([*columns, "n_selected"]):
-        replayed = rule.decide(batch)
+        (replayed,) = decider.decide(batch)
         undecided = no_finite_logit(logits_of(batch))
         for i, row in enumerate(batch.select(columns[:4]).to_pylist()):
-            n = int(replayed.n_selected[0][i])
+            n = int(replayed.n_selected[i])
             chosen = replayed.order[i, :n].tolist()
             expected[tuple(row.values())] = (None, None) if undecided[i] else (n, chosen)
     found = database.sql(

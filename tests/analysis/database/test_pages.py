@@ -1,4 +1,4 @@
-"""What SQL reads of a shard is checked by its pages' checksums, chunk by chunk, and no more is read."""
+"""What SQL reads of a shard is checked by its pages' checksums, chunk by chunk, no more is read."""
 
 import shutil
 

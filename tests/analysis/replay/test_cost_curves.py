@@ -2,13 +2,15 @@ import numpy as np
 import polars as pl
 import pytest
 
-import bhlog.analysis.replay.blocks as blocks_module
+import bhlog.analysis.replay.sampling as sampling
+from bhlog.analysis.fold import Scope
 from bhlog.analysis.log import open_log
-from bhlog.analysis.replay.compare import compare
+from bhlog.analysis.replay.comparison import compare
 from bhlog.analysis.replay.cost_curves import MOST_POINTS, cost_curves
-from bhlog.analysis.replay.families import families, parse_policy
 from bhlog.analysis.replay.families.topk import TopK
+from bhlog.analysis.replay.registry import families, parse_policy
 from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.rule import Bounds
 from tests.synthetic import normal_kde, write_run
 
 LAYERS, E = (0, 1), 16
@@ -33,10 +35,11 @@ def compared(log, some, **options):
 
 def test_a_mark_is_what_compare_says_of_the_policy(log):
     some = policies(*families())
-    curves = cost_curves(log, some, layers=[1], where="position > 4", max_k=9)
+    options = {"bounds": Bounds(max_k=9), "scope": Scope([1], "position > 4")}
+    curves = cost_curves(log, some, **options)
     assert curves.whole and curves.rows == 180
     marks = [(mark.mean_experts, mark.probability_kept) for mark in curves.marks]
-    expected = compared(log, some, layers=[1], where="position > 4", max_k=9)
+    expected = compared(log, some, **options)
     assert np.allclose(marks, expected, rtol=1e-6)  # float32 sums over other blocks
     assert [mark.text for mark in curves.marks] == [str(policy) for policy in some]
 
@@ -55,7 +58,7 @@ def test_a_point_of_a_curve_is_what_compare_says_there(log, name):
 
 
 def test_the_native_curve_is_top_k_at_every_k_without_bounds(log):
-    native = cost_curves(log, policies("topp"), max_k=4).native
+    native = cost_curves(log, policies("topp"), bounds=Bounds(max_k=4)).native
     expected = compared(log, [TopK(k) for k in range(1, E + 1)])
     assert native.label == "topk"
     assert np.allclose(np.column_stack([native.mean_experts, native.probability_kept]), expected)
@@ -64,7 +67,7 @@ def test_the_native_curve_is_top_k_at_every_k_without_bounds(log):
 
 
 def test_no_curve_lies_above_that_of_the_threshold(log):
-    curves = cost_curves(log, policies(*families()), min_k=1, max_k=E)
+    curves = cost_curves(log, policies(*families()), bounds=Bounds(1, E))
     (best,) = (curve for curve in curves.curves if curve.label == "threshold")
     for curve in (curves.native, *curves.curves):
         inside = curve.mean_experts <= curves.most_experts
@@ -82,7 +85,7 @@ def test_a_family_has_one_curve_for_each_set_of_options(log):
 
 
 def test_a_long_log_is_sampled(log, monkeypatch):
-    monkeypatch.setattr(blocks_module, "MOST_ROWS", 40)
+    monkeypatch.setattr(sampling, "MOST_ROWS", 40)
     read = []
     original = log.read
     monkeypatch.setattr(
@@ -97,4 +100,4 @@ def test_a_long_log_is_sampled(log, monkeypatch):
 
 def test_no_rows_is_an_error(log):
     with pytest.raises(InvalidOption, match="no rows where position > 99"):
-        cost_curves(log, policies("topk:4"), where="position > 99")
+        cost_curves(log, policies("topk:4"), scope=Scope(where="position > 99"))

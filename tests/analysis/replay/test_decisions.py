@@ -4,10 +4,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from bhlog.analysis.fold import Scope
 from bhlog.analysis.log import open_log
 from bhlog.analysis.replay import decisions
 from bhlog.analysis.replay.decisions import setting_name, write_decisions
-from bhlog.analysis.replay.replay import settings_of
+from bhlog.analysis.replay.settings import settings_of
 from bhlog.capture.contract.errors import CorruptShard, InvalidOption, RunExists
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions
@@ -54,9 +55,9 @@ def test_a_row_without_finite_logits_keeps_the_logged_experts_and_weights(tmp_pa
 
 def test_pieces_and_threads_change_nothing(run, tmp_path, monkeypatch):
     log = open_log(run)
-    (whole,) = write_decisions(log, [OPTIONS], tmp_path / "a", threads=1)
+    (whole,) = write_decisions(log, [OPTIONS], tmp_path / "a", scope=Scope(threads=1))
     monkeypatch.setattr(decisions, "_PIECE_LOGITS", 16 * 7)
-    (pieces,) = write_decisions(log, [OPTIONS], tmp_path / "b", threads=3)
+    (pieces,) = write_decisions(log, [OPTIONS], tmp_path / "b", scope=Scope(threads=3))
     assert tables(pieces) == tables(whole)
 
 

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 
+from bhlog.analysis.fold import Scope
 from bhlog.analysis.log import open_log
 from bhlog.analysis.null.estimate import fit_kde
 from bhlog.analysis.replay import fidelity as module
+from bhlog.analysis.replay.decide import decider_of
 from bhlog.analysis.replay.fidelity import fidelity
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.rule import BhOptions
@@ -49,13 +51,13 @@ def test_each_layer_is_the_plain_comparison_token_by_token(real):
     frame = fidelity(native, rerun)
     for row in frame.iter_rows(named=True):
         sets = {}
-        rule = module.Replay(native, [options], rerun.kde)
-        for group in native.batches([*rule.columns, "rank", "sequence", "position"]):
+        decider = decider_of(native, [options], rerun.kde)
+        for group in native.batches([*decider.columns, "rank", "sequence", "position"]):
             if group["layer"][0].as_py() != row["layer"]:
                 continue
-            decided = rule.decide(group)
+            (decided,) = decider.decide(group)
             for i, token in enumerate(group.select(["sequence", "position"]).to_pylist()):
-                chosen = decided.order[i, : decided.n_selected[0, i]].tolist()
+                chosen = decided.order[i, : decided.n_selected[i]].tolist()
                 sets[tuple(token.values())] = [set(chosen)]
         for group in rerun.batches(["sequence", "position", "experts"], layers=[row["layer"]]):
             for token in group.to_pylist():
@@ -89,7 +91,7 @@ def runs(tmp_path, **changes):
 def test_any_cut_of_the_streams_gives_the_same_answer(tmp_path, monkeypatch, piece):
     monkeypatch.setattr(module, "PIECE_LOGITS", piece)
     seen = []
-    frame = fidelity(*runs(tmp_path), progress=seen.append)
+    frame = fidelity(*runs(tmp_path), scope=Scope(progress=seen.append))
     assert frame["tokens"].to_list() == [80, 80]
     assert frame["same_experts"].to_list() == [1, 1]
     assert sum(seen) == 4 * 80

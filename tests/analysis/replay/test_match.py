@@ -2,14 +2,15 @@ import numpy as np
 import polars as pl
 import pytest
 
-import bhlog.analysis.replay.blocks as blocks_module
+import bhlog.analysis.replay.sampling as sampling
+from bhlog.analysis.fold import Scope
 from bhlog.analysis.log import open_log
 from bhlog.analysis.replay import match
-from bhlog.analysis.replay.compare import compare
-from bhlog.analysis.replay.families import families, parse_policy
+from bhlog.analysis.replay.comparison import compare
 from bhlog.analysis.replay.match import TOLERANCE, match_experts
+from bhlog.analysis.replay.registry import families, parse_policy
 from bhlog.capture.contract.errors import InvalidOption
-from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.contract.rule import BhOptions, Bounds
 from tests.synthetic import normal_kde, write_run
 
 LAYERS, E = (0, 1), 16
@@ -40,7 +41,7 @@ def log(tmp_path_factory):
 @pytest.fixture
 def small_samples(monkeypatch):
     """A log that a sample does not hold: 200 rows of 2,400 of a layer, of 8 groups of 12."""
-    monkeypatch.setattr(blocks_module, "MOST_ROWS", 200)
+    monkeypatch.setattr(sampling, "MOST_ROWS", 200)
 
 
 def every_family():
@@ -91,7 +92,7 @@ def test_a_sample_that_misleads_costs_passes_not_the_budget(log, small_samples, 
 @pytest.mark.parametrize("small", [False, True])
 def test_what_cannot_reach_the_budget_stops_at_its_nearest(log, monkeypatch, small):
     if small:
-        monkeypatch.setattr(blocks_module, "MOST_ROWS", 200)
+        monkeypatch.setattr(sampling, "MOST_ROWS", 200)
     policies = [parse_policy(text, open_value=True) for text in ("bh,min_k=3", "topp,max_k=5")]
     fewest, _ = match_experts(log, policies, 2.0)
     assert means(log, [fewest])["bh"] == 3.0
@@ -100,7 +101,7 @@ def test_what_cannot_reach_the_budget_stops_at_its_nearest(log, monkeypatch, sma
 
 
 def test_bounds_layers_and_rows_are_those_of_the_comparison(log, small_samples):
-    options = {"min_k": 2, "max_k": 9, "layers": [1], "where": "position >= 40"}
+    options = {"bounds": Bounds(2, 9), "scope": Scope([1], "position >= 40")}
     policies = [parse_policy(name, open_value=True) for name in ("bh", "topp", "threshold")]
     assert reached(log, match_experts(log, policies, 5.2, **options), 5.2, **options)
 
@@ -124,4 +125,4 @@ def test_a_budget_beyond_the_experts_is_an_error(log, goal):
 
 def test_no_rows_is_an_error(log):
     with pytest.raises(InvalidOption, match="no rows where position > 999"):
-        match_experts(log, every_family(), 4, where="position > 999")
+        match_experts(log, every_family(), 4, scope=Scope(where="position > 999"))

@@ -2,11 +2,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bhlog.analysis.replay.families import Rows
 from bhlog.analysis.replay.families.bh import Bh
 from bhlog.analysis.replay.families.threshold import Threshold
 from bhlog.analysis.replay.families.topk import TopK
+from bhlog.analysis.replay.rows import Rows
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
+from bhlog.capture.contract.rule import Bounds
 from tests.synthetic import normal_logits, normal_null
 
 LOGITS = normal_logits(np.random.default_rng(0), 20, 16)
@@ -23,7 +24,7 @@ LOGITS = normal_logits(np.random.default_rng(0), 20, 16)
     ],
 )
 def test_a_policys_own_bounds_come_first(policy, given, bounds):
-    assert policy.bounds(16, *given) == bounds
+    assert policy.bounds(16, Bounds(*given)) == bounds
 
 
 @pytest.mark.parametrize(
@@ -37,13 +38,13 @@ def test_a_policys_own_bounds_come_first(policy, given, bounds):
 )
 def test_bounds_that_do_not_fit_are_errors(policy, given, message):
     with pytest.raises(InvalidOption, match=message):
-        policy.bounds(16, *given)
+        policy.bounds(16, Bounds(*given))
 
 
 def test_the_count_is_clamped_and_a_test_keeps_it_as_n_rejected():
     null = normal_null(0)
-    raw = Bh(0.3).decide(Rows(LOGITS, null), min_k=0).n_rejected
-    choice = Bh(0.3).decide(Rows(LOGITS, null), min_k=2, max_k=4)
+    raw = Bh(0.3).decide(Rows(LOGITS, null), Bounds(0)).n_rejected
+    choice = Bh(0.3).decide(Rows(LOGITS, null), Bounds(2, 4))
     assert raw.min() < 2 and raw.max() > 4
     assert choice.n_rejected.tolist() == raw.tolist()
     assert choice.n_selected.tolist() == np.clip(raw, 2, 4).tolist()

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 from statsmodels.stats.multitest import multipletests
 
-from bhlog.analysis.replay.families import Rows, families, parse_policy
 from bhlog.analysis.replay.families.bh import Bh
 from bhlog.analysis.replay.families.by import By
 from bhlog.analysis.replay.families.higher_criticism import HigherCriticism, HigherCriticismPlus
@@ -18,9 +17,11 @@ from bhlog.analysis.replay.families.storey import Storey
 from bhlog.analysis.replay.families.threshold import Threshold
 from bhlog.analysis.replay.families.topk import TopK
 from bhlog.analysis.replay.families.topp import TopP
+from bhlog.analysis.replay.registry import families, parse_policy
+from bhlog.analysis.replay.rows import Rows
 from bhlog.capture.contract.null.curve import NullCurve
 from bhlog.capture.contract.null.layer import LayerNull
-from bhlog.capture.contract.rule import empirical_p_values
+from bhlog.capture.contract.rule import Bounds, empirical_p_values
 from tests.analysis.replay import slow
 from tests.synthetic import normal_null
 
@@ -86,9 +87,9 @@ def assert_chosen(policy, rows, order_of, counts_of):
         order_of: gives a row's experts in order of preference, from its index and logits.
         counts_of: gives the counts before the bounds that are right for the row.
     """
-    for min_k, max_k in ((0, None), (1, 2)):
-        low, high = policy.bounds(rows.n_experts, min_k, max_k)
-        choice = policy.decide(rows, min_k=min_k, max_k=max_k)
+    for bounds in (Bounds(0), Bounds(1, 2)):
+        low, high = policy.bounds(rows.n_experts, bounds)
+        choice = policy.decide(rows, bounds)
         for i, row in enumerate(rows.logits.tolist()):
             experts = set(np.flatnonzero(choice.chosen[i]).tolist())
             n = int(choice.n_selected[i])
@@ -210,7 +211,7 @@ def test_no_row_gets_fewer_experts_further_on(tested, positions):
         few, more = (
             parse_policy(name, open_value=True)
             .at(kind.value_at(position, rows.n_experts))
-            .decide(rows, min_k=0)
+            .decide(rows, Bounds(0))
             .n_selected
             for position in sorted(positions)
         )

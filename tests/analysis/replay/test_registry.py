@@ -1,3 +1,4 @@
+import gc
 import sys
 
 import numpy as np
@@ -7,12 +8,13 @@ from hypothesis import strategies as st
 
 import bhlog.analysis.replay.families as package
 from bhlog.analysis.log import open_log
-from bhlog.analysis.replay.compare import compare
-from bhlog.analysis.replay.families import Rows, families, parse_policy
+from bhlog.analysis.replay.comparison import compare
 from bhlog.analysis.replay.families.bh import Bh
 from bhlog.analysis.replay.families.higher_criticism import HigherCriticism
 from bhlog.analysis.replay.families.storey import Storey
 from bhlog.analysis.replay.families.topk import TopK
+from bhlog.analysis.replay.registry import families, parse_policy
+from bhlog.analysis.replay.rows import Rows
 from bhlog.capture.contract.errors import InvalidOption
 from tests.synthetic import write_run
 
@@ -147,6 +149,7 @@ def even(tmp_path, monkeypatch):
     yield
     sys.modules.pop("bhlog.analysis.replay.families.even", None)
     vars(package).pop("even", None)
+    gc.collect()  # a class that is gone is no policy
 
 
 def test_adding_a_policy_is_one_file(even, tmp_path):

@@ -7,11 +7,13 @@ import pytest
 
 from bhlog.analysis.kernels.tally import overlap
 from bhlog.analysis.log import open_log
-from bhlog.analysis.replay.ranked import RankedRows
-from bhlog.analysis.replay.replay import replay, settings_of
+from bhlog.analysis.replay.comparison import replay
+from bhlog.analysis.replay.policy import Selection
+from bhlog.analysis.replay.rows import Rows
+from bhlog.analysis.replay.settings import settings_of
 from bhlog.analysis.replay.summary import LayerSummary
 from bhlog.capture.contract.errors import CorruptShard
-from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.contract.rule import BhOptions, Bounds
 from tests.analysis.replay.plain import lists, plain_rule
 from tests.synthetic import normal_kde, normal_null, write_run
 
@@ -91,7 +93,7 @@ def plain(log, layer, alpha, low, high, temperature):
 @pytest.mark.parametrize(("alpha", "low", "high"), [(0.2, 0, 12), (0.5, 1, 5), (0.01, 2, 4)])
 def test_every_column_is_what_counting_by_hand_gives(run, alpha, low, high, temperature):
     log = open_log(run)
-    options = settings_of(log, [alpha], min_k=low, max_k=high, temperature=temperature)
+    options = settings_of(log, [alpha], bounds=Bounds(low, high), temperature=temperature)
     frame = replay(log, options)
     by_layer = [plain(log, layer, alpha, low, high, temperature) for layer in LAYERS]
     for layer, expected in zip(LAYERS, by_layer, strict=True):
@@ -135,14 +137,14 @@ def test_no_choice_at_all_is_an_even_load(tmp_path):
 
 
 def test_an_expert_that_the_model_does_not_have_is_damage():
-    rows = RankedRows(np.zeros((2, 4), np.float32), lists([[1, 0], [3, 4]]))
+    rows = Rows(np.zeros((2, 4), np.float32), logged=lists([[1, 0], [3, 4]]))
     n = np.array([2, 2])
     with pytest.raises(CorruptShard, match="beyond the 4 of the model"):
-        LayerSummary(4).add(rows, n, n, None, top_k=2)
+        LayerSummary(4).add(Selection(rows, n, None), top_k=2)
 
 
 def test_more_logged_experts_than_the_model_has_are_damage():
-    rows = RankedRows(np.full((1, 4), np.nan, np.float32), lists([[0] * 5000]))
-    n_rejected, n = rows.step_up(np.zeros(4, np.float32), 1, 4)
+    rows = Rows(np.full((1, 4), np.nan, np.float32), logged=lists([[0] * 5000]))
+    _, n = rows.step_up(np.zeros(4, np.float32), 1, 4)
     with pytest.raises(CorruptShard, match="or more experts than it has"):
-        LayerSummary(4).add(rows, n, n_rejected, None, top_k=2)
+        LayerSummary(4).add(Selection(rows, n, None), top_k=2)

@@ -8,11 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bhlog.analysis.fold import Scope
 from bhlog.analysis.log import open_log
-from bhlog.analysis.sweep.profile import GRID, Profile, profile_log
+from bhlog.analysis.sweep.profile import GRID, Profile
+from bhlog.analysis.sweep.profiling import profile_log
 from bhlog.capture.contract.errors import CorruptProfile, InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.model import KdeModel, LayerNull
-from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.contract.rule import BhOptions, Bounds
 from tests.synthetic import normal_kde, normal_null, write_run
 
 LAYERS = (0, 1, 3)
@@ -107,7 +109,7 @@ def test_a_profile_that_kept_no_probability_says_so(run):
 
 def test_threads_and_the_cut_of_the_log_change_nothing(run, profile, tmp_path):
     log = open_log(run)
-    alone = profile_log(log, kept=True, threads=1)
+    alone = profile_log(log, kept=True, scope=Scope(threads=1))
     for layer in LAYERS:
         assert np.array_equal(alone.counts[layer], profile.counts[layer])
         assert np.array_equal(alone.kept[layer], profile.kept[layer])
@@ -148,7 +150,7 @@ def test_two_runs_count_together(profile, tmp_path):
 
 def test_layers_of_one_run_counted_apart_come_together(run, profile):
     log = open_log(run)
-    parts = [profile_log(log, kept=True, layers=layers) for layers in ([3], [0, 1])]
+    parts = [profile_log(log, kept=True, scope=Scope(layers)) for layers in ([3], [0, 1])]
     both = parts[0].merge(parts[1])
     assert both.layers == LAYERS
     assert both.frame(ALPHAS).equals(profile.frame(ALPHAS))
@@ -232,10 +234,81 @@ def test_a_null_model_with_a_curve_per_expert_is_refused(run):
 
 def test_no_rows_and_no_null_model_are_errors(run, tmp_path):
     with pytest.raises(InvalidOption, match="no rows to count where position > 1000"):
-        profile_log(open_log(run), where="position > 1000")
+        profile_log(open_log(run), scope=Scope(where="position > 1000"))
     with pytest.raises(KdeMismatch, match="bhlog kde fit"):
         open_log(write_run(tmp_path / "native")).profile()
 
 
 def test_the_sha256_is_that_of_the_file(run, profile):
     assert profile.kde_sha256 == hashlib.sha256((run / "kde.parquet").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def bounded(tmp_path_factory):
+    """A profile of a run with bounds 2 to 5."""
+    folder = tmp_path_factory.mktemp("bounded") / "run"
+    options = BhOptions(alpha=0.3, min_k=2, max_k=5)
+    run = write_run(folder, layers=LAYERS, options=options, kde=normal_kde(LAYERS), seed=9)
+    return profile_log(open_log(run), kept=True)
+
+
+def test_a_saved_profile_keeps_the_bounds_of_its_run(bounded, profile, tmp_path):
+    for one in (bounded, profile):
+        one.save(tmp_path / "p")
+        loaded = Profile.load(tmp_path / "p")
+        assert loaded.bounds == one.bounds
+        assert loaded.mean_experts(0.3) == one.mean_experts(0.3)
+    assert bounded.mean_experts(0.3) == bounded.mean_experts(0.3, min_k=2, max_k=5)
+    assert bounded.mean_experts(0.3) != bounded.mean_experts(0.3, min_k=1, max_k=16)
+    assert bounded.alphas_for(4) == bounded.alphas_for(4, min_k=2, max_k=5)
+
+
+def test_an_older_file_has_no_bounds(bounded, tmp_path):
+    path = tmp_path / "p"
+    bounded.save(path)
+    table = pq.read_table(path)
+    older = {key: value for key, value in table.schema.metadata.items() if b"bounds" not in key}
+    pq.write_table(table.replace_schema_metadata(older), path)
+    assert Profile.load(path).bounds == Bounds()
+    assert Profile.load(path).mean_experts(0.3) == bounded.mean_experts(0.3, min_k=1, max_k=16)
+
+
+def test_runs_of_different_bounds_merge_but_ask_for_explicit_ones(bounded, profile, tmp_path):
+    both = profile.merge(bounded)
+    both.save(tmp_path / "p")
+    for one in (both, Profile.load(tmp_path / "p"), both.merge(both_of_another(tmp_path))):
+        for given in ({}, {"min_k": 1}, {"max_k": 4}):
+            with pytest.raises(InvalidOption, match="different bounds: give both, --min-k and"):
+                one.mean_experts(0.3, **given)
+    assert both.rows(0) == profile.rows(0) + bounded.rows(0)
+    means = [one.mean_experts(0.3, min_k=1, max_k=4, layer=1) for one in (both, profile, bounded)]
+    assert means[0] == pytest.approx(sum(means[1:]) / 2)  # 200 rows each
+    assert both.frame([0.3], min_k=0, max_k=16).height == 1
+
+
+def both_of_another(tmp_path):
+    run = write_run(tmp_path / "third", layers=LAYERS, seed=11)
+    return profile_log(open_log(run), normal_kde(LAYERS))
+
+
+def test_bounds_that_say_the_same_stay(profile, tmp_path):
+    options = BhOptions(alpha=0.2, min_k=1, max_k=16)  # as none at all
+    run = write_run(tmp_path / "b", layers=LAYERS, seed=7, options=options, kde=normal_kde(LAYERS))
+    both = profile.merge(profile_log(open_log(run)))
+    assert both.mean_experts(0.3) == both.mean_experts(0.3, min_k=1, max_k=16)
+
+
+def test_a_sample_is_refused(run):
+    with pytest.raises(InvalidOption, match="leave sample out"):
+        profile_log(open_log(run), scope=Scope(sample=0.5))
+
+
+@pytest.mark.parametrize("bounds", [b"{", b"[1]", b'{"least": 1}', b'{"min_k": "1"}', b"7"])
+def test_damaged_bounds_are_one_clear_error(bounded, tmp_path, bounds):
+    path = tmp_path / "p"
+    bounded.save(path)
+    table = pq.read_table(path)
+    metadata = {**table.schema.metadata, b"bhlog.bounds": bounds}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    with pytest.raises(CorruptProfile, match=f"^{path}: bounds are"):
+        Profile.load(path)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from bhlog.analysis.log import open_log
-from bhlog.analysis.replay.replay import settings_of
+from bhlog.analysis.replay.settings import settings_of
 from bhlog.analysis.verify.verification import verify
 from bhlog.capture.apps.demo import story
 from bhlog.capture.contract.errors import RunExists
 from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.rule import Bounds
 
 ALPHAS = (0.05, 0.3)
 
@@ -54,7 +55,7 @@ def test_the_table_is_what_replay_and_the_reruns_say(demo):
     table = rows_after(text, "alpha")
     assert [float(row[0]) for row in table] == list(ALPHAS)
     for alpha, row in zip(ALPHAS, table, strict=True):
-        options = settings_of(native, [alpha], max_k=story.MAX_K)[0]
+        options = settings_of(native, [alpha], bounds=Bounds(max_k=story.MAX_K))[0]
         counts = []
         for batch in native.batches(["layer", "logits"]):
             logits = np.array(batch["logits"].to_pylist(), dtype=np.float32)

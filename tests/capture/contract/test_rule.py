@@ -13,6 +13,7 @@ from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.null.model import LayerNull, NullCurve
 from bhlog.capture.contract.rule import (
     BhOptions,
+    Bounds,
     count_rejected,
     critical_values,
     decide,
@@ -282,3 +283,39 @@ def test_renormalize_follows_the_model_unless_told():
     assert [BhOptions(renormalize="model").renormalizes(n) for n in (True, False)] == [True, False]
     assert [BhOptions(renormalize=True).renormalizes(n) for n in (True, False)] == [True, True]
     assert [BhOptions(renormalize=False).renormalizes(n) for n in (True, False)] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "resolved"),
+    [
+        (Bounds(), (1, 16)),
+        (Bounds(0), (0, 16)),
+        (Bounds(None, 4), (1, 4)),
+        (Bounds(2, 5), (2, 5)),
+        (Bounds(16, 16), (16, 16)),
+    ],
+)
+def test_open_bounds_are_one_and_all_experts(bounds, resolved):
+    assert bounds.resolve(16) == resolved
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        (lambda: Bounds(-1), "min_k must be at least 0, got -1"),
+        (lambda: Bounds(5, 2), r"max_k must be at least 1 and at least min_k \(5\), got 2"),
+        (lambda: Bounds(0, 0), r"max_k must be at least 1 and at least min_k \(0\), got 0"),
+        (lambda: Bounds(17).resolve(16), "min_k is 17, but the model has 16 experts"),
+        (lambda: Bounds(1, 17).resolve(16), "max_k is 17, but the model has 16 experts"),
+        (lambda: Bounds(None, 4).filled(Bounds(5)), r"at least min_k \(5\), got 4"),
+    ],
+)
+def test_bounds_that_leave_no_number_are_errors(bounds, message):
+    with pytest.raises(InvalidOption, match=message):
+        bounds()
+
+
+def test_what_is_open_is_filled_from_others():
+    assert Bounds(2).filled(Bounds(3, 9)) == Bounds(2, 9)
+    assert Bounds().filled(Bounds(0)) == Bounds(0)
+    assert Bounds(1, 4).filled(Bounds(2, 5)) == Bounds(1, 4)

@@ -246,7 +246,7 @@ def test_rejected_drafts_are_counted_and_their_batches_not_replayed(model, run):
     """The routers saw them: an empirical p-value ranks them too."""
     pytest.importorskip("polars", reason="a replay is of the other half")
     from bhlog.analysis.log import open_log
-    from bhlog.analysis.replay.replay import Replay
+    from bhlog.analysis.replay.decide import decider_of
 
     ids, _ = batch([6])
     helper = tiny_model(seed=7)
@@ -266,7 +266,7 @@ def test_rejected_drafts_are_counted_and_their_batches_not_replayed(model, run):
     totals = log.manifest.totals
     assert totals.rejected == rows - totals.tokens > 0
     with pytest.raises(InvalidOption, match="drafts that were rejected"):
-        Replay(log, [BhOptions(alpha=0.3, p_values="empirical")])
+        decider_of(log, [BhOptions(alpha=0.3, p_values="empirical")])
 
 
 def test_prompt_lookup_keeps_no_rejected_draft(model, run):

@@ -7,11 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bhlog.analysis.log import open_log
-from bhlog.analysis.replay.replay import Replay, replay, settings_of
+from bhlog.analysis.fold import Scope
+from bhlog.analysis.log import logits_of, open_log
+from bhlog.analysis.replay.comparison import replay
+from bhlog.analysis.replay.decide import decider_of
+from bhlog.analysis.replay.settings import settings_of
 from bhlog.analysis.verify.replayed import verify_replay
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
-from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.contract.rule import BhOptions, Bounds
 from tests.analysis.replay.plain import plain_rule, rows_of_logits
 from tests.synthetic import normal_kde, normal_null, write_run
 
@@ -33,16 +36,16 @@ def test_a_run_replayed_at_its_own_settings_gives_its_own_decisions(run):
 
 def test_summary_is_the_count_of_the_decisions_row_by_row(run):
     log, E = open_log(run), 16
-    options = settings_of(log, [0.2], min_k=0, max_k=5)
-    rule = Replay(log, options)
-    frame = replay(log, options, threads=1)
+    options = settings_of(log, [0.2], bounds=Bounds(0, 5))
+    decider = decider_of(log, options)
+    frame = replay(log, options, scope=Scope(threads=1))
     for layer in LAYERS:
         n, kept, recall, load = [], [], [], np.zeros(E)
-        for batch in log.batches([*rule.columns, "forward", "rank"], layers=[layer]):
-            decided = rule.decide(batch)
+        for batch in log.batches([*decider.columns, "forward", "rank"], layers=[layer]):
+            (decided,) = decider.decide(batch)
             logged = batch.column("experts").to_pylist()
-            for i, row in enumerate(decided.logits.astype(np.float64)):
-                experts = decided.order[i, : decided.n_selected[0, i]].tolist()
+            for i, row in enumerate(logits_of(batch).astype(np.float64)):
+                experts = decided.order[i, : decided.n_selected[i]].tolist()
                 weight = np.exp(row - row.max())
                 n.append(len(experts))
                 kept.append(weight[experts].sum() / weight.sum())
@@ -89,20 +92,21 @@ def test_decisions_are_those_of_the_written_rule(tmp_path_factory, logits, alpha
     )  # fmt: skip
     log, kde = open_log(folder), normal_kde([0])
     low, high = bounds[0], min(bounds[1], E)
-    rule = Replay(log, settings_of(log, [alpha], min_k=low, max_k=high), kde)
-    batch = next(log.batches([*rule.columns]))
-    decided = rule.decide(batch)
+    decider = decider_of(log, settings_of(log, [alpha], bounds=Bounds(low, high)), kde)
+    batch = next(log.batches([*decider.columns]))
+    (decided,) = decider.decide(batch)
     for i, row in enumerate(logits.tolist()):
         logged = batch.column("experts")[i].as_py()
         expected = plain_rule(row, normal_null(0), alpha, low, high) or (0, logged)
-        n = decided.n_selected[0, i]
-        assert (decided.n_rejected[0, i], decided.order[i, :n].tolist()) == expected
-    for ranked, (choice,) in rule.choices(batch):
-        assert choice.n_rejected.tolist() == decided.n_rejected[0].tolist()
-        assert choice.n_selected.tolist() == decided.n_selected[0].tolist()
-        assert choice.chosen is None
-        chosen = ranked.chosen(choice.n_selected)
-        first = [set(row[:n]) for row, n in zip(decided.order, choice.n_selected, strict=True)]
+        n = decided.n_selected[i]
+        assert (decided.n_rejected[i], decided.order[i, :n].tolist()) == expected
+    for rows in decider.rows(batch):
+        (selection,) = (policy.decide(rows) for policy in decider.policies)
+        assert selection.n_rejected.tolist() == decided.n_rejected.tolist()
+        assert selection.n_selected.tolist() == decided.n_selected.tolist()
+        assert selection.out_of_order is None
+        chosen = rows.chosen(selection.n_selected)
+        first = [set(row[:n]) for row, n in zip(decided.order, selection.n_selected, strict=True)]
         assert [set(np.flatnonzero(row)) for row in chosen] == first
 
 
@@ -138,5 +142,5 @@ def test_a_null_model_replaces_empirical_p_values(tmp_path):
     options = BhOptions(alpha=0.3, p_values="empirical")
     folder = write_run(tmp_path / "run", options=options, kde=normal_kde(LAYERS))
     log = open_log(folder)
-    assert Replay(log, [options]).empirical
+    assert decider_of(log, [options]).empirical
     assert log.replay(0.3, kde=normal_kde(LAYERS))["logged_jaccard"].to_list() == [1.0] * 4

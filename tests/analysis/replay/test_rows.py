@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 from statsmodels.stats.multitest import multipletests
 
-from bhlog.analysis.replay.ranked import RankedRows
+from bhlog.analysis.replay.rows import Rows
 from tests.analysis.replay.plain import lists, plain_rule, rows_of_logits
 from tests.synthetic import normal_null
 
@@ -15,12 +15,12 @@ from tests.synthetic import normal_null
     alpha=st.floats(0.001, 0.99),
     bounds=st.tuples(st.integers(0, 2), st.integers(2, 9)),
 )
-def test_ranked_rows_choose_what_the_written_rule_chooses(logits, alpha, bounds):
+def test_rows_choose_what_the_written_rule_chooses(logits, alpha, bounds):
     E, null = logits.shape[1], normal_null(0)
     low, high = bounds[0], min(bounds[1], E)
-    ranked = RankedRows(logits, lists([[1, 0]] * len(logits)))
-    n_rejected, n = ranked.step_up(null.thresholds(alpha, E), low, high)
-    chosen = ranked.chosen(n)
+    rows = Rows(logits, logged=lists([[1, 0]] * len(logits)))
+    n_rejected, n = rows.step_up(null.thresholds(alpha, E), low, high)
+    chosen = rows.chosen(n)
     for i, row in enumerate(logits.tolist()):
         expected = plain_rule(row, null, alpha, low, high) or (0, [1, 0])
         assert (n_rejected[i], n[i]) == (expected[0], len(expected[1]))
@@ -31,9 +31,9 @@ def test_ranked_rows_choose_what_the_written_rule_chooses(logits, alpha, bounds)
 @given(logits=rows_of_logits(), alpha=st.floats(0.001, 0.49))
 def test_raising_alpha_never_drops_an_expert(logits, alpha):
     E, null = logits.shape[1], normal_null(0)
-    ranked = RankedRows(logits, lists([[]] * len(logits)))
+    rows = Rows(logits, logged=lists([[]] * len(logits)))
     few, many = (
-        ranked.chosen(ranked.step_up(null.thresholds(a, E), 0, E)[1]) for a in (alpha, 2 * alpha)
+        rows.chosen(rows.step_up(null.thresholds(a, E), 0, E)[1]) for a in (alpha, 2 * alpha)
     )
     assert not (few & ~many).any()
 
@@ -47,8 +47,8 @@ def test_permuting_experts_permutes_the_choice(seed, alpha):
     thresholds = normal_null(0).thresholds(alpha, 32)
 
     def chosen(values):
-        ranked = RankedRows(values, lists([[]] * 8))
-        return ranked.chosen(ranked.step_up(thresholds, 1, 8)[1])
+        rows = Rows(values, logged=lists([[]] * 8))
+        return rows.chosen(rows.step_up(thresholds, 1, 8)[1])
 
     assert np.array_equal(chosen(logits[:, order]), chosen(logits)[:, order])
 
@@ -57,9 +57,9 @@ def test_counts_are_those_of_scipy_and_statsmodels():
     rng = np.random.default_rng(0)
     null, E = normal_null(0), 64
     logits = rng.normal(-0.4, 1.5, (200, E)).astype(np.float32)
-    ranked = RankedRows(logits, lists([[]] * 200))
+    rows = Rows(logits, logged=lists([[]] * 200))
     for alpha in (0.01, 0.1, 0.3, 0.7):
-        counts, _ = ranked.step_up(null.thresholds(alpha, E), 0, E)
+        counts, _ = rows.step_up(null.thresholds(alpha, E), 0, E)
         for row, count in zip(logits, counts, strict=True):
             p = null.p_value(row)
             assert (false_discovery_control(p) <= alpha).sum() == count

@@ -7,12 +7,13 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
+from bhlog.analysis.fold import Scope
 from bhlog.analysis.log import open_log
-from bhlog.analysis.replay.compare import compare
-from bhlog.analysis.replay.replay import replay, settings_of
+from bhlog.analysis.replay.comparison import compare, replay
+from bhlog.analysis.replay.settings import settings_of
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.model import KdeModel, LayerNull
-from bhlog.capture.contract.rule import BhOptions, empirical_p_values
+from bhlog.capture.contract.rule import BhOptions, Bounds, empirical_p_values
 from tests.analysis.replay import slow
 from tests.synthetic import normal_kde, normal_logits, write_run
 
@@ -165,8 +166,10 @@ def test_bh_as_a_policy_is_replay_bit_for_bit(run):
 
 def test_several_policies_at_once_equal_one_by_one(run):
     log = open_log(run)
-    together = compare(log, list(POLICIES), threads=2)
-    assert together.equals(pl.concat([compare(log, [text], threads=1) for text in POLICIES]))
+    together = compare(log, list(POLICIES), scope=Scope(threads=2))
+    assert together.equals(
+        pl.concat([compare(log, [text], scope=Scope(threads=1)) for text in POLICIES])
+    )
 
 
 def test_nulls_by_expert_choose_by_p_value(run):
@@ -232,15 +235,17 @@ def test_empirical_p_values_rank_each_forward(run, tmp_path):
 
 def test_empirical_p_values_refuse_conditions_that_cut_a_forward(run, tmp_path):
     log = open_log(empirical(run, tmp_path))
-    assert compare(log, ["bh:0.2"], where="forward < 2")["rows"].to_list() == [60, 60, 120]
+    whole = compare(log, ["bh:0.2"], scope=Scope(where="forward < 2"))
+    assert whole["rows"].to_list() == [60, 60, 120]
     with pytest.raises(InvalidOption, match="condition on position leaves out parts"):
-        compare(log, ["bh:0.2"], where="position < 5 AND forward < 2")
-    assert compare(log, ["topk:4"], where="position < 5")["rows"].to_list() == [20, 20, 40]
+        compare(log, ["bh:0.2"], scope=Scope(where="position < 5 AND forward < 2"))
+    untested = compare(log, ["topk:4"], scope=Scope(where="position < 5"))
+    assert untested["rows"].to_list() == [20, 20, 40]
 
 
 def test_only_the_rows_asked_for_are_counted(run):
     log = open_log(run)
-    frame = compare(log, ["topp:0.7"], layers=[3], where="position < 10 AND sequence = 1")
+    frame = compare(log, ["topp:0.7"], scope=Scope([3], "position < 10 AND sequence = 1"))
     rows = [
         row
         for row in rows_of(run)
@@ -272,10 +277,13 @@ def test_native_top_k_is_what_a_native_run_logged(native):
         ({"policies": []}, "at least one policy, such as bh:0.3"),
         ({"policies": ["topk"]}, "k is missing"),
         ({"policies": ["topk:17"]}, "k is 17, but the model has 16 experts"),
-        ({"policies": ["topk:4"], "min_k": 17}, "min_k is 17"),
-        ({"policies": ["topk:4"], "min_k": 5, "max_k": 4}, "at least min_k"),
-        ({"policies": ["topk:4"], "layers": [9]}, "no layer 9"),
-        ({"policies": ["topk:4"], "where": "position > 99"}, "no rows where position > 99"),
+        ({"policies": ["topk:4"], "bounds": Bounds(17)}, "min_k is 17"),
+        ({"policies": ["topk:4,min_k=5"], "bounds": Bounds(1, 4)}, "at least min_k"),
+        ({"policies": ["topk:4"], "scope": Scope([9])}, "no layer 9"),
+        (
+            {"policies": ["topk:4"], "scope": Scope(None, "position > 99")},
+            "no rows where position > 99",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(native, arguments, message):

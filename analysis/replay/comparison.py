@@ -1,0 +1,143 @@
+"""Comparison: what several policies, or BH at several settings, would have chosen, in one pass."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Self
+
+import polars as pl
+import pyarrow as pa
+
+from bhlog.analysis.fold import WHOLE, Scope, fold
+from bhlog.analysis.log import Log, layer_of
+from bhlog.analysis.replay.decide import Decider, decider_of
+from bhlog.analysis.replay.match import match_experts, no_rows
+from bhlog.analysis.replay.policy import Policy
+from bhlog.analysis.replay.registry import parse_policy
+from bhlog.analysis.replay.settings import bounds_of
+from bhlog.analysis.replay.summary import LayerSummary, summary_frame
+from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.rule import OPEN, BhOptions, Bounds
+
+
+def replay(
+    log: Log,
+    settings: Sequence[BhOptions],
+    *,
+    kde: KdeModel | None = None,
+    scope: Scope = WHOLE,
+) -> pl.DataFrame:
+    """Summaries of a log replayed at several settings, in one pass: the policies bh:ALPHA.
+
+    Args:
+        settings: see settings_of.
+        kde: null model; None takes the run's own.
+        scope: which rows.
+
+    Returns:
+        One row per setting and layer, and one per setting over all layers (layer null): alpha,
+        min_k, max_k, and the columns of bhlog.analysis.replay.summary.
+
+    Raises:
+        InvalidOption, KdeMismatch: see Decider; or no setting, or no row matches.
+    """
+    decider = decider_of(log, settings, kde, scope)
+    total = _summaries(log, decider, scope, tuple(options.temperature for options in settings))
+    if not total.layers:
+        raise InvalidOption(f"{log.path}: no rows to replay{scope.words}")
+    labels = [pl.lit(options.alpha).alias("alpha") for options in settings]
+    return pl.concat(total.frames(labels))
+
+
+def compare(
+    log: Log,
+    policies: Sequence[Policy | str],
+    *,
+    kde: KdeModel | None = None,
+    experts: float | None = None,
+    bounds: Bounds = OPEN,
+    scope: Scope = WHOLE,
+) -> pl.DataFrame:
+    """Summaries of a log under several policies, in one pass.
+
+    Args:
+        policies: or their texts, such as "bh:0.3".
+        kde: null model; None takes the run's own. Only policies that test p-values need one.
+        experts: mean experts per token to bring every policy to first; see
+            bhlog.analysis.replay.match.match_experts. Texts may then leave the value out: "bh".
+        bounds: of policies that have none of their own; where open, as in the run.
+        scope: which rows.
+
+    Returns:
+        One row per policy and layer, and one per policy over all layers (layer null): policy (its
+        text), min_k, max_k, and the columns of replay.summary; none_rejected is null for
+        policies that test nothing.
+
+    Raises:
+        InvalidOption: no policy, a text or bound that is wrong, or no rows.
+        KdeMismatch: a policy needs p-values and the run has no null model that serves.
+    """
+    wanted = [
+        parse_policy(p, open_value=experts is not None) if isinstance(p, str) else p
+        for p in policies
+    ]
+    if not wanted:
+        raise InvalidOption("name at least one policy, such as bh:0.3")
+    if experts is not None:
+        wanted = match_experts(log, wanted, experts, kde=kde, bounds=bounds, scope=scope)
+    decider = Decider(log, wanted, kde, bounds=bounds_of(log, bounds), scope=scope)
+    total = _summaries(log, decider, scope, (1.0,) * len(wanted))
+    if not total.layers:
+        raise InvalidOption(no_rows(log, scope))
+    frames = total.frames([pl.lit(str(policy)).alias("policy") for policy in wanted])
+    return pl.concat(
+        frame if policy.tests else frame.with_columns(none_rejected=pl.lit(None, pl.Float64))
+        for policy, frame in zip(wanted, frames, strict=True)
+    )
+
+
+def _summaries(
+    log: Log, decider: Decider, scope: Scope, temperatures: tuple[float, ...]
+) -> "Summaries":
+    make = partial(Summaries, decider, temperatures, log.manifest.model.top_k)
+    return fold(log, make, decider.columns, scope, whole_groups=decider.empirical)
+
+
+class Summaries:
+    """A LayerSummary per layer and policy.
+
+    Args:
+        decider: what decides.
+        temperatures: of the softmax, by policy.
+        top_k: experts of the native choice.
+    """
+
+    def __init__(self, decider: Decider, temperatures: Sequence[float], top_k: int) -> None:
+        self.decider, self.temperatures, self.top_k = decider, temperatures, top_k
+        self.layers: dict[int, list[LayerSummary]] = {}
+
+    def update(self, batch: pa.RecordBatch) -> None:
+        E, policies = batch.column("logits").type.list_size, self.decider.policies
+        parts = self.layers.setdefault(layer_of(batch), [LayerSummary(E) for _ in policies])
+        for rows in self.decider.rows(batch):
+            for policy, temperature, part in zip(policies, self.temperatures, parts, strict=True):
+                part.add(policy.decide(rows), top_k=self.top_k, temperature=temperature)
+
+    def merge(self, other: Self) -> None:
+        for layer, parts in other.layers.items():
+            if layer not in self.layers:
+                self.layers[layer] = parts
+            else:
+                for mine, theirs in zip(self.layers[layer], parts, strict=True):
+                    mine.merge(theirs)
+
+    def frames(self, labels: Sequence[pl.Expr]) -> list[pl.DataFrame]:
+        """The table of each policy: its label, min_k, max_k, and the columns of summary_frame."""
+        frames = []
+        for i, (policy, label) in enumerate(zip(self.decider.policies, labels, strict=True)):
+            low, high = policy.bounds(self.decider.n_experts)
+            parts = {layer: summaries[i] for layer, summaries in self.layers.items()}
+            frame = summary_frame(parts, min_k=low, max_k=high, top_k=self.top_k)
+            bounds = pl.lit(low).alias("min_k"), pl.lit(high).alias("max_k")
+            frames.append(frame.select(label, *bounds, pl.all()))
+        return frames

@@ -1,0 +1,112 @@
+"""Empirical p-values: logits ranked among those of their forward, which must be there whole."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from bhlog.analysis.condition import condition_columns
+from bhlog.analysis.fold import Scope
+from bhlog.analysis.log import Log, RowGroup, logits_of
+from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.rule import empirical_p_values
+
+_OF_A_FORWARD = {"forward", "layer", "phase", "rank"}  # the same in all rows of a layer's batch
+_ANY = (0, (1 << 48) - 1)  # of a row group without statistics
+
+
+def empirical_p(batch: pa.RecordBatch) -> NDArray[np.float64]:
+    """(T, E) float64 p-values of a batch of one layer, each forward of each rank ranked alone."""
+    logits = logits_of(batch)
+    p = np.empty(logits.shape, dtype=np.float64)
+    forward = _forwards(batch)
+    for number in np.unique(forward):
+        rows = forward == number
+        p[rows] = empirical_p_values(logits[rows])
+    return p
+
+
+def require_whole_forwards(log: Log, scope: Scope) -> None:
+    """Check that the rows of a scope are whole forwards, each of them in one row group a layer.
+
+    Raises:
+        InvalidOption: they are not.
+    """
+    totals = log.manifest.totals
+    missing = None
+    cutting = (
+        [] if scope.where is None else sorted({*condition_columns(scope.where)} - _OF_A_FORWARD)
+    )
+    if log.manifest.sample_every > 1 or totals.dropped:
+        missing = "tokens were left out of this log (sampled or dropped); replay it"
+    elif totals.rejected:
+        missing = "drafts that were rejected are not in this log (assisted decoding); replay it"
+    elif scope.sample < 1:
+        missing = "a sample leaves out parts of them; take all rows, or replay them"
+    elif cutting:
+        missing = (
+            f"a condition on {', '.join(cutting)} leaves out parts of them; ask for whole ones by "
+            f"{', '.join(sorted(_OF_A_FORWARD))}, or replay them"
+        )
+    else:
+        missing = _split(log, scope)
+    if missing is not None:
+        raise InvalidOption(
+            f"{log.path}: empirical p-values rank whole batches, but {missing} with a null model: "
+            "--kde FILE"
+        )
+
+
+def _split(log: Log, scope: Scope) -> str | None:
+    """Which forward has rows of one layer in several row groups, as other tools write them."""
+    spans: dict[int, list[tuple[int, int, RowGroup]]] = {}
+    wanted = log.check_layers(scope.layers)
+    for name in log.shards:
+        shard = log.open_shard("routing", name)
+        at = {column: shard.metadata.schema.names.index(column) for column in ("rank", "forward")}
+        for group in log.groups_of(name, shard):
+            if group.layer in wanted:
+                found = shard.metadata.row_group(group.index)
+                rank, forward = (found.column(at[column]).statistics for column in at)
+                low, high = _ANY
+                if rank is not None and forward is not None:
+                    low, high = rank.min << 32 | forward.min, rank.max << 32 | forward.max
+                spans.setdefault(group.layer, []).append((low, high, group))
+    for layer, parts in spans.items():
+        twice = _twice(log, [*_overlapping(parts)])
+        if twice is not None:
+            return (
+                f"rows of forward {twice & 0xFFFFFFFF} at layer {layer} lie in several row groups; "
+                "replay it"
+            )
+    return None
+
+
+def _overlapping(parts: Sequence[tuple[int, int, RowGroup]]) -> Iterator[RowGroup]:
+    """Row groups that may hold a forward which another one holds too."""
+    ordered = sorted(parts, key=lambda part: part[:2])
+    highest = -1
+    for i, (low, high, group) in enumerate(ordered):
+        after = ordered[i + 1][0] if i + 1 < len(ordered) else high + 1
+        highest, before = max(highest, high), highest
+        if low <= before or after <= highest:
+            yield group
+
+
+def _twice(log: Log, groups: Sequence[RowGroup]) -> int | None:
+    """A forward that several of the row groups hold, as rank << 32 | forward."""
+    seen: set[int] = set()
+    for group in groups:
+        here = {*_forwards(log.read(group, ("rank", "forward"))).tolist()}
+        if here & seen:
+            return int(min(here & seen))
+        seen |= here
+    return None
+
+
+def _forwards(batch: pa.RecordBatch) -> NDArray[np.int64]:
+    """(T,) which forward of which rank each row is of: rank << 32 | forward."""
+    forward = batch.column("forward").to_numpy().astype(np.int64)
+    number: NDArray[np.int64] = batch.column("rank").to_numpy().astype(np.int64) << 32 | forward
+    return number
