@@ -15,6 +15,13 @@ from capture.contract.errors import AlreadyPatched, UnsupportedModel
 from capture.contract.kde import KdeModel
 from capture.contract.manifest import ModelInfo, Routing
 from capture.recorder import Recorder
+from capture.routers.experts import (
+    implementation,
+    obstacle,
+    skips_sentinels,
+    take,
+    warn_of_cost,
+)
 from capture.routers.family import Router, find_routers, model_info
 from capture.routers.routing import (
     TorchNull,
@@ -33,13 +40,30 @@ _MARK = "_bhlog_patched"
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
+class _Mark:
+    """On each module that is hooked, and on replicas of it; a copy or pickle of one has None."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _nothing, ()
+
+
 def _eager(hook: Hook) -> Hook:
-    """Keep a hook out of compiled graphs; where nothing is compiled it is called as it is."""
-    disabled = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    """Keep a hook out of compiled graphs; where nothing is compiled it is called as it is.
+
+    Hooks go along when a model is copied: on a copy, which has no mark, it does nothing.
+    """
+
+    def here(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return None if vars(module).get(_MARK) is None else hook(module, *args, **kwargs)
+
+    disabled = torch.compiler.disable(here)  # type: ignore[no-untyped-call]
 
     @functools.wraps(hook)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else hook(*args, **kwargs)
+        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else here(*args, **kwargs)
 
     return cast(Hook, call)
 
@@ -91,7 +115,7 @@ class RouterPatcher:
             KdeMismatch: no null model, or one for other layers or experts.
             UnsupportedModel: the family can be observed but not routed.
         """
-        if any(_MARK in vars(m) for m in (self.model, *(r.module for r in self.routers))):
+        if any(vars(m).get(_MARK) is not None for m in self._modules()):
             raise AlreadyPatched(
                 f"{type(self.model).__name__} is already observed or routed; one patch at a time: "
                 "leave that block or call unpatch() first"
@@ -108,6 +132,11 @@ class RouterPatcher:
         routing.options.check_null(kde)
         if kde is not None:
             kde.require(self.info.layers, self.info.n_experts)
+
+    @property
+    def experts_implementation(self) -> str:
+        """Which code computes the experts while the model is routed, for the manifest."""
+        return ", ".join(dict.fromkeys(implementation(router) for router in self.routers))
 
     def attach(
         self,
@@ -170,13 +199,15 @@ class RouterPatcher:
         writer: RunWriter | None,
         collect_stats: bool,
     ) -> None:
-        for module in (self.model, *(r.module for r in self.routers)):
-            vars(module)[_MARK] = True
+        for module in self._modules():
+            vars(module)[_MARK] = _Mark()
             self._marked.append(module)
         # a graph compiled before would run without the hooks
         torch._dynamo.reset_code_caches()  # type: ignore[no-untyped-call, unused-ignore]
         self.stats = {}
         options = routing.options
+        if options is not None:
+            warn_of_cost(self.model, self.routers)
         empirical = options is not None and options.p_values == "empirical"
         if writer is not None or empirical or collect_stats:
             self._track(writer)
@@ -202,8 +233,7 @@ class RouterPatcher:
             self.tracker.next_forward = writer.next_forward
             self.recorder = Recorder(writer, self.info.layers)
             self.tracker.on_cut = self.recorder.cut
-        base = _nearest_model(self.model, self.routers)
-        self._hook_forward(base)
+        self._hook_forward(_nearest_model(self.model, self.routers))
         self._undo += watch_generation(self.model, self.tracker)
 
     def _hook_forward(self, base: nn.Module) -> None:
@@ -310,18 +340,27 @@ class RouterPatcher:
         return steer
 
     def _skips_unused(self, router: Router) -> bool:
-        """Whether the index n_experts skips an unused slot's compute (see Family.sentinel).
-
-        The library's experts do once they think that others of them sit on other devices.
-        """
+        """Whether the index n_experts skips an unused slot's compute, which is arranged here."""
         if router.block is not None:
             return True
-        experts: Any = router.experts
-        if not router.family.sentinel or not hasattr(experts, "_is_expert_parallel"):
+        if obstacle(router) is None:
+            self._undo.append(take(router))
+            return True
+        if not skips_sentinels(router):
             return False
+        experts: Any = router.experts
         self._parallel.append((experts, experts._is_expert_parallel))
         experts._is_expert_parallel = True
         return True
+
+    def _modules(self) -> tuple[nn.Module, ...]:
+        """Those that are hooked by `_eager` hooks."""
+        base = _nearest_model(self.model, self.routers)
+        return tuple(dict.fromkeys((self.model, base, *(r.module for r in self.routers))))
+
+
+def _nothing() -> None:
+    return None
 
 
 def _by_name(

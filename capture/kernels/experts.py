@@ -1,0 +1,372 @@
+"""The experts of used (token, slot) pairs alone; imported only where Triton is installed.
+
+Pairs are sorted by expert on the device, and the products read from there how many there are: no
+count travels to the host, so a call costs what its used pairs cost, and a CUDA graph can hold it.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-not-found, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
+
+
+@triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
+def count_kernel(experts, counts, n_pairs, n_experts, n_blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """counts[expert, block]: how many of a block's pairs an expert has. One program per block."""
+    block = tl.program_id(0)
+    pair = block * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(experts + pair, mask=pair < n_pairs, other=n_experts).to(tl.int32)
+    used = (expert >= 0) & (expert < n_experts)
+    tl.atomic_add(counts + expert * n_blocks + block, 1, mask=used, sem="relaxed")
+
+
+@triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
+def _place(experts, counts, ends, pairs, places, n_pairs, n_experts, n_blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sort a block's pairs by expert, stably: pairs[place], and places[pair], -1 if unused."""
+    block = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    pair = block * BLOCK + lane
+    expert = tl.load(experts + pair, mask=pair < n_pairs, other=n_experts).to(tl.int32)
+    used = (expert >= 0) & (expert < n_experts)
+    before = (expert[None, :] == expert[:, None]) & (lane[None, :] < lane[:, None])
+    end = tl.load(ends + expert * n_blocks + block, mask=used, other=0)
+    count = tl.load(counts + expert * n_blocks + block, mask=used, other=0)
+    place = end - count + tl.sum(before.to(tl.int32), axis=1)
+    tl.store(pairs + place, pair, mask=used)
+    tl.store(places + pair, tl.where(used, place, -1), mask=pair < n_pairs)
+
+
+@triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
+def _cut(  # type: ignore[no-untyped-def]
+    ends,
+    tiles,
+    first_tile,
+    n_experts,
+    n_blocks,
+    n_tiles,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """tiles[i] = (expert, first place, place after the expert's last); behind them their number."""
+    tile = first_tile + tl.arange(0, TILES)
+    expert = tl.arange(0, LANES)
+    inside = expert < n_experts
+    end = tl.load(ends + (expert + 1) * n_blocks - 1, mask=inside, other=0)
+    start = tl.load(ends + expert * n_blocks - 1, mask=inside & (expert > 0), other=0)
+    n = tl.where(inside, (end - start + ROWS - 1) // ROWS, 0)
+    last = tl.cumsum(n, axis=0)
+    done = (last[None, :] <= tile[:, None]) & inside[None, :]
+    owner = tl.sum(done.to(tl.int32), axis=1)
+    mine = expert[None, :] == owner[:, None]
+    first = start[None, :] + (tile[:, None] - (last - n)[None, :]) * ROWS
+    exists = tile < n_tiles
+    tl.store(tiles + 3 * tile, owner, mask=exists)
+    tl.store(tiles + 3 * tile + 1, tl.sum(tl.where(mine, first, 0), axis=1), mask=exists)
+    tl.store(tiles + 3 * tile + 2, tl.sum(tl.where(mine, end[None, :], 0), axis=1), mask=exists)
+    tl.store(tiles + 3 * n_tiles, tl.sum(n, axis=0), mask=first_tile == 0)
+
+
+@triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
+def place_kernel(  # type: ignore[no-untyped-def]
+    experts,
+    counts,
+    ends,
+    pairs,
+    places,
+    tiles,
+    n_pairs,
+    n_experts,
+    n_blocks,
+    n_tiles,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Sort pairs by expert, and cut each expert's into tiles of at most ROWS.
+
+    The first n_blocks programs sort a block each, the others write TILES tiles each. `ends` is the
+    running sum of `counts`.
+    """
+    block = tl.program_id(0)
+    if block < n_blocks:
+        _place(experts, counts, ends, pairs, places, n_pairs, n_experts, n_blocks, BLOCK)
+    else:
+        first_tile = (block - n_blocks) * TILES
+        _cut(ends, tiles, first_tile, n_experts, n_blocks, n_tiles, LANES, ROWS, TILES)
+
+
+@triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
+def gate_up_kernel(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    pairs,
+    tiles,
+    result,
+    n_tiles,
+    n_slots,
+    WIDTH: tl.constexpr,
+    OUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """result[place] = silu(gate) * up of the pair there: (places, OUT) of x (T, WIDTH).
+
+    weight is (E, 2 OUT, WIDTH), gate before up. Each tile's columns come in turn from gate and from
+    up, so that one product holds both. Programs take tiles in turn until there are no more.
+    """
+    across: tl.constexpr = (OUT + COLUMNS - 1) // COLUMNS
+    n = tl.load(tiles + 3 * n_tiles) * across
+    for tile in range(tl.program_id(0), n, tl.num_programs(0)):
+        down = tile // across
+        expert = tl.load(tiles + 3 * down).to(tl.int64)
+        row = tl.load(tiles + 3 * down + 1) + tl.arange(0, ROWS)
+        full = row < tl.load(tiles + 3 * down + 2)
+        pair = tl.load(pairs + row, mask=full, other=0)
+        token = (pair // n_slots).to(tl.int64)
+        both = tl.arange(0, 2 * COLUMNS)
+        column = (tile % across) * COLUMNS + both // 2
+        k = tl.arange(0, DEPTH)
+        a = x + token[:, None] * WIDTH + k[None, :]
+        b = weight + expert * (2 * OUT * WIDTH)
+        b += ((both % 2) * OUT + column)[None, :] * WIDTH + k[:, None]
+        total = tl.zeros([ROWS, 2 * COLUMNS], tl.float32)
+        for first in range(0, WIDTH, DEPTH):
+            if WIDTH % DEPTH == 0 and OUT % COLUMNS == 0:
+                left = tl.load(a + first)
+                right = tl.load(b + first)
+            else:
+                rest = first + k < WIDTH
+                left = tl.load(a + first, mask=rest[None, :], other=0.0)
+                right = tl.load(b + first, mask=rest[:, None] & (column < OUT)[None, :], other=0.0)
+            total = tl.dot(left, right, total, input_precision=PRECISION)
+        gate, up = tl.split(tl.reshape(total, [ROWS, COLUMNS, 2]))
+        value = gate / (1 + tl.exp(-gate)) * up
+        out = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
+        place = result + row.to(tl.int64)[:, None] * OUT + out[None, :]
+        tl.store(
+            place, value.to(result.dtype.element_ty), mask=full[:, None] & (out < OUT)[None, :]
+        )
+
+
+@triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
+def down_kernel(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    tiles,
+    result,
+    n_tiles,
+    WIDTH: tl.constexpr,
+    OUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BULK: tl.constexpr,
+):
+    """result[place] = weight of its expert, (E, OUT, WIDTH), times x[place].
+
+    BULK: x (places, WIDTH) and weight (E * OUT, WIDTH) are tensor descriptors, for the copy engine.
+    """
+    across: tl.constexpr = (OUT + COLUMNS - 1) // COLUMNS
+    n = tl.load(tiles + 3 * n_tiles) * across
+    for tile in tl.range(tl.program_id(0), n, tl.num_programs(0), flatten=BULK):
+        down = tile // across
+        expert = tl.load(tiles + 3 * down)
+        start = tl.load(tiles + 3 * down + 1)
+        row = start + tl.arange(0, ROWS)
+        full = row < tl.load(tiles + 3 * down + 2)
+        first_column = (tile % across) * COLUMNS
+        column = first_column + tl.arange(0, COLUMNS)
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        if BULK:
+            for first in range(0, WIDTH, DEPTH):
+                right = weight.load([expert * OUT + first_column, first])
+                total = tl.dot(x.load([start, first]), right.T, total)
+        else:
+            k = tl.arange(0, DEPTH)
+            a = x + tl.where(full, row, 0).to(tl.int64)[:, None] * WIDTH + k[None, :]
+            b = weight + expert.to(tl.int64) * (OUT * WIDTH)
+            b += column[None, :] * WIDTH + k[:, None]
+            for first in range(0, WIDTH, DEPTH):
+                if WIDTH % DEPTH == 0 and OUT % COLUMNS == 0:
+                    left = tl.load(a + first)
+                    right = tl.load(b + first)
+                else:
+                    rest = first + k < WIDTH
+                    left = tl.load(a + first, mask=rest[None, :], other=0.0)
+                    right = tl.load(
+                        b + first, mask=rest[:, None] & (column < OUT)[None, :], other=0.0
+                    )
+                total = tl.dot(left, right, total, input_precision=PRECISION)
+        tl.store(
+            result + row.to(tl.int64)[:, None] * OUT + column[None, :],
+            total.to(result.dtype.element_ty),
+            mask=full[:, None] & (column < OUT)[None, :],
+        )
+
+
+@triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
+def combine_kernel(y, places, weights, result, n_slots, WIDTH, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """result[t] = sum of weight * y[place] over the slots of t, in float32 in their order."""
+    t = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    total = tl.zeros([BLOCK], tl.float32)
+    for slot in range(0, n_slots):
+        place = tl.load(places + t * n_slots + slot).to(tl.int64)
+        if place >= 0:
+            weight = tl.load(weights + t * n_slots + slot).to(tl.float32)
+            total += weight * tl.load(y + place * WIDTH + column, mask=inside).to(tl.float32)
+    tl.store(result + t * WIDTH + column, total.to(result.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is cut: tiles of rows x columns, read depth at a time.
+
+    Attributes:
+        rows: pairs of one expert; columns: of the down product, half as many of the gate's.
+        programs: per multiprocessor.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def tiles_for(x: torch.Tensor, pairs_each: float) -> Tiles:
+    """What is fast for at most so many pairs an expert, as measured on an H100."""
+    if x.element_size() > 2:
+        return Tiles(16 if pairs_each <= 16 else 32, 64, 32, 4, 2, 4)
+    if pairs_each <= 16:
+        return Tiles(16, 64, 128, 4, 4, 3)
+    if pairs_each <= 64:
+        return Tiles(64, 128, 64, 4, 4, 2)
+    memory = _device(x.device).shared_memory_per_block_optin
+    stages = min(4, memory // (2 * (128 + 256) * 64))
+    return Tiles(128, 256, 64, 8, stages, 1) if stages > 1 else Tiles(64, 128, 64, 4, 2, 2)
+
+
+def experts_of_used_pairs(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    most_pairs: int,
+) -> torch.Tensor:
+    """Each token's weighted sum of its experts, down(silu(gate) * up), in a few launches.
+
+    Products are summed in float32 and rounded twice to x's dtype, behind the gate and behind the
+    down product; the sum over slots is float32 too. The same input gives the same bits.
+
+    Args:
+        x: (T, H).
+        experts: (T, K) integers; what is outside 0 to E - 1 marks an unused slot.
+        weights: (T, K).
+        gate_up, down: (E, 2 I, H), gate before up, and (E, H, I), contiguous, in x's dtype.
+        most_pairs: slots to hold intermediate results for; more are computed in several parts.
+
+    Returns:
+        (T, H) like x.
+    """
+    (T, H), K, inner = x.shape, experts.shape[1], down.shape[2]
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if experts.numel() == 0:
+        return result.zero_()
+    x, experts, weights = x.contiguous(), experts.contiguous(), weights.contiguous()
+    part = min(T, max(1, most_pairs // K))
+    hidden, y = x.new_empty(part * K, inner), x.new_empty(part * K, H)
+    with torch.cuda.device(x.device):
+        for first in range(0, T, part):
+            now = slice(first, first + part)
+            _part(x[now], experts[now], weights[now], gate_up, down, hidden, y, result[now])
+    return result
+
+
+def _part(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    hidden: torch.Tensor,
+    y: torch.Tensor,
+    result: torch.Tensor,
+) -> None:
+    (T, K), (E, H, inner), P = experts.shape, down.shape, experts.numel()
+    cut = tiles_for(x, P / E)
+    n_blocks, n_tiles = triton.cdiv(P, _BLOCK), P // cut.rows + E
+    counts = torch.zeros(E * n_blocks, dtype=torch.int32, device=x.device)
+    count_kernel[(n_blocks,)](experts, counts, P, E, n_blocks, BLOCK=_BLOCK)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    pairs, places = counts.new_empty(P), counts.new_empty(P)
+    tiles = counts.new_empty(3 * n_tiles + 1)
+    place_kernel[(n_blocks + triton.cdiv(n_tiles, _TILES),)](
+        experts,
+        counts,
+        ends,
+        pairs,
+        places,
+        tiles,
+        P,
+        E,
+        n_blocks,
+        n_tiles,
+        BLOCK=_BLOCK,
+        LANES=max(16, triton.next_power_of_2(E)),
+        ROWS=cut.rows,
+        TILES=_TILES,
+    )
+    programs = (_device(x.device).multi_processor_count * cut.programs,)
+    common = {
+        "ROWS": cut.rows,
+        "DEPTH": cut.depth,
+        "PRECISION": "ieee",
+        "num_warps": cut.warps,
+        "num_stages": cut.stages,
+    }
+    half = cut.columns // 2
+    gate_up_kernel[programs](
+        x, gate_up, pairs, tiles, hidden, n_tiles, K, WIDTH=H, OUT=inner, COLUMNS=half, **common
+    )
+    operands: tuple[Any, Any] = hidden, down
+    bulk = cut.rows >= 128 and _has_copy_engine(x.device) and inner * x.element_size() % 16 == 0
+    if bulk:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        operands = (
+            TensorDescriptor.from_tensor(hidden, [cut.rows, cut.depth]),
+            TensorDescriptor.from_tensor(down.view(E * H, inner), [cut.columns, cut.depth]),
+        )
+    down_kernel[programs](
+        *operands, tiles, y, n_tiles, WIDTH=inner, OUT=H, COLUMNS=cut.columns, BULK=bulk, **common
+    )
+    block = min(2048, triton.next_power_of_2(H))
+    combine_kernel[(T, triton.cdiv(H, block))](y, places, weights, result, K, H, BLOCK=block)
+
+
+_BLOCK, _TILES = 128, 64  # pairs, and tiles, that a program sorts or writes
+
+
+@cache
+def _device(device: torch.device) -> Any:
+    return torch.cuda.get_device_properties(device)
+
+
+@cache
+def _has_copy_engine(device: torch.device) -> bool:
+    described = importlib.util.find_spec("triton.tools.tensor_descriptor")  # not in older Triton
+    return described is not None and _device(device).major == 9
