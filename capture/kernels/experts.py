@@ -345,7 +345,9 @@ def _part(
     operands: tuple[Any, Any] = hidden, down
     bulk = cut.rows >= 128 and _has_copy_engine(x.device) and inner * x.element_size() % 16 == 0
     if bulk:
-        from triton.tools.tensor_descriptor import TensorDescriptor
+        from triton.tools.tensor_descriptor import (  # type: ignore[import-not-found, unused-ignore]
+            TensorDescriptor,
+        )
 
         operands = (
             TensorDescriptor.from_tensor(hidden, [cut.rows, cut.depth]),

@@ -51,7 +51,7 @@ def obstacle(router: Router) -> str | None:
     """Why our code may not compute a router's experts; None if it may."""
     experts: Any = router.experts
     moe = _library()
-    if moe is None or experts is None or not _dispatches(type(experts)):
+    if moe is None or experts is None or not _dispatches(experts.__class__):
         return "they are not of the library's common form"
     if not router.family.sentinel:
         return "they cannot have unused slots"
@@ -146,9 +146,10 @@ def used_pairs(self: Any, hidden: Tensor, experts: Tensor, weights: Tensor) -> T
     ):
         most_pairs = self.config.most_pairs_each * len(hidden)
         fused = _operator() if torch.compiler.is_compiling() else _fused
-        y = fused(hidden.to(down.dtype), experts, weights, gate_up, down, most_pairs)
+        y: Tensor = fused(hidden.to(down.dtype), experts, weights, gate_up, down, most_pairs)
         return y.to(hidden.dtype)
-    return in_torch(self, hidden, experts, weights)
+    slow: Tensor = in_torch(self, hidden, experts, weights)
+    return slow
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
@@ -197,7 +198,7 @@ def _grouped(rows: Tensor, weight: Tensor, n: list[int], ends: Tensor) -> Tensor
     each = weight.unbind()  # one gradient of the whole, not one for each expert
     parts = [
         nn.functional.linear(part, w)
-        for part, w in zip(rows.split(n), each, strict=True)
+        for part, w in zip(torch.split(rows, n), each, strict=True)
         if len(part)
     ]
     return torch.cat(parts) if parts else nn.functional.linear(rows, each[0])
