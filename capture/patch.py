@@ -50,14 +50,14 @@ class _Mark:
         return _nothing, ()
 
 
-def _eager(hook: Hook) -> Hook:
+def _eager(hook: Hook, mark: _Mark) -> Hook:
     """Keep a hook out of compiled graphs; where nothing is compiled it is called as it is.
 
-    Hooks go along when a model is copied: on a copy, which has no mark, it does nothing.
+    Hooks go along when a model is copied: on a module without their mark they do nothing.
     """
 
     def here(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return None if vars(module).get(_MARK) is None else hook(module, *args, **kwargs)
+        return hook(module, *args, **kwargs) if vars(module).get(_MARK) is mark else None
 
     disabled = torch.compiler.disable(here)  # type: ignore[no-untyped-call]
 
@@ -91,6 +91,7 @@ class RouterPatcher:
         self._handles: list[Any] = []
         self._parallel: list[tuple[Any, bool]] = []
         self._marked: list[nn.Module] = []
+        self._mark = _Mark()
         self._undo: list[Callable[[], None]] = []
         self._thread = threading.local()  # DataParallel runs a forward per thread
 
@@ -200,7 +201,7 @@ class RouterPatcher:
         collect_stats: bool,
     ) -> None:
         for module in self._modules():
-            vars(module)[_MARK] = _Mark()
+            vars(module)[_MARK] = self._mark
             self._marked.append(module)
         # a graph compiled before would run without the hooks
         torch._dynamo.reset_code_caches()  # type: ignore[no-untyped-call, unused-ignore]
@@ -242,15 +243,16 @@ class RouterPatcher:
         signature = inspect.signature(base.forward)
         has_head = base is not self.model
         thread = self._thread
+        eager = functools.partial(_eager, mark=self._mark)
 
-        @_eager
+        @eager
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             forward = tracker.begin(_by_name(signature, args, kwargs))
             thread.forward = forward
             if recorder is not None:
                 recorder.begin(forward)
 
-        @_eager
+        @eager
         def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             forward, thread.forward = getattr(thread, "forward", None), None
             if forward is not None and output is not None:
@@ -258,11 +260,11 @@ class RouterPatcher:
             if recorder is not None and (output is None or not getattr(thread, "in_head", False)):
                 recorder.end(complete=output is not None)
 
-        @_eager
+        @eager
         def begin_head(module: nn.Module, args: Any, kwargs: Any) -> None:
             thread.in_head = True
 
-        @_eager
+        @eager
         def end_head(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             thread.in_head = False
             if recorder is None:
@@ -285,8 +287,9 @@ class RouterPatcher:
 
     def _observer(self, router: Router, recorder: Recorder) -> Any:
         layers = router.layer, *router.again
+        eager = functools.partial(_eager, mark=self._mark)
 
-        @_eager
+        @eager
         def observe(module: nn.Module, args: Any, output: Any) -> None:
             logits, weights, experts = router.triple(output)
             recorder.record(layers, {"logits": logits, "experts": experts, "weights": weights})
@@ -300,8 +303,9 @@ class RouterPatcher:
         renormalize = options.renormalizes(router.norm_topk_prob)
         weighing = router.weighing(renormalize)
         stats = self.stats.get(router.layer)
+        eager = functools.partial(_eager, mark=self._mark)
 
-        @_eager
+        @eager
         def steer(module: nn.Module, args: Any, output: Any) -> Any:
             logits, own_weights, own_experts = router.triple(output)
             keys = finite_keys(logits)
