@@ -5,7 +5,7 @@ count travels to the host, so a call costs what its used pairs cost, and a CUDA 
 """
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -41,34 +41,21 @@ def _place(experts, counts, ends, pairs, places, n_pairs, n_experts, n_blocks, B
 
 
 @triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
-def _cut(  # type: ignore[no-untyped-def]
-    ends,
-    tiles,
-    first_tile,
-    n_experts,
-    n_blocks,
-    n_tiles,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """tiles[i] = (expert, first place, place after the expert's last); behind them their number."""
-    tile = first_tile + tl.arange(0, TILES)
-    expert = tl.arange(0, LANES)
-    inside = expert < n_experts
-    end = tl.load(ends + (expert + 1) * n_blocks - 1, mask=inside, other=0)
-    start = tl.load(ends + expert * n_blocks - 1, mask=inside & (expert > 0), other=0)
-    n = tl.where(inside, (end - start + ROWS - 1) // ROWS, 0)
+def _cut(expert, start, end, tile, tiles, n_tiles, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """tiles[i] = (expert, first place, place after the expert's last); behind them their number.
+
+    Expert e has the places from start[e] to end[e]; lanes that are no expert have none.
+    """
+    n = (end - start + ROWS - 1) // ROWS
     last = tl.cumsum(n, axis=0)
-    done = (last[None, :] <= tile[:, None]) & inside[None, :]
-    owner = tl.sum(done.to(tl.int32), axis=1)
+    owner = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), axis=1)
     mine = expert[None, :] == owner[:, None]
     first = start[None, :] + (tile[:, None] - (last - n)[None, :]) * ROWS
     exists = tile < n_tiles
     tl.store(tiles + 3 * tile, owner, mask=exists)
     tl.store(tiles + 3 * tile + 1, tl.sum(tl.where(mine, first, 0), axis=1), mask=exists)
     tl.store(tiles + 3 * tile + 2, tl.sum(tl.where(mine, end[None, :], 0), axis=1), mask=exists)
-    tl.store(tiles + 3 * n_tiles, tl.sum(n, axis=0), mask=first_tile == 0)
+    tl.store(tiles + 3 * n_tiles + 0 * tile, tl.sum(n, axis=0) + 0 * tile, mask=tile == 0)
 
 
 @triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
@@ -97,8 +84,41 @@ def place_kernel(  # type: ignore[no-untyped-def]
     if block < n_blocks:
         _place(experts, counts, ends, pairs, places, n_pairs, n_experts, n_blocks, BLOCK)
     else:
-        first_tile = (block - n_blocks) * TILES
-        _cut(ends, tiles, first_tile, n_experts, n_blocks, n_tiles, LANES, ROWS, TILES)
+        expert = tl.arange(0, LANES)
+        inside = expert < n_experts
+        end = tl.load(ends + (expert + 1) * n_blocks - 1, mask=inside, other=0)
+        start = tl.load(ends + expert * n_blocks - 1, mask=inside & (expert > 0), other=0)
+        tile = (block - n_blocks) * TILES + tl.arange(0, TILES)
+        _cut(expert, start, end, tile, tiles, n_tiles, ROWS)
+
+
+@triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
+def place_few_kernel(  # type: ignore[no-untyped-def]
+    experts,
+    pairs,
+    places,
+    tiles,
+    n_pairs,
+    n_experts,
+    n_tiles,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """`count_kernel` and `place_kernel` for at most BLOCK pairs, in one program."""
+    pair = tl.arange(0, BLOCK)
+    expert = tl.load(experts + pair, mask=pair < n_pairs, other=-1).to(tl.int32)
+    used = (expert >= 0) & (expert < n_experts)
+    expert = tl.where(used, expert, LANES)
+    before = expert[None, :] < expert[:, None]
+    before |= (expert[None, :] == expert[:, None]) & (pair[None, :] < pair[:, None])
+    place = tl.sum(before.to(tl.int32), axis=1)
+    tl.store(pairs + place, pair, mask=used)
+    tl.store(places + pair, tl.where(used, place, -1), mask=pair < n_pairs)
+    each = tl.arange(0, LANES)
+    start = tl.sum((expert[None, :] < each[:, None]).to(tl.int32), axis=1)
+    end = tl.sum((expert[None, :] <= each[:, None]).to(tl.int32), axis=1)
+    _cut(each, start, end, pair, tiles, n_tiles, ROWS)
 
 
 @triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
@@ -248,14 +268,16 @@ class Tiles:
 def tiles_for(x: torch.Tensor, pairs_each: float) -> Tiles:
     """What is fast for at most so many pairs an expert, as measured on an H100."""
     if x.element_size() > 2:
-        return Tiles(16 if pairs_each <= 16 else 32, 64, 32, 4, 2, 4)
-    if pairs_each <= 16:
-        return Tiles(16, 64, 128, 4, 4, 3)
-    if pairs_each <= 64:
-        return Tiles(64, 128, 64, 4, 4, 2)
+        cut = Tiles(16 if pairs_each <= 16 else 32, 64, 32, 4, 2, 4)
+    elif pairs_each <= 16:
+        cut = Tiles(16, 128, 128, 4, 3, 2)
+    elif pairs_each <= 64:
+        cut = Tiles(64, 256, 64, 4, 4, 1)
+    else:
+        cut = Tiles(128, 256, 64, 8, 4, 1)
+    stage = (cut.rows + cut.columns) * cut.depth * x.element_size()
     memory = _device(x.device).shared_memory_per_block_optin
-    stages = min(4, memory // (2 * (128 + 256) * 64))
-    return Tiles(128, 256, 64, 8, stages, 1) if stages > 1 else Tiles(64, 128, 64, 4, 2, 2)
+    return replace(cut, stages=max(1, min(cut.stages, memory // stage)))
 
 
 def experts_of_used_pairs(
@@ -308,28 +330,31 @@ def _part(
 ) -> None:
     (T, K), (E, H, inner), P = experts.shape, down.shape, experts.numel()
     cut = tiles_for(x, P / E)
-    n_blocks, n_tiles = triton.cdiv(P, _BLOCK), P // cut.rows + E
-    counts = torch.zeros(E * n_blocks, dtype=torch.int32, device=x.device)
-    count_kernel[(n_blocks,)](experts, counts, P, E, n_blocks, BLOCK=_BLOCK)
-    ends = counts.cumsum(0, dtype=torch.int32)
-    pairs, places = counts.new_empty(P), counts.new_empty(P)
-    tiles = counts.new_empty(3 * n_tiles + 1)
-    place_kernel[(n_blocks + triton.cdiv(n_tiles, _TILES),)](
-        experts,
-        counts,
-        ends,
-        pairs,
-        places,
-        tiles,
-        P,
-        E,
-        n_blocks,
-        n_tiles,
-        BLOCK=_BLOCK,
-        LANES=max(16, triton.next_power_of_2(E)),
-        ROWS=cut.rows,
-        TILES=_TILES,
+    n_tiles = min(P, P // cut.rows + E)
+    pairs, places, tiles = (
+        torch.empty(n, dtype=torch.int32, device=x.device) for n in (P, P, 3 * n_tiles + 1)
     )
+    sizes = {"BLOCK": _BLOCK, "LANES": max(16, triton.next_power_of_2(E)), "ROWS": cut.rows}
+    if P <= _BLOCK:
+        place_few_kernel[(1,)](experts, pairs, places, tiles, P, E, n_tiles, **sizes)
+    else:
+        n_blocks = triton.cdiv(P, _BLOCK)
+        counts = torch.zeros(E * n_blocks, dtype=torch.int32, device=x.device)
+        count_kernel[(n_blocks,)](experts, counts, P, E, n_blocks, BLOCK=_BLOCK)
+        place_kernel[(n_blocks + triton.cdiv(n_tiles, _TILES),)](
+            experts,
+            counts,
+            counts.cumsum(0, dtype=torch.int32),
+            pairs,
+            places,
+            tiles,
+            P,
+            E,
+            n_blocks,
+            n_tiles,
+            TILES=_TILES,
+            **sizes,
+        )
     programs = (_device(x.device).multi_processor_count * cut.programs,)
     common = {
         "ROWS": cut.rows,

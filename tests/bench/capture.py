@@ -105,10 +105,9 @@ def mean_experts(model: Any, kde: Any, alpha: float, max_k: int, ids: torch.Tens
     patcher.attach(Routing("bh", options), kde, collect_stats=True)
     try:
         model(ids, use_cache=False, logits_to_keep=1)
-        selected = sum(int(stats.selected.sum()) for stats in patcher.stats.values())
+        return statistics.fmean(stats.mean_experts for stats in patcher.stats.values())
     finally:
         patcher.unpatch()
-    return selected / (ids.numel() * len(patcher.routers))
 
 
 def alpha_for(model: Any, kde: Any, mean: float, max_k: int, ids: torch.Tensor) -> float:
