@@ -221,6 +221,9 @@ class RouterPatcher:
                 continue
             E = router.n_experts
             null = None if kde is None else TorchNull(kde[router.layer], options.alpha, E)
+            weight = next(router.module.parameters(), None)
+            if null is not None and weight is not None and weight.is_cuda:
+                null.place(weight.device)
             if collect_stats:
                 self.stats[router.layer] = LayerStats.empty(E)
             skips = self._skips_unused(router)

@@ -112,8 +112,8 @@ def mean_experts(model: Any, kde: Any, alpha: float, max_k: int, ids: torch.Tens
 
 def alpha_for(model: Any, kde: Any, mean: float, max_k: int, ids: torch.Tensor) -> float:
     """The alpha whose mean is closest, by bisection."""
-    low, high = 1e-6, 0.999
-    for _ in range(14):
+    low, high = 1e-5, 0.999
+    for _ in range(12):
         middle = (low * high) ** 0.5
         if mean_experts(model, kde, middle, max_k, ids) < mean:
             low = middle
@@ -131,7 +131,7 @@ def experts_table(model: Any, kde: Any, ids: torch.Tensor, *, rounds: int) -> di
     modes |= {f"bhlog top-{k}": lambda k=k: native(model, k, ours=True) for k in counts}
     means = {}
     for target, max_k in ((1.1, 8), (2.3, 8), (7.5, 8), (13.0, 16), (33.0, 64)):
-        alpha = alpha_for(model, kde, target, max_k, ids[:1])
+        alpha = alpha_for(model, kde, target, max_k, ids)
         name = f"BH {target} of {max_k}"
         means[name] = mean_experts(model, kde, alpha, max_k, ids)
         modes[name] = lambda a=alpha, m=max_k: route(model, alpha=a, kde=kde, max_k=m)
@@ -141,7 +141,7 @@ def experts_table(model: Any, kde: Any, ids: torch.Tensor, *, rounds: int) -> di
         for name in list(modes) if number % 2 else list(reversed(modes)):
             with modes[name]():
                 torch.cuda.reset_peak_memory_stats()
-                took = seconds(lambda: model(ids, use_cache=False), 2)
+                took = seconds(lambda: model(ids, use_cache=False), 3)
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**30
             if number >= 0:
                 times[name].append(took)

@@ -36,11 +36,14 @@ def on_gpu(case: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
 BOUNDS = {torch.bfloat16: 5e-3, torch.float16: 7e-4, torch.float32: 1e-5}
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("T", [1, 3, 64, 700, 5000])
-@pytest.mark.parametrize("E", [4, 60, 64, 512])
+@pytest.mark.parametrize(
+    ("dtype", "T"),
+    [(torch.bfloat16, T) for T in (1, 3, 64, 700, 5000)]
+    + [(torch.float16, 64), (torch.float16, 5000), (torch.float32, 64), (torch.float32, 700)],
+)
+@pytest.mark.parametrize("E", [4, 60, 512])
 def test_the_kernel_is_a_float32_loop_over_experts(dtype, T, E):
-    for K, H, inner in ((1, 64, 32), (min(E, 8), 200, 72), (min(E, 16), 256, 128)):
+    for K, H, inner in ((1, 200, 72), (min(E, 16), 256, 128)):
         case = on_gpu(make_case(T, E, K, H, inner), dtype)
         truth = slow_experts(*(t.double() if t.is_floating_point() else t for t in case))
         found = run(case)
@@ -128,5 +131,5 @@ def test_a_compiled_model_is_routed_as_the_bare_one(model):
     ids = torch.randint(0, 500, (2, 40), device="cuda")
     with route(model, alpha=0.3, kde=normal_kde(range(2)), max_k=8):
         expected = model(ids).logits
-        found = torch.compile(model)(ids).logits
+        found = torch.compile(model, backend="aot_eager")(ids).logits
     assert distance(found, expected.double()) < 0.03
