@@ -29,13 +29,15 @@ class ExpertsConfig:
     Args:
         config: what it is but for the name of the implementation; a copy or pickle is of it alone.
         most_pairs_each: slots a token that intermediate results are held for at once.
+        compiled: whether a graph of torch.compile may hold the kernels.
     """
 
     _experts_implementation = NAME
 
-    def __init__(self, config: Any, most_pairs_each: int) -> None:
+    def __init__(self, config: Any, *, most_pairs_each: int, compiled: bool) -> None:
         self.config = config
         self.most_pairs_each = most_pairs_each
+        self.compiled = compiled
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.config, name)
@@ -80,10 +82,13 @@ def take(router: Router) -> Callable[[], None]:
     moe = _library()
     assert moe is not None
     moe.ALL_EXPERTS_FUNCTIONS.register(NAME, used_pairs)
-    if experts.down_proj.is_cuda:
-        experts_kernel()  # compiled before a forward needs it
+    # tried before a forward needs it, and before a graph is made of one
+    fused = experts.down_proj.is_cuda and experts_kernel() is not None
+    if fused:
+        _operator()
     # beside the library's own intermediate results, with its top-k, these take half the memory
-    experts.config = ExpertsConfig(config, 2 * router.top_k)
+    most_pairs_each = 2 * router.top_k
+    experts.config = ExpertsConfig(config, most_pairs_each=most_pairs_each, compiled=fused)
 
     def undo() -> None:
         experts.config = config
@@ -142,12 +147,17 @@ def used_pairs(self: Any, hidden: Tensor, experts: Tensor, weights: Tensor) -> T
         and is_silu(self.act_fn)
         and gate_up.is_contiguous()
         and down.is_contiguous()
-        and experts_kernel() is not None
     ):
         most_pairs = self.config.most_pairs_each * len(hidden)
-        fused = _operator() if torch.compiler.is_compiling() else _fused
-        y: Tensor = fused(hidden.to(down.dtype), experts, weights, gate_up, down, most_pairs)
-        return y.to(hidden.dtype)
+        given = hidden.to(down.dtype), experts, weights, gate_up, down, most_pairs
+        y: Tensor
+        if torch.compiler.is_compiling():
+            if self.config.compiled:
+                y = torch.ops.bhlog.used_pairs(*given)
+                return y.to(hidden.dtype)
+        elif experts_kernel() is not None:
+            y = _fused(*given)
+            return y.to(hidden.dtype)
     slow: Tensor = in_torch(self, hidden, experts, weights)
     return slow
 
@@ -214,11 +224,10 @@ def _fused(
 
 
 @cache
-def _operator() -> Any:
-    """`_fused` as an operator, for graphs of torch.compile."""
+def _operator() -> None:
+    """Register `_fused` as an operator, for graphs of torch.compile."""
     operator = torch.library.custom_op("bhlog::used_pairs", _fused, mutates_args=())
     operator.register_fake(lambda hidden, *others: hidden.new_empty(hidden.shape))
-    return operator
 
 
 @cache

@@ -127,6 +127,14 @@ def test_a_copy_of_a_routed_model_is_plain(tmp_path, log):
 
 
 @needs_experts
+def test_a_compiled_model_is_routed_as_the_bare_one():
+    model = tiny_model()
+    with route(model, alpha=0.3, kde=KDE):
+        compiled = torch.compile(model, backend="eager")
+        torch.testing.assert_close(logits(compiled), logits(model), atol=1e-5, rtol=1e-5)
+
+
+@needs_experts
 def test_a_run_says_which_experts_it_had(tmp_path):
     with route(tiny_model(), tmp_path / "run", alpha=0.3, kde=KDE) as patcher:
         assert patcher.experts_implementation == NAME
