@@ -4,7 +4,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from capture.contract.bh import BhOptions
 from capture.contract.errors import AlreadyPatched, UnsupportedModel
 from capture.contract.kde import KdeModel
 from capture.contract.manifest import ModelInfo, Routing
+from capture.hooks import Mark, eager_hook
 from capture.recorder import Recorder
 from capture.routers.experts import (
     implementation,
@@ -34,38 +35,6 @@ from capture.routers.stats import LayerStats
 from capture.tokens.generation import watch_generation
 from capture.tokens.identity import Tracker
 from capture.writing.writer import RunWriter
-
-_MARK = "_bhlog_patched"
-
-Hook = TypeVar("Hook", bound=Callable[..., Any])
-
-
-class _Mark:
-    """On each module that is hooked, and on replicas of it; a copy or pickle of one has None."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        return _nothing, ()
-
-
-def _eager(hook: Hook, mark: _Mark) -> Hook:
-    """Keep a hook out of compiled graphs; where nothing is compiled it is called as it is.
-
-    Hooks go along when a model is copied: on a module without their mark they do nothing.
-    """
-
-    def here(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return hook(module, *args, **kwargs) if vars(module).get(_MARK) is mark else None
-
-    disabled = torch.compiler.disable(here)  # type: ignore[no-untyped-call]
-
-    @functools.wraps(hook)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else here(*args, **kwargs)
-
-    return cast(Hook, call)
 
 
 class RouterPatcher:
@@ -91,7 +60,7 @@ class RouterPatcher:
         self._handles: list[Any] = []
         self._parallel: list[tuple[Any, bool]] = []
         self._marked: list[nn.Module] = []
-        self._mark = _Mark()
+        self._mark = Mark()
         self._undo: list[Callable[[], None]] = []
         self._thread = threading.local()  # DataParallel runs a forward per thread
 
@@ -116,7 +85,7 @@ class RouterPatcher:
             KdeMismatch: no null model, or one for other layers or experts.
             UnsupportedModel: the family can be observed but not routed.
         """
-        if any(vars(m).get(_MARK) is not None for m in self._modules()):
+        if any(Mark.of(m) is not None for m in self._modules()):
             raise AlreadyPatched(
                 f"{type(self.model).__name__} is already observed or routed; one patch at a time: "
                 "leave that block or call unpatch() first"
@@ -182,7 +151,7 @@ class RouterPatcher:
             experts._is_expert_parallel = flag
         self._parallel = []
         for module in self._marked:
-            vars(module).pop(_MARK, None)
+            self._mark.take(module)
         self._marked = []
         for undo in self._undo:
             undo()
@@ -201,7 +170,7 @@ class RouterPatcher:
         collect_stats: bool,
     ) -> None:
         for module in self._modules():
-            vars(module)[_MARK] = self._mark
+            self._mark.put(module)
             self._marked.append(module)
         # a graph compiled before would run without the hooks
         torch._dynamo.reset_code_caches()  # type: ignore[no-untyped-call, unused-ignore]
@@ -246,7 +215,7 @@ class RouterPatcher:
         signature = inspect.signature(base.forward)
         has_head = base is not self.model
         thread = self._thread
-        eager = functools.partial(_eager, mark=self._mark)
+        eager = functools.partial(eager_hook, mark=self._mark)
 
         @eager
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -290,7 +259,7 @@ class RouterPatcher:
 
     def _observer(self, router: Router, recorder: Recorder) -> Any:
         layers = router.layer, *router.again
-        eager = functools.partial(_eager, mark=self._mark)
+        eager = functools.partial(eager_hook, mark=self._mark)
 
         @eager
         def observe(module: nn.Module, args: Any, output: Any) -> None:
@@ -306,7 +275,7 @@ class RouterPatcher:
         renormalize = options.renormalizes(router.norm_topk_prob)
         weighing = router.weighing(renormalize)
         stats = self.stats.get(router.layer)
-        eager = functools.partial(_eager, mark=self._mark)
+        eager = functools.partial(eager_hook, mark=self._mark)
 
         @eager
         def steer(module: nn.Module, args: Any, output: Any) -> Any:
@@ -361,13 +330,9 @@ class RouterPatcher:
         return True
 
     def _modules(self) -> tuple[nn.Module, ...]:
-        """Those that are hooked by `_eager` hooks."""
+        """Those that are hooked."""
         base = _nearest_model(self.model, self.routers)
         return tuple(dict.fromkeys((self.model, base, *(r.module for r in self.routers))))
-
-
-def _nothing() -> None:
-    return None
 
 
 def _by_name(

@@ -1,7 +1,8 @@
-"""The experts of used (token, slot) pairs alone; imported only where Triton is installed.
+"""The experts of used pairs alone; imported only where Triton is installed.
 
-Pairs are sorted by expert on the device, and the products read from there how many there are: no
-count travels to the host, so a call costs what its used pairs cost, and a CUDA graph can hold it.
+Pairs of a token and an expert are sorted by expert on the device, and the products read from there
+how many there are: no count travels to the host, so a call costs what its used pairs cost, and a
+CUDA graph can hold it.
 """
 
 import importlib.util
@@ -13,115 +14,10 @@ import torch
 import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 
-
-@triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
-def count_kernel(experts, counts, n_pairs, n_experts, n_blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """counts[expert, block]: how many of a block's pairs an expert has. One program per block."""
-    block = tl.program_id(0)
-    pair = block * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(experts + pair, mask=pair < n_pairs, other=n_experts).to(tl.int32)
-    used = (expert >= 0) & (expert < n_experts)
-    tl.atomic_add(counts + expert * n_blocks + block, 1, mask=used, sem="relaxed")
+from capture.kernels.pairs import sorted_pairs
 
 
-@triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
-def _place(experts, counts, ends, pairs, places, n_pairs, n_experts, n_blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sort a block's pairs by expert, stably: pairs[place], and places[pair], -1 if unused."""
-    block = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    pair = block * BLOCK + lane
-    expert = tl.load(experts + pair, mask=pair < n_pairs, other=n_experts).to(tl.int32)
-    used = (expert >= 0) & (expert < n_experts)
-    before = (expert[None, :] == expert[:, None]) & (lane[None, :] < lane[:, None])
-    end = tl.load(ends + expert * n_blocks + block, mask=used, other=0)
-    count = tl.load(counts + expert * n_blocks + block, mask=used, other=0)
-    place = end - count + tl.sum(before.to(tl.int32), axis=1)
-    tl.store(pairs + place, pair, mask=used)
-    tl.store(places + pair, tl.where(used, place, -1), mask=pair < n_pairs)
-
-
-@triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
-def _cut(expert, start, end, tile, tiles, n_tiles, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """tiles[i] = (expert, first place, place after the expert's last); behind them their number.
-
-    Expert e has the places from start[e] to end[e]; lanes that are no expert have none.
-    """
-    n = (end - start + ROWS - 1) // ROWS
-    last = tl.cumsum(n, axis=0)
-    owner = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), axis=1)
-    mine = expert[None, :] == owner[:, None]
-    first = start[None, :] + (tile[:, None] - (last - n)[None, :]) * ROWS
-    exists = tile < n_tiles
-    tl.store(tiles + 3 * tile, owner, mask=exists)
-    tl.store(tiles + 3 * tile + 1, tl.sum(tl.where(mine, first, 0), axis=1), mask=exists)
-    tl.store(tiles + 3 * tile + 2, tl.sum(tl.where(mine, end[None, :], 0), axis=1), mask=exists)
-    tl.store(tiles + 3 * n_tiles + 0 * tile, tl.sum(n, axis=0) + 0 * tile, mask=tile == 0)
-
-
-@triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
-def place_kernel(  # type: ignore[no-untyped-def]
-    experts,
-    counts,
-    ends,
-    pairs,
-    places,
-    tiles,
-    n_pairs,
-    n_experts,
-    n_blocks,
-    n_tiles,
-    BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """Sort pairs by expert, and cut each expert's into tiles of at most ROWS.
-
-    The first n_blocks programs sort a block each, the others write TILES tiles each. `ends` is the
-    running sum of `counts`.
-    """
-    block = tl.program_id(0)
-    if block < n_blocks:
-        _place(experts, counts, ends, pairs, places, n_pairs, n_experts, n_blocks, BLOCK)
-    else:
-        expert = tl.arange(0, LANES)
-        inside = expert < n_experts
-        end = tl.load(ends + (expert + 1) * n_blocks - 1, mask=inside, other=0)
-        start = tl.load(ends + expert * n_blocks - 1, mask=inside & (expert > 0), other=0)
-        tile = (block - n_blocks) * TILES + tl.arange(0, TILES)
-        _cut(expert, start, end, tile, tiles, n_tiles, ROWS)
-
-
-@triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
-def place_few_kernel(  # type: ignore[no-untyped-def]
-    experts,
-    pairs,
-    places,
-    tiles,
-    n_pairs,
-    n_experts,
-    n_tiles,
-    BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """`count_kernel` and `place_kernel` for at most BLOCK pairs, in one program."""
-    pair = tl.arange(0, BLOCK)
-    expert = tl.load(experts + pair, mask=pair < n_pairs, other=-1).to(tl.int32)
-    used = (expert >= 0) & (expert < n_experts)
-    expert = tl.where(used, expert, LANES)
-    before = expert[None, :] < expert[:, None]
-    before |= (expert[None, :] == expert[:, None]) & (pair[None, :] < pair[:, None])
-    place = tl.sum(before.to(tl.int32), axis=1)
-    tl.store(pairs + place, pair, mask=used)
-    tl.store(places + pair, tl.where(used, place, -1), mask=pair < n_pairs)
-    each = tl.arange(0, LANES)
-    start = tl.sum((expert[None, :] < each[:, None]).to(tl.int32), axis=1)
-    end = tl.sum((expert[None, :] <= each[:, None]).to(tl.int32), axis=1)
-    _cut(each, start, end, pair, tiles, n_tiles, ROWS)
-
-
-@triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["n_tiles", "n_slots"])  # type: ignore[misc, untyped-decorator, unused-ignore]
 def gate_up_kernel(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -136,8 +32,9 @@ def gate_up_kernel(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    GELU: tl.constexpr,
 ):
-    """result[place] = silu(gate) * up of the pair there: (places, OUT) of x (T, WIDTH).
+    """result[place] = act(gate) * up of the pair there: (places, OUT) of x (T, WIDTH).
 
     weight is (E, 2 OUT, WIDTH), gate before up. Each tile's columns come in turn from gate and from
     up, so that one product holds both. Programs take tiles in turn until there are no more.
@@ -168,7 +65,10 @@ def gate_up_kernel(  # type: ignore[no-untyped-def]
                 right = tl.load(b + first, mask=rest[:, None] & (column < OUT)[None, :], other=0.0)
             total = tl.dot(left, right, total, input_precision=PRECISION)
         gate, up = tl.split(tl.reshape(total, [ROWS, COLUMNS, 2]))
-        value = gate / (1 + tl.exp(-gate)) * up
+        inside = gate
+        if GELU:  # by tanh, which is a sigmoid of twice as much
+            inside = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+        value = gate / (1 + tl.exp(-inside)) * up
         out = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
         place = result + row.to(tl.int64)[:, None] * OUT + out[None, :]
         tl.store(
@@ -176,7 +76,7 @@ def gate_up_kernel(  # type: ignore[no-untyped-def]
         )
 
 
-@triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["n_tiles"])  # type: ignore[misc, untyped-decorator, unused-ignore]
 def down_kernel(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -233,7 +133,7 @@ def down_kernel(  # type: ignore[no-untyped-def]
         )
 
 
-@triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["n_slots"])  # type: ignore[misc, untyped-decorator, unused-ignore]
 def combine_kernel(y, places, weights, result, n_slots, WIDTH, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """result[t] = sum of weight * y[place] over the slots of t, in float32 in their order."""
     t = tl.program_id(0).to(tl.int64)
@@ -287,9 +187,10 @@ def experts_of_used_pairs(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     *,
+    gelu: bool = False,
     most_pairs: int,
 ) -> torch.Tensor:
-    """Each token's weighted sum of its experts, down(silu(gate) * up), in a few launches.
+    """Each token's weighted sum of its experts, down(act(gate) * up), in a few launches.
 
     Products are summed in float32 and rounded twice to x's dtype, behind the gate and behind the
     down product; the sum over slots is float32 too. The same input gives the same bits.
@@ -299,6 +200,7 @@ def experts_of_used_pairs(
         experts: (T, K) integers; what is outside 0 to E - 1 marks an unused slot.
         weights: (T, K).
         gate_up, down: (E, 2 I, H), gate before up, and (E, H, I), contiguous, in x's dtype.
+        gelu: whether the activation is gelu, by tanh, instead of silu.
         most_pairs: slots to hold intermediate results for; more are computed in several parts.
 
     Returns:
@@ -314,7 +216,8 @@ def experts_of_used_pairs(
     with torch.cuda.device(x.device):
         for first in range(0, T, part):
             now = slice(first, first + part)
-            _part(x[now], experts[now], weights[now], gate_up, down, hidden, y, result[now])
+            given = x[now], experts[now], weights[now], gate_up, down, gelu
+            _part(*given, hidden, y, result[now])
     return result
 
 
@@ -324,37 +227,14 @@ def _part(
     weights: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
+    gelu: bool,
     hidden: torch.Tensor,
     y: torch.Tensor,
     result: torch.Tensor,
 ) -> None:
-    (T, K), (E, H, inner), P = experts.shape, down.shape, experts.numel()
-    cut = tiles_for(x, P / E)
-    n_tiles = min(P, P // cut.rows + E)
-    pairs, places, tiles = (
-        torch.empty(n, dtype=torch.int32, device=x.device) for n in (P, P, 3 * n_tiles + 1)
-    )
-    sizes = {"BLOCK": _BLOCK, "LANES": max(16, triton.next_power_of_2(E)), "ROWS": cut.rows}
-    if P <= _BLOCK:
-        place_few_kernel[(1,)](experts, pairs, places, tiles, P, E, n_tiles, **sizes)
-    else:
-        n_blocks = triton.cdiv(P, _BLOCK)
-        counts = torch.zeros(E * n_blocks, dtype=torch.int32, device=x.device)
-        count_kernel[(n_blocks,)](experts, counts, P, E, n_blocks, BLOCK=_BLOCK)
-        place_kernel[(n_blocks + triton.cdiv(n_tiles, _TILES),)](
-            experts,
-            counts,
-            counts.cumsum(0, dtype=torch.int32),
-            pairs,
-            places,
-            tiles,
-            P,
-            E,
-            n_blocks,
-            n_tiles,
-            TILES=_TILES,
-            **sizes,
-        )
+    (T, K), (E, H, inner) = experts.shape, down.shape
+    cut = tiles_for(x, T * K / E)
+    order = sorted_pairs(experts, E, cut.rows)
     programs = (_device(x.device).multi_processor_count * cut.programs,)
     common = {
         "ROWS": cut.rows,
@@ -363,9 +243,19 @@ def _part(
         "num_warps": cut.warps,
         "num_stages": cut.stages,
     }
-    half = cut.columns // 2
     gate_up_kernel[programs](
-        x, gate_up, pairs, tiles, hidden, n_tiles, K, WIDTH=H, OUT=inner, COLUMNS=half, **common
+        x,
+        gate_up,
+        order.pairs,
+        order.tiles,
+        hidden,
+        order.n_tiles,
+        K,
+        WIDTH=H,
+        OUT=inner,
+        COLUMNS=cut.columns // 2,
+        GELU=gelu,
+        **common,
     )
     operands: tuple[Any, Any] = hidden, down
     bulk = cut.rows >= 128 and _has_copy_engine(x.device) and inner * x.element_size() % 16 == 0
@@ -379,13 +269,18 @@ def _part(
             TensorDescriptor.from_tensor(down.view(E * H, inner), [cut.columns, cut.depth]),
         )
     down_kernel[programs](
-        *operands, tiles, y, n_tiles, WIDTH=inner, OUT=H, COLUMNS=cut.columns, BULK=bulk, **common
+        *operands,
+        order.tiles,
+        y,
+        order.n_tiles,
+        WIDTH=inner,
+        OUT=H,
+        COLUMNS=cut.columns,
+        BULK=bulk,
+        **common,
     )
     block = min(2048, triton.next_power_of_2(H))
-    combine_kernel[(T, triton.cdiv(H, block))](y, places, weights, result, K, H, BLOCK=block)
-
-
-_BLOCK, _TILES = 128, 64  # pairs, and tiles, that a program sorts or writes
+    combine_kernel[(T, triton.cdiv(H, block))](y, order.places, weights, result, K, H, BLOCK=block)
 
 
 @cache

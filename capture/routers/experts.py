@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,8 @@ def obstacle(router: Router) -> str | None:
     E, H, inner = down.shape if down.dim() == 3 else (0, 0, 0)
     if router.n_experts != E or gate_up.shape != (E, 2 * inner, H) or gate_up.dtype != down.dtype:
         return f"their weights are {tuple(gate_up.shape)} and {tuple(down.shape)}"
+    if down.is_cuda and activation(experts.act_fn) is None:
+        return f"the activation is {type(experts.act_fn).__name__}"
     return None
 
 
@@ -144,12 +146,13 @@ def used_pairs(self: Any, hidden: Tensor, experts: Tensor, weights: Tensor) -> T
     if (
         hidden.is_cuda
         and not needs_gradient
-        and is_silu(self.act_fn)
+        and activation(self.act_fn) is not None
         and gate_up.is_contiguous()
         and down.is_contiguous()
     ):
         most_pairs = self.config.most_pairs_each * len(hidden)
-        given = hidden.to(down.dtype), experts, weights, gate_up, down, most_pairs
+        gelu = activation(self.act_fn) == "gelu"
+        given = hidden.to(down.dtype), experts, weights, gate_up, down, gelu, most_pairs
         y: Tensor
         if torch.compiler.is_compiling():
             if self.config.compiled:
@@ -181,9 +184,13 @@ def in_torch(self: Any, hidden: Tensor, experts: Tensor, weights: Tensor) -> Ten
     return total.index_add(0, used // K, y.to(total.dtype)).to(hidden.dtype)
 
 
-def is_silu(function: object) -> bool:
-    """Whether an activation is x * sigmoid(x)."""
-    return isinstance(function, nn.SiLU) or type(function).__name__ == "SiLUActivation"
+def activation(function: object) -> Literal["silu", "gelu"] | None:
+    """Which activation of the kernels a function is: silu, gelu by tanh, or neither."""
+    name = type(function).__name__
+    if name in ("SiLU", "SiLUActivation") or function is nn.functional.silu:
+        return "silu"
+    by_tanh = name == "GELU" and getattr(function, "approximate", "") == "tanh"
+    return "gelu" if by_tanh or name in ("GELUTanh", "PytorchGELUTanh") else None
 
 
 _USUAL = {
@@ -215,11 +222,18 @@ def _grouped(rows: Tensor, weight: Tensor, n: list[int], ends: Tensor) -> Tensor
 
 
 def _fused(
-    hidden: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, most_pairs: int
+    hidden: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gelu: bool,
+    most_pairs: int,
 ) -> Tensor:
     kernel = experts_kernel()
     assert kernel is not None
-    result: Tensor = kernel(hidden, experts, weights, gate_up, down, most_pairs=most_pairs)
+    options = {"gelu": gelu, "most_pairs": most_pairs}
+    result: Tensor = kernel(hidden, experts, weights, gate_up, down, **options)
     return result
 
 

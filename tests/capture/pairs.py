@@ -1,5 +1,7 @@
 """Pairs of tokens and experts at random, and the slow way to compute them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -21,12 +23,18 @@ def make_case(T: int, E: int, K: int, H: int, inner: int, *, seed: int = 0) -> t
 
 
 def slow_experts(
-    x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    act: Callable[[Tensor], Tensor] = nn.functional.silu,
 ) -> Tensor:
     """Every expert on every token, then the weighted sum of those in a used slot."""
     total = torch.zeros_like(x)
     for e in range(len(down)):
         gate, up = (x @ gate_up[e].T).chunk(2, dim=-1)
         weight = (weights * (experts == e)).sum(dim=1, keepdim=True)
-        total += weight * ((nn.functional.silu(gate) * up) @ down[e].T)
+        total += weight * ((act(gate) * up) @ down[e].T)
     return total

@@ -17,10 +17,10 @@ from tests.synthetic import normal_kde
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def run(case: tuple[Tensor, ...], *, most_pairs: int = 1 << 20) -> Tensor:
+def run(case: tuple[Tensor, ...], **options: Any) -> Tensor:
     kernel = experts_kernel()
     assert kernel is not None
-    return kernel(*case, most_pairs=most_pairs)
+    return kernel(*case, **{"most_pairs": 1 << 20, **options})
 
 
 def distance(found: Tensor, truth: Tensor) -> float:
@@ -50,6 +50,15 @@ def test_the_kernel_is_a_float32_loop_over_experts(dtype, T, E):
         assert distance(found, truth) < BOUNDS[dtype]
         assert torch.equal(run(case), found)
         assert distance(run(case, most_pairs=K * (T // 3 + 1)), truth) < BOUNDS[dtype]
+
+
+def test_the_kernel_knows_gelu():
+    case = on_gpu(make_case(300, 8, 4, 64, 48), torch.bfloat16)
+    truth = slow_experts(
+        *(t.double() if t.is_floating_point() else t for t in case),
+        act=lambda gate: torch.nn.functional.gelu(gate, approximate="tanh"),
+    )
+    assert distance(run(case, gelu=True), truth) < BOUNDS[torch.bfloat16]
 
 
 def test_the_kernel_takes_a_batch_of_nothing():
