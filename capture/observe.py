@@ -82,7 +82,15 @@ def route(
     patcher.check(routing, kde)
     writer, fit = None, as_fit(fit_kde)
     if run is not None:
-        writer = new_writer(run, patcher.info, routing, kde=kde, options=options, fit=fit)
+        writer = new_writer(
+            run,
+            patcher.info,
+            routing,
+            kde=kde,
+            options=options,
+            extra={"experts_implementation": patcher.experts_implementation},
+            fit=fit,
+        )
     elif fit is not None:
         raise InvalidOption("fit_kde counts what is logged: name a run to log into")
     with recording(patcher, routing, kde, writer, fit):

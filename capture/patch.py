@@ -14,6 +14,13 @@ from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions
 from bhlog.capture.forwards import Forwards
 from bhlog.capture.recorder import Recorder
+from bhlog.capture.routers.experts import (
+    implementation,
+    obstacle,
+    skips_sentinels,
+    take,
+    warn_of_cost,
+)
 from bhlog.capture.routers.family import Router, find_routers, model_info
 from bhlog.capture.routers.routing import (
     TorchNull,
@@ -94,6 +101,11 @@ class RouterPatcher:
         if kde is not None:
             kde.require(self.info.layers, self.info.n_experts)
 
+    @property
+    def experts_implementation(self) -> str:
+        """Which code computes the experts while the model is routed, for the manifest."""
+        return ", ".join(dict.fromkeys(implementation(router) for router in self.routers))
+
     def attach(
         self,
         routing: Routing,
@@ -156,6 +168,8 @@ class RouterPatcher:
         torch._dynamo.reset_code_caches()  # type: ignore[no-untyped-call, unused-ignore]
         self.stats = {}
         options = routing.options
+        if options is not None:
+            warn_of_cost(self.model, self.routers)
         empirical = options is not None and options.p_values == "empirical"
         if writer is not None or empirical or collect_stats:
             self.forwards = Forwards(self.info.layers, writer)
@@ -169,6 +183,9 @@ class RouterPatcher:
                 continue
             E = router.n_experts
             null = None if kde is None else TorchNull(kde[router.layer], options.alpha, E)
+            weight = next(router.module.parameters(), None)
+            if null is not None and weight is not None and weight.is_cuda:
+                null.place(weight.device)
             if collect_stats:
                 self.stats[router.layer] = LayerStats.empty(E)
             skips = self._skips_unused(router)
@@ -230,15 +247,15 @@ class RouterPatcher:
         return steer
 
     def _skips_unused(self, router: Router) -> bool:
-        """Whether the index n_experts skips an unused slot's compute (see Family.sentinel).
-
-        The library's experts do once they think that others of them sit on other devices.
-        """
+        """Whether the index n_experts skips an unused slot's compute, which is arranged here."""
         if router.block is not None:
             return True
-        experts: Any = router.experts
-        if not router.family.sentinel or not hasattr(experts, "_is_expert_parallel"):
+        if obstacle(router) is None:
+            take(router, self._changes)
+            return True
+        if not skips_sentinels(router):
             return False
+        experts: Any = router.experts
         self._changes.set(experts, "_is_expert_parallel", True)
         return True
 

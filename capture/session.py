@@ -184,7 +184,7 @@ def capture(
         routing,
         kde=kde,
         options=options.writer,
-        extra={"processes": world_size(), **(extra or {})},  # the windows' shares depend on it
+        extra=_notes(patcher, routing) | (extra or {}),
         resume=resume,
         fit=fit,
     )
@@ -203,6 +203,13 @@ def capture(
             if progress is not None:
                 progress(tokens, writer)
     return writer.manifest
+
+
+def _notes(patcher: RouterPatcher, routing: Routing) -> dict[str, Any]:
+    notes: dict[str, Any] = {"processes": world_size()}  # the windows' shares depend on it
+    if routing.options is not None:
+        notes["experts_implementation"] = patcher.experts_implementation
+    return notes
 
 
 def n_tokens(texts: Sequence[Window], generate: int) -> int:

@@ -51,7 +51,13 @@ def _options(log: Log) -> dict[str, Any]:
     if options is None:
         return {}
     min_k, max_k = options.bounds(log.n_experts)
-    return {**options.to_json(), "min_k": min_k, "max_k": max_k}
+    implementation = log.manifest.options.get("experts_implementation")
+    return {
+        **options.to_json(),
+        "min_k": min_k,
+        "max_k": max_k,
+        "experts_implementation": implementation,
+    }
 
 
 def _null_model(log: Log) -> str | None:

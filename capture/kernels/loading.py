@@ -37,6 +37,27 @@ def kernels() -> Kernels | None:
     return Kernels(cross_entropy_kernel, selection_kernel)
 
 
+@cache
+def experts_kernel() -> Kernel | None:
+    """capture.kernels.experts.experts_of_used_pairs, tried once; None where it cannot be built."""
+    if kernels() is None or torch.cuda.get_device_capability() < (8, 0):
+        return None
+    from bhlog.capture.kernels.experts import experts_of_used_pairs
+
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+    slots = torch.zeros(1, 1, device="cuda")
+    weights = torch.zeros(1, 32, 16, **options), torch.zeros(1, 16, 16, **options)
+    try:
+        experts_of_used_pairs(
+            torch.zeros(1, 16, **options), slots.long(), slots, *weights, most_pairs=1
+        )
+    except Exception as error:  # as above
+        first = (str(error).splitlines() or [""])[0]
+        warnings.warn(f"no Triton kernel for experts, they take longer: {first}", stacklevel=2)
+        return None
+    return experts_of_used_pairs
+
+
 def _try(cross_entropy_kernel: Callable[..., Any]) -> None:
     logits = torch.zeros(1, 2, device="cuda")
     target = torch.zeros(1, dtype=torch.int64, device="cuda")

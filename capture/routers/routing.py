@@ -65,6 +65,10 @@ class TorchNull:
         self._thresholds = torch.from_numpy(null.thresholds(alpha, n_experts).copy())
         self._on: dict[torch.device, tuple[Tensor, list[tuple[Tensor, ...]]]] = {}
 
+    def place(self, device: torch.device) -> None:
+        """Copy it to a device now, so that no forward waits for that."""
+        self._at(device)
+
     def order(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Experts of each row from the first choice on, and n_rejected.
 

@@ -23,7 +23,10 @@ from bhlog.capture.contract.schema import SCHEMA_VERSION, SHARD_NAME
 from bhlog.capture.writing.launch import world_size
 from bhlog.capture.writing.meeting import Meeting
 
-_MAY_CHANGE = ("batch_size",)  # of the options noted in the manifest, when a run is resumed
+_MAY_CHANGE = (
+    "batch_size",
+    "experts_implementation",
+)  # of the options noted in the manifest, when a run is resumed
 PROGRESS = "bhlog.progress"  # key in the footer of a tokens shard: see Progress
 
 

@@ -1,6 +1,7 @@
 """What capturing costs on a GPU: full logging to disk against no logging, in prefill and decode.
 
     python -m tests.bench.capture [--out DIR]
+    python -m tests.bench.capture --experts
 
 An OLMoE of the real shape (16 layers, 64 experts, hidden 2048, 6.9 B parameters, bfloat16) with
 random weights, built on the device. Beside it the baseline of older tools: hooks that copy logits,
@@ -8,6 +9,10 @@ ids and weights with a synchronous .cpu(). Modes take turns, the order
 turned each round; a ratio is the median over rounds of the time beside that of "off" in the same
 round. `sustained` is one long run with the default queue, the time to close it included. Prints one
 JSON line.
+
+With --experts it times prefills by how many experts tokens have: native top-k with transformers'
+own experts and with bhlog's, and BH at several alphas. A BH forward stands beside native top-k of
+both, and beside bhlog's native at its own mean, interpolated between whole k in the same round.
 """
 
 import argparse
@@ -25,7 +30,12 @@ import numpy as np
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from bhlog.capture.changes import Changes
+from bhlog.capture.contract.manifest import Routing
+from bhlog.capture.contract.rule import BhOptions
 from bhlog.capture.observe import observe, route
+from bhlog.capture.patch import RouterPatcher
+from bhlog.capture.routers.experts import take
 from bhlog.capture.routers.family import find_routers
 from bhlog.capture.writing.writer import WriterOptions
 from tests.synthetic import normal_kde
@@ -72,6 +82,95 @@ def seconds(work: Callable[[], None], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+@contextmanager
+def native(model: Any, top_k: int, *, ours: bool) -> Iterator[None]:
+    """A model that takes top_k experts, computed by transformers' code or by bhlog's."""
+    routers = find_routers(model)
+    before = routers[0].module.top_k
+    changes = Changes()
+    for router in routers:
+        if ours:
+            take(router, changes)
+        router.module.top_k = top_k
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.module.top_k = before
+        changes.undo()
+
+
+def mean_experts(model: Any, kde: Any, alpha: float, max_k: int, ids: torch.Tensor) -> float:
+    """Experts a token, over all layers."""
+    patcher = RouterPatcher(model)
+    options = BhOptions(alpha, max_k=max_k)
+    patcher.attach(Routing("bh", options), kde, collect_stats=True)
+    try:
+        model(ids, use_cache=False, logits_to_keep=1)
+        return statistics.fmean(stats.mean_experts for stats in patcher.stats.values())
+    finally:
+        patcher.unpatch()
+
+
+def alpha_for(model: Any, kde: Any, mean: float, max_k: int, ids: torch.Tensor) -> float:
+    """The alpha whose mean is closest, by bisection."""
+    low, high = 1e-5, 0.999
+    for _ in range(12):
+        middle = (low * high) ** 0.5
+        if mean_experts(model, kde, middle, max_k, ids) < mean:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def experts_table(model: Any, kde: Any, ids: torch.Tensor, *, rounds: int) -> dict[str, Any]:
+    """Milliseconds of a prefill by experts a token, in modes that take turns."""
+    counts = (1, 2, 4, 8, 16, 32)
+    modes: dict[str, Callable[[], Any]] = {
+        f"transformers top-{k}": lambda k=k: native(model, k, ours=False) for k in (8, 4, 2, 1)
+    }
+    modes |= {f"bhlog top-{k}": lambda k=k: native(model, k, ours=True) for k in counts}
+    means = {}
+    for target, max_k in ((1.1, 8), (2.3, 8), (7.5, 8), (13.0, 16), (33.0, 64)):
+        alpha = alpha_for(model, kde, target, max_k, ids)
+        name = f"BH {target} of {max_k}"
+        means[name] = mean_experts(model, kde, alpha, max_k, ids)
+        modes[name] = lambda a=alpha, m=max_k: route(model, alpha=a, kde=kde, max_k=m)
+    times: dict[str, list[float]] = {name: [] for name in modes}
+    peaks: dict[str, float] = {}
+    for number in range(-1, rounds):
+        for name in list(modes) if number % 2 else list(reversed(modes)):
+            with modes[name]():
+                torch.cuda.reset_peak_memory_stats()
+                took = seconds(lambda: model(ids, use_cache=False), 3)
+                peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+            if number >= 0:
+                times[name].append(took)
+    rows = {}
+    for name, taken in times.items():
+        row: dict[str, Any] = {
+            "ms": round(1000 * statistics.median(taken), 2),
+            "quartiles": (1000 * np.quantile(taken, [0.25, 0.75])).round(2).tolist(),
+            "of_transformers_top_8": _ratio(taken, times["transformers top-8"]),
+            "peak_gib": round(peaks[name], 2),
+        }
+        if name in means:
+            row["mean"] = round(means[name], 3)
+            beside = [
+                float(np.interp(means[name], counts, [times[f"bhlog top-{k}"][i] for k in counts]))
+                for i in range(rounds)
+            ]
+            row["of_bhlog_top_mean"] = _ratio(taken, beside)
+        rows[name] = row
+    return rows
+
+
+def _ratio(taken: list[float], beside: list[float]) -> list[float]:
+    """Median and quartiles of the ratio in each round."""
+    return np.quantile(np.divide(taken, beside), [0.5, 0.25, 0.75]).round(4).tolist()
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -81,12 +180,17 @@ def main() -> None:
     parser.add_argument("--sustained", type=int, default=160, help="prefills in one run to its end")
     parser.add_argument("--steps", type=int, default=32, help="decoded tokens a round and mode")
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--experts", action="store_true", help="time prefills by experts a token")
     args = parser.parse_args()
     out = args.out or Path(tempfile.mkdtemp())
     model = build("cuda", args.layers)
     ids = torch.randint(0, 50000, (8, 2048), device="cuda")
     prompt = ids[:, :128]
     kde = normal_kde(range(args.layers))
+    if args.experts:
+        table = experts_table(model, kde, ids, rounds=args.rounds)
+        print(json.dumps({"device": torch.cuda.get_device_name(), "experts": table}))
+        return
     options = WriterOptions(queue_bytes=1 << 31)
     number = iter(range(10_000))
 
