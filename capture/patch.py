@@ -16,7 +16,7 @@ from capture.contract.kde import KdeModel
 from capture.contract.manifest import ModelInfo, Routing
 from capture.hooks import Mark, eager_hook
 from capture.recorder import Recorder
-from capture.routers.experts import (
+from capture.routers.expert_code import (
     implementation,
     obstacle,
     skips_sentinels,

@@ -33,7 +33,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from capture.contract.bh import BhOptions
 from capture.contract.manifest import Routing
 from capture.patch import RouterPatcher
-from capture.routers.experts import take
+from capture.routers.expert_code import take
 from capture.routers.family import find_routers
 from capture.run import observe, route
 from capture.writing.writer import WriterOptions

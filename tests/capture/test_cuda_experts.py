@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from capture.kernels.loading import experts_kernel
-from capture.routers.experts import take
+from capture.routers.expert_code import take
 from capture.routers.family import find_routers
 from capture.run import route
 from tests.capture.pairs import make_case, slow_experts

@@ -13,7 +13,7 @@ from transformers import OlmoeForCausalLM
 
 from analysis.log import open_log
 from analysis.verify.facts import facts_of
-from capture.routers.experts import COMPUTED, NAME, SKIPPED, in_torch, obstacle, take
+from capture.routers.expert_code import COMPUTED, NAME, SKIPPED, in_torch, obstacle, take
 from capture.routers.family import find_routers
 from capture.run import observe, route
 from tests.capture.pairs import make_case, slow_experts
