@@ -14,7 +14,7 @@ from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions
 from bhlog.capture.forwards import Forwards
 from bhlog.capture.recorder import Recorder
-from bhlog.capture.routers.experts import (
+from bhlog.capture.routers.expert_code import (
     implementation,
     obstacle,
     skips_sentinels,

@@ -39,10 +39,10 @@ def kernels() -> Kernels | None:
 
 @cache
 def experts_kernel() -> Kernel | None:
-    """capture.kernels.experts.experts_of_used_pairs, tried once; None where it cannot be built."""
+    """capture.kernels.products.experts_of_used_pairs, tried once; None where it cannot be built."""
     if kernels() is None or torch.cuda.get_device_capability() < (8, 0):
         return None
-    from bhlog.capture.kernels.experts import experts_of_used_pairs
+    from bhlog.capture.kernels.products import experts_of_used_pairs
 
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
     slots = torch.zeros(1, 1, device="cuda")

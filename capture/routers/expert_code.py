@@ -61,7 +61,7 @@ def obstacle(router: Router) -> str | None:
     if [name for name, _ in experts.named_parameters()] != ["gate_up_proj", "down_proj"]:
         return f"their weights are {', '.join(name for name, _ in experts.named_parameters())}"
     gate_up, down = experts.gate_up_proj, experts.down_proj
-    if not (type(gate_up) is type(down) is nn.Parameter and down.is_floating_point()):
+    if not (type(gate_up) is type(down) is nn.Parameter and down.dtype in _DTYPES):
         return "their weights are quantized or spread over devices"
     E, H, inner = down.shape if down.dim() == 3 else (0, 0, 0)
     if router.n_experts != E or gate_up.shape != (E, 2 * inner, H) or gate_up.dtype != down.dtype:
@@ -135,6 +135,7 @@ def used_pairs(self: Any, hidden: Tensor, experts: Tensor, weights: Tensor) -> T
     if (
         hidden.is_cuda
         and not needs_gradient
+        and down.dtype != torch.float64
         and activation(self.act_fn) is not None
         and gate_up.is_contiguous()
         and down.is_contiguous()
@@ -182,6 +183,7 @@ def activation(function: object) -> Literal["silu", "gelu"] | None:
     return "gelu" if by_tanh or name in ("GELUTanh", "PytorchGELUTanh") else None
 
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _USUAL = {
     "has_gate": True,
     "has_bias": False,
