@@ -100,6 +100,7 @@ class LayerSummary:
             "sd_experts": float(np.sqrt(self.selected @ (k - mean) ** 2 / n)),
             "min_experts": int(present[0]),
             "median_experts": int(np.searchsorted(cumulative, n / 2)),
+            "p95_experts": int(np.searchsorted(cumulative, 0.95 * n)),
             "max_experts": int(present[-1]),
             "at_min_k": float(self.selected[min_k] / n),
             "at_max_k": float(self.selected[max_k] / n),
@@ -124,8 +125,9 @@ def summary_frame(
 ) -> pl.DataFrame:
     """One row per layer, then one over all layers (layer null).
 
-    Columns: rows; mean, sd, min, median (the lower of two) and max of n_selected (experts per
-    token); at_min_k, at_max_k, none_rejected (shares of rows); probability_kept (mean softmax
+    Columns: rows; mean, sd, min, median (the lower of two), p95 and max of n_selected (experts per
+    token; p95 is the least number that at least 95 % of the rows do not exceed, as a batch is
+    planned by more than its mean); at_min_k, at_max_k, none_rejected (shares of rows); probability_kept (mean softmax
     probability of the chosen experts); native_jaccard, native_recall, logged_jaccard,
     logged_recall (mean overlap of the chosen experts with the model's top-k and with the logged
     ones); load_entropy (1 is even), load_cv, load_gini (0 is even), busiest_share (of all choices),

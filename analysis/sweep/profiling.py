@@ -1,5 +1,6 @@
 """Profiling: a log counted into a profile, in one pass."""
 
+import threading
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Self
@@ -50,23 +51,23 @@ def profile_log(
             "a profile needs a null model pooled over experts; this one has a curve per expert, "
             "for which replay answers: bhlog replay RUN --alpha A"
         )
-    tables = _Tables(model, grid, log.n_experts)
-    total = fold(log, partial(LayerCounts, tables, kept), ("layer", "logits"), scope)
-    if not total.layers:
+    tables = Tables(model, grid, log.n_experts)
+    make = partial(LayerCounts, tables, kept, Shared())
+    layers = fold(log, make, ("layer", "logits"), scope).layers
+    if not layers:
         raise InvalidOption(f"{log.path}: no rows to count{scope.words}")
-    found = sorted(total.layers.items())
     return Profile(
         grid,
-        {layer: counted.rows for layer, counted in found},
+        {layer: counted.rows for layer, counted in layers.items()},
         (log.manifest.run_id,),
         model.sha256,
         scope.where,
-        {i: c.kept for i, c in found if c.kept is not None} if kept else None,
+        {i: c.kept for i, c in layers.items() if c.kept is not None} if kept else None,
         bounds_of(log),
     )
 
 
-class _Tables:
+class Tables:
     """What finds critical alphas, by layer, made when a layer is first asked for."""
 
     def __init__(self, model: KdeModel, grid: NDArray[np.float64], n_experts: int) -> None:
@@ -84,24 +85,62 @@ class _Tables:
         return self._of[layer]
 
 
+class Shared:
+    """What the threads of one process have counted of layers that they are done with.
+
+    A profile of one layer takes megabytes, and threads that each held all layers would take as much
+    again for every core. Another process shares nothing with this one: there it is None.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[int, Counted] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+    def add(self, layer: int, counted: Counted) -> None:
+        with self._lock:
+            before = self.layers.get(layer)
+            self.layers[layer] = counted if before is None else before + counted
+
+
 class LayerCounts:
     """Rows by layer, rank and critical alpha: sums of integers, the same in any order.
 
-    Attributes:
-        layers: what was counted of each layer.
+    Args:
+        tables: what finds critical alphas.
+        kept: whether to count the probability kept too.
+        shared: where layers go that are done with; None keeps them.
     """
 
-    def __init__(self, tables: _Tables, kept: bool) -> None:
-        self._tables, self._kept = tables, kept
-        self.layers: dict[int, Counted] = {}
+    def __init__(self, tables: Tables, kept: bool, shared: Shared | None = None) -> None:
+        self._tables, self._kept, self._shared = tables, kept, shared
+        self._own: dict[int, Counted] = {}
+
+    @property
+    def layers(self) -> dict[int, Counted]:
+        """What was counted of each layer, rising, here and by whoever shares."""
+        self._hand_over()
+        layers = self._own if self._shared is None else self._shared.layers
+        return dict(sorted(layers.items()))
 
     def update(self, batch: pa.RecordBatch) -> None:
         layer = layer_of(batch)
-        self.layers[layer] = self._tables[layer].count(
-            logits_of(batch), weigh=self._kept, into=self.layers.get(layer)
+        if layer not in self._own:
+            self._hand_over()
+        self._own[layer] = self._tables[layer].count(
+            logits_of(batch), weigh=self._kept, into=self._own.get(layer)
         )
 
     def merge(self, other: Self) -> None:
-        for layer, theirs in other.layers.items():
-            mine = self.layers.get(layer)
-            self.layers[layer] = theirs if mine is None else mine + theirs
+        for layer, counted in other._own.items():
+            before = self._own.get(layer)
+            self._own[layer] = counted if before is None else before + counted
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        if self._shared is not None:
+            for layer, counted in self._own.items():
+                self._shared.add(layer, counted)
+            self._own = {}

@@ -72,7 +72,12 @@ def test_without_policies_all_are_brought_to_the_models_own_cost(run, bhlog):
 def test_without_p_values_the_tests_are_left_out_and_named(native, bhlog, tmp_path):
     code, out, err = bhlog(native)
     assert code == 0
-    assert [line["policy"].split(":")[0] for line in table(out)] == ["threshold", "topk", "topp"]
+    assert [line["policy"].split(":")[0] for line in table(out)] == [
+        "minp",
+        "threshold",
+        "topk",
+        "topp",
+    ]
     assert "left out bh, by, hc, hc+, storey" in err and "--kde FILE" in err
     normal_kde(LAYERS).save(tmp_path / "null.parquet")
     out = bhlog(native, "--kde", tmp_path / "null.parquet")[1]

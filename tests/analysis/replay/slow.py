@@ -6,6 +6,7 @@ with. The right count lies between those at slack -1e-12 and +1e-12.
 """
 
 import math
+import struct
 
 
 def finite(row):
@@ -92,3 +93,19 @@ def top_p(row, p, slack=0.0):
 
 def threshold(row, q, slack=0.0):
     return sum(value >= q * (1 + slack) for value in softmax(row))
+
+
+def float32(x):
+    """The nearest float32; that of a sum of two float32 is right, as float64 has room for both."""
+    return struct.unpack("f", struct.pack("f", x))[0]
+
+
+def min_p(row, t):
+    """How many logits reach the largest one plus ln t, each step in float32."""
+    cut = float32(max(row[i] for i in finite(row)) + float32(math.log(t)))
+    return sum(row[i] >= cut for i in finite(row))
+
+
+def min_p_of_probabilities(row, t, slack=0.0):
+    probability = softmax(row)
+    return sum(q >= t * max(probability) * (1 + slack) for q in probability if q > 0)

@@ -86,6 +86,7 @@ def direct(rows, chosen, n_rejected, low, high):
         "sd_experts": math.sqrt(sum((k - mean) ** 2 for k in n) / len(n)),
         "min_experts": min(n),
         "median_experts": median_low(n),
+        "p95_experts": min(k for k in n if sum(m <= k for m in n) >= 0.95 * len(n)),
         "max_experts": max(n),
         "at_min_k": n.count(low) / len(n),
         "at_max_k": n.count(high) / len(n),

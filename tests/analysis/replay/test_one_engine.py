@@ -96,7 +96,7 @@ def test_a_replay_is_the_policy_bh_bit_for_bit(case, threads):
         log, [f"bh:{alpha!r}" for alpha in ALPHAS], kde=kde, scope=Scope(threads=threads)
     )
     replayed = replay(log, settings_of(log, ALPHAS), kde=kde, scope=Scope(threads=threads))
-    assert len(compared.columns) == 25 and compared.columns[1:] == replayed.columns[1:]
+    assert len(compared.columns) == 26 and compared.columns[1:] == replayed.columns[1:]
     assert_frame_equal(shared(compared), shared(replayed), check_exact=True)
 
 

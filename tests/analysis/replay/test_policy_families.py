@@ -13,6 +13,7 @@ from statsmodels.stats.multitest import multipletests
 from bhlog.analysis.replay.families.bh import Bh
 from bhlog.analysis.replay.families.by import By
 from bhlog.analysis.replay.families.higher_criticism import HigherCriticism, HigherCriticismPlus
+from bhlog.analysis.replay.families.minp import MinP
 from bhlog.analysis.replay.families.storey import Storey
 from bhlog.analysis.replay.families.threshold import Threshold
 from bhlog.analysis.replay.families.topk import TopK
@@ -175,6 +176,27 @@ def test_threshold_takes_every_expert_at_or_above_q(logits, q):
     assert_by_logit(
         Threshold(q), logits, lambda row: between(lambda slack: slow.threshold(row, q, slack))
     )
+
+
+@many
+@given(logits=logits_of(), t=st.floats(0.001, 1.0))
+def test_minp_takes_every_logit_within_ln_t_of_the_largest(logits, t):
+    assert_by_logit(MinP(t), logits, lambda row: {slow.min_p(row, t)})
+
+
+@pytest.mark.parametrize("t", [1e-6, 0.01, 0.2, 0.7])
+def test_minp_takes_probabilities_of_at_least_t_times_the_largest(t):
+    logits = np.random.default_rng(0).normal(-1, 2, (300, 64)).astype(np.float32)
+    counts = MinP(t).decide(Rows(logits), Bounds(0)).n_selected
+    for row, n in zip(logits.tolist(), counts, strict=True):
+        # the cut is a float32 below 16, so off by at most 1e-6 logits
+        few, many = (slow.min_p_of_probabilities(row, t, slack) for slack in (2e-6, -2e-6))
+        assert few <= n <= many
+
+
+def test_minp_at_1_takes_those_that_tie_with_the_best():
+    rows = Rows(np.array([[1, 3, 3, 2], [np.nan, -1, np.inf, -1.0000001]], np.float32))
+    assert MinP(1.0).decide(rows).n_selected.tolist() == [2, 1]
 
 
 def test_bh_and_by_count_what_scipy_and_statsmodels_count():

@@ -1,5 +1,8 @@
 import gc
 import sys
+from dataclasses import dataclass
+from types import ModuleType
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,9 +19,9 @@ from bhlog.analysis.replay.families.topk import TopK
 from bhlog.analysis.replay.registry import families, parse_policy
 from bhlog.analysis.replay.rows import Rows
 from bhlog.capture.contract.errors import InvalidOption
-from tests.synthetic import write_run
+from tests.synthetic import normal_null, write_run
 
-ALL = ["bh", "by", "hc", "hc+", "storey", "threshold", "topk", "topp"]
+ALL = ["bh", "by", "hc", "hc+", "minp", "storey", "threshold", "topk", "topp"]
 
 FEWEST = '''
 """A family from outside, in one file."""
@@ -122,6 +125,7 @@ def test_an_open_value_has_the_example(name):
         ("topk:2.5", "k must be a whole number, got '2.5'"),
         ("topk:0", "k must be at least 1, got 0"),
         ("topp:0", "p must be above 0 and at most 1, got 0"),
+        ("minp:0", "t must be above 0 and at most 1, got 0"),
         ("threshold:1", "q must be between 0 and 1, got 1"),
         ("hc:0", "beta must be above 0 and at most 1, got 0"),
         ("storey:0.3,lambda=1", "lambda must be between 0 and 1, got 1"),
@@ -139,6 +143,64 @@ def test_a_wrong_text_is_one_line_that_says_what_is_right(text, message):
         parse_policy(text)
     assert message in str(error.value)
     assert str(error.value).startswith(f"policy '{text}'") and "\n" not in str(error.value)
+
+
+@pytest.fixture
+def define():
+    """Defines a policy of a user's own, as a script or a notebook does, for one test."""
+
+    sys.modules["users_script"] = ModuleType("users_script")
+
+    def define(name, kind="Odd"):
+        text = FEWEST.replace("Even", kind).replace('"even"', f'"{name}"')
+        namespace = vars(sys.modules["users_script"])
+        exec(text, namespace)
+        return namespace[kind]
+
+    yield define
+    del sys.modules["users_script"]
+    gc.collect()  # a class that is gone is no policy
+    assert list(families()) == ALL
+
+
+def test_a_policy_from_outside_is_compared_and_named_by_its_text(define, tmp_path):
+    Odd = define("odd")
+    log = open_log(write_run(tmp_path / "run"))
+    frame = compare(log, [Odd(3), "odd:5,max_k=7", "odd"], experts=6)
+    assert frame["policy"].unique(maintain_order=True).to_list() == ["odd:6", "odd:6,max_k=7"]
+    assert frame["mean_experts"].to_list() == [6.0] * 12
+    assert families()["odd"] is Odd and parse_policy("odd:3") == Odd(3)
+
+
+def test_a_policy_from_outside_may_stand_on_another(define):
+    @dataclass(frozen=True)
+    class Half(Bh):
+        """BH at half the level."""
+
+        name: ClassVar[str] = "half"
+
+        def count(self, rows):
+            return Bh(self.alpha / 2).count(rows)
+
+    @dataclass(frozen=True)
+    class Nameless(Bh):
+        """A policy that texts cannot name."""
+
+    rows = Rows(np.random.default_rng(0).normal(0, 1, (50, 16)).astype(np.float32), normal_null(0))
+    half = parse_policy("half:0.4").decide(rows).n_rejected.tolist()
+    assert half == Bh(0.2).decide(rows).n_rejected.tolist()
+    assert families()["bh"] is Bh
+    assert half == Nameless(0.2).decide(rows).n_rejected.tolist()
+    del Half, Nameless
+
+
+def test_a_policy_defined_again_takes_its_own_place_and_no_other(define):
+    first, second = define("odd"), define("odd")
+    assert families()["odd"] is second is not first
+    other = define("odd", kind="Other")
+    with pytest.raises(InvalidOption, match=r"two policies are named 'odd': .*\.Odd and .*\.Other"):
+        parse_policy("odd:3")
+    del first, second, other
 
 
 @pytest.fixture

@@ -70,6 +70,7 @@ def plain(log, layer, alpha, low, high, temperature):
         "sd_experts": math.sqrt(sum((x - mean) ** 2 for x in n) / len(n)),
         "min_experts": n[0],
         "median_experts": n[(len(n) - 1) // 2],
+        "p95_experts": n[math.ceil(0.95 * len(n)) - 1],
         "max_experts": n[-1],
         "at_min_k": n.count(low) / len(n),
         "at_max_k": n.count(high) / len(n),
