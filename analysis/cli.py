@@ -1,13 +1,14 @@
 """The `bhlog` command: finds a subcommand, runs it, and turns errors into one line."""
 
 import importlib
-import signal
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
 import click
 
+from bhlog.analysis.cells import spelled_out
+from bhlog.analysis.interrupts import deaf, patient
 from bhlog.capture.contract.errors import MissingExtra, RouterLogError
 
 # Where each command is defined, and its line in the list: a module is imported when it is used.
@@ -37,7 +38,7 @@ COMMANDS = {
         "Recompute a run's expert selection at other values of alpha.",
     ),
     "sweep": (
-        "bhlog.analysis.commands.replay:sweep",
+        "bhlog.analysis.commands.sweep:sweep",
         "Mean experts per token at many alphas, from one pass over the...",
     ),
     "compare": (
@@ -98,15 +99,14 @@ def bhlog() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `bhlog`; a user's mistake ends in one line on stderr and exit code 1."""
     try:
-        code = bhlog.main(
-            args=None if arguments is None else list(arguments), standalone_mode=False
-        )
+        with patient():
+            code = bhlog.main(
+                args=None if arguments is None else list(arguments), standalone_mode=False
+            )
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except RouterLogError as error:
-        from bhlog.analysis.output import spelled_out
-
         click.echo(f"bhlog: {spelled_out(str(error))}", err=True)
         sys.exit(1)
     except ModuleNotFoundError as error:
@@ -115,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo(f"bhlog: {_missing(error.name)}", err=True)
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # more of them do not cut this short
+        if arguments is None:
+            deaf()
         click.echo("bhlog: interrupted", err=True)
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)

@@ -42,7 +42,8 @@ class Scope:
 
     Attributes:
         layers: only these; None means all.
-        where: only rows that match this condition in SQL, such as "phase = 'decode'".
+        where: only rows that match this condition in SQL on columns of routing and of tokens, such
+            as "phase = 'decode' AND source = 'notes.txt'".
         sample: share of the tokens, 0 < sample <= 1; a token is in at all layers or at none, and
             the same tokens are in each time.
         threads: how many work at once; None means one a core.
@@ -62,6 +63,11 @@ class Scope:
             raise InvalidOption(f"sample must be above 0 and at most 1, got {self.sample}")
         if self.threads is not None and self.threads < 1:
             raise InvalidOption(f"threads must be at least 1, got {self.threads}")
+
+    @property
+    def narrows(self) -> bool:
+        """Whether it may leave rows out."""
+        return self.layers is not None or self.where is not None or self.sample < 1
 
     @property
     def words(self) -> str:

@@ -1,26 +1,23 @@
 """The log of a run, opened for reading: manifest, null model, and folds over its rows."""
 
-import atexit
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from bhlog.analysis.condition import condition_columns, matches
+from bhlog.analysis.condition import TOKEN, Condition, ShardTokens, condition
 from bhlog.analysis.storage import filesystem, reached
 from bhlog.capture.contract.errors import (
     CorruptManifest,
     CorruptShard,
     InvalidOption,
-    KdeMismatch,
     MissingRun,
 )
 from bhlog.capture.contract.manifest import (
@@ -30,7 +27,6 @@ from bhlog.capture.contract.manifest import (
     merge_manifests,
 )
 from bhlog.capture.contract.null.model import KdeModel
-from bhlog.capture.contract.rule import Bounds, Renormalize
 from bhlog.capture.contract.schema import (
     COLUMNS,
     SHARD_NAME,
@@ -38,11 +34,7 @@ from bhlog.capture.contract.schema import (
     shard_schema,
 )
 
-if TYPE_CHECKING:
-    from duckdb import DuckDBPyRelation
-
-    from bhlog.analysis.database.database import Database
-    from bhlog.analysis.sweep.profile import Profile
+_MOST_TOKENS = 8  # shards of tokens kept for conditions that ask for their columns
 
 
 @dataclass(frozen=True)
@@ -73,11 +65,19 @@ class Log:
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
         self._fs, self._root = filesystem(self.path)
+        self._tokens: dict[tuple[str, tuple[str, ...]], ShardTokens] = {}
         with reached(self.path):
             self.manifest = self._read_manifest()
 
     def __repr__(self) -> str:
-        return f"Log({self.path!r})"
+        model = self.manifest.model
+        layers = "1 layer" if len(model.layers) == 1 else f"{len(model.layers)} layers"
+        rows = f"{self.manifest.totals.rows:,} rows" if self.manifest.closed else "open"
+        routing = self.manifest.routing.kind
+        return (
+            f"{type(self).__name__}({self.path!r}: {routing}, {layers} of {model.n_experts} "
+            f"experts, {rows})"
+        )
 
     @property
     def location(self) -> PurePosixPath:
@@ -154,22 +154,6 @@ class Log:
             *(f"routing/{name}" for name in sorted(listed - routing)),
             *(f"tokens/{name}" for name in sorted((listed | routing) - tokens)),
         )
-
-    def null_model(self, kde: KdeModel | None = None) -> KdeModel:
-        """This null model, or the run's own for None, checked against the run.
-
-        Raises:
-            KdeMismatch: there is none, or it is for other layers or experts.
-        """
-        model = kde or self.kde
-        if model is None:
-            raise KdeMismatch(
-                f"{self.path} has no null model of its own; fit one with bhlog kde fit {self.path} "
-                f"--trim-high {self.manifest.model.top_k} --out null.parquet and name it (--kde, "
-                "or kde= in Python)"
-            )
-        model.require(self.layers, self.n_experts)
-        return model
 
     def files(self, folder: str = "") -> dict[str, int]:
         """Bytes of each file in the run's folder or in one of its folders, by name, sorted."""
@@ -255,7 +239,8 @@ class Log:
         Columns that are newer than the run hold nulls.
 
         Args:
-            where: a condition on columns in SQL, such as "phase = 'decode' AND position < 100".
+            where: a condition in SQL on columns of routing and of tokens, such as
+                "phase = 'decode' AND source = 'notes.txt'".
             shard: the group's shard, if it is open already.
 
         Raises:
@@ -281,8 +266,9 @@ class Log:
     ) -> Iterator[pa.RecordBatch]:
         """The same in pieces read from at most this many rows, which may all fail to match."""
         needed = list(columns)
-        if where is not None:
-            needed += [name for name in condition_columns(where) if name not in needed]
+        asked = None if where is None else condition(where)
+        if asked is not None:
+            needed += [name for name in asked.columns if name not in needed]
         if "logits" in needed:
             self.require_logits()
         shard = shard or self.open_shard("routing", group.shard)
@@ -301,9 +287,23 @@ class Log:
                 return
             if len(there) < len(needed):
                 batch = _filled(batch, "routing", needed)
-            if where is not None:
-                batch = batch.filter(matches(batch, where)).select(list(columns))
+            if asked is not None:
+                tokens = self._beside(group.shard, asked)
+                batch = batch.filter(asked.matches(batch, tokens)).select(list(columns))
             yield batch
+
+    def _beside(self, name: str, asked: Condition) -> ShardTokens | None:
+        """What a condition asks of the tokens shard of this name; the last few are kept."""
+        if not asked.of_tokens:
+            return None
+        key = name, asked.of_tokens
+        found = self._tokens.get(key)
+        if found is None:
+            found = ShardTokens(self.read_tokens(name, [*TOKEN, *asked.of_tokens]))
+            if len(self._tokens) >= _MOST_TOKENS:
+                self._tokens.clear()
+            self._tokens[key] = found
+        return found
 
     def batches(
         self,
@@ -315,81 +315,6 @@ class Log:
         """Record batches of one layer each, in log order."""
         for group in self.row_groups(layers):
             yield self.read(group, columns, where)
-
-    @cached_property
-    def _database(self) -> "Database":
-        from bhlog.analysis.database.database import connect
-
-        database = connect(self)
-        # relations may outlive the log; an open connection complains when the interpreter ends
-        atexit.register(database.close)
-        return database
-
-    def sql(self, query: str, **parameters: Any) -> "DuckDBPyRelation":
-        """Ask the run in SQL; see analysis.database for the views. $name takes parameters.
-
-        Returns:
-            A DuckDB relation: .pl(), .df(), .to_arrow_table(), .fetchnumpy(), ...
-        """
-        return self._database.sql(query, parameters)
-
-    def replay(
-        self,
-        alpha: float | Sequence[float],
-        *,
-        kde: KdeModel | str | Path | None = None,
-        min_k: int | None = None,
-        max_k: int | None = None,
-        temperature: float | None = None,
-        renormalize: Renormalize | None = None,
-        layers: Iterable[int] | None = None,
-        where: str | None = None,
-        out: str | Path | None = None,
-    ) -> pl.DataFrame:
-        """Summary of the decisions at other settings, for each alpha and layer and overall.
-
-        Args:
-            alpha: BH level, or several.
-            kde: null model or its file; None takes the run's own.
-            min_k, max_k, temperature, renormalize: as BhOptions has them; None is as in the run.
-            layers, where: only these layers, and rows that match a condition in SQL.
-            out: folder that every decision is written to as well; see analysis.replay.decisions.
-        """
-        from bhlog.analysis.fold import Scope
-        from bhlog.analysis.replay.comparison import replay
-        from bhlog.analysis.replay.decisions import write_decisions
-        from bhlog.analysis.replay.settings import settings_of
-
-        kde = _loaded(kde)
-        settings = settings_of(
-            self,
-            [alpha] if isinstance(alpha, int | float) else alpha,
-            bounds=Bounds(min_k, max_k),
-            temperature=temperature,
-            renormalize=renormalize,
-        )
-        scope = Scope(layers, where)
-        if out is not None:
-            write_decisions(self, settings, out, kde=kde, scope=scope)
-        return replay(self, settings, kde=kde, scope=scope)
-
-    def profile(
-        self,
-        kde: KdeModel | str | Path | None = None,
-        *,
-        alphas: Sequence[float] | None = None,
-        kept: bool = False,
-        layers: Iterable[int] | None = None,
-        where: str | None = None,
-    ) -> "Profile":
-        """Experts at every alpha of a grid, from one pass; see bhlog.analysis.sweep.profile."""
-        from bhlog.analysis.fold import Scope
-        from bhlog.analysis.sweep.profile import GRID
-        from bhlog.analysis.sweep.profiling import profile_log
-
-        grid = GRID if alphas is None else alphas
-        scope = Scope(layers, where)
-        return profile_log(self, _loaded(kde), alphas=grid, kept=kept, scope=scope)
 
     def check_layers(self, layers: Iterable[int] | None) -> set[int]:
         """The layers asked for as a set, all of the run's for None.
@@ -467,23 +392,6 @@ class Log:
         )
         with reached(self.path):
             return [info.base_name for info in self._fs.get_file_info(selector)]
-
-
-def open_log(path: str | Path) -> Log:
-    """Open the folder of a run: a path, or a URI such as s3://bucket/run.
-
-    The environment says where an object store is and who asks (AWS_ENDPOINT_URL,
-    AWS_ACCESS_KEY_ID, ...), or the URI itself: s3://bucket/run?endpoint_override=HOST&scheme=http.
-
-    Raises:
-        MissingRun: nothing there, not a run, or its storage cannot be reached.
-        CorruptManifest: run.json cannot be read.
-    """
-    return Log(path)
-
-
-def _loaded(kde: KdeModel | str | Path | None) -> KdeModel | None:
-    return KdeModel.load(kde) if isinstance(kde, str | Path) else kde
 
 
 Rows = TypeVar("Rows", pa.RecordBatch, pa.Table)

@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bhlog.analysis.log import Log, open_log
+from bhlog.analysis.log import Log
 from bhlog.analysis.replay.comparison import replay
 from bhlog.analysis.replay.settings import settings_of
+from bhlog.analysis.run import open_log
 from bhlog.analysis.verify.verification import verify, verify_decisions
 from bhlog.capture.contract.null.histogram import Histogram
 from bhlog.capture.contract.null.model import KdeModel, LayerNull, NullCurve

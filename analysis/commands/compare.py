@@ -5,14 +5,20 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bhlog.analysis.bar import progress_bar
+from bhlog.analysis.commands.kinds import POLICY, RUN
 from bhlog.analysis.commands.options import (
+    Output,
+    bounds_options,
     check_figure,
-    load,
+    figure_option,
+    kde_option,
+    null_named,
     open_run,
-    with_replay_options,
+    output_options,
+    scope_options,
     write_figure,
 )
-from bhlog.analysis.output import format_option, print_frame, progress_bar
 
 if TYPE_CHECKING:
     import polars as pl
@@ -47,11 +53,12 @@ SHORT = (
     "  bhlog compare runs/demo/native --kde runs/demo/null.parquet --experts 8 --figure cost.png\n"
     "  bhlog compare --list"
 )
-@click.argument("run", required=False)
+@click.argument("run", required=False, type=RUN)
 @click.option(
     "--policy",
     "texts",
     multiple=True,
+    type=POLICY,
     metavar="NAME:VALUE[,KEY=VALUE]",
     help="A policy, such as bh:0.3 or topk:4,max_k=16; repeatable. With --experts the value may be "
     "left out. Default: every policy, at the model's own experts per token.",
@@ -62,67 +69,49 @@ SHORT = (
     metavar="K",
     help="Bring every policy to K mean experts per token first, by its value.",
 )
-@with_replay_options
+@kde_option
+@bounds_options()
+@scope_options
 @click.option("--by-layer", is_flag=True, help="A line for each layer too.")
 @click.option("--all-columns", is_flag=True, help="Print every column of the summary.")
-@click.option(
-    "--figure", metavar="FILE", help="Draw probability kept against experts, a curve a policy."
-)
+@figure_option
 @click.option("--list", "listing", is_flag=True, help="List the policies.")
-@format_option
+@output_options()
 def compare(
     run: str | None,
     texts: tuple[str, ...],
     experts: float | None,
     kde: str | None,
-    min_k: int | None,
-    max_k: int | None,
-    layers: tuple[int, ...] | None,
-    where: str | None,
+    bounds: "Bounds",
+    scope: "Scope",
     by_layer: bool,
     all_columns: bool,
     figure: str | None,
     listing: bool,
-    output_format: str,
+    output: Output,
 ) -> None:
     """Compare policies over a run: what each would have chosen, and at what cost.
 
-    Reads only the log: no model, no GPU.
+    Reads only the log: no model, no GPU. --figure draws probability kept against experts, a curve a
+    policy.
     """
     import polars as pl
 
-    from bhlog.analysis.fold import Scope
-    from bhlog.analysis.replay.comparison import compare as compare_policies
-    from bhlog.analysis.replay.match import match_experts
-    from bhlog.analysis.replay.registry import parse_policy
-    from bhlog.capture.contract.rule import Bounds
-
     if listing:
-        print_frame(_families(), output_format)
+        output.write(_families())
         return
     if run is None:
         raise click.UsageError("name the run to compare policies on, or --list")
     check_figure(figure)
-    bounds, scope = Bounds(min_k, max_k), Scope(layers, where)
-    log = open_run(run)
-    null = None if kde is None else load(kde)
+    log, null = open_run(run), null_named(kde)
     if not texts:
         texts = _all_policies(log, null)
         experts = log.manifest.model.top_k if experts is None else experts
-    policies = [parse_policy(text, open_value=experts is not None) for text in texts]
-    if experts is not None:
-        with progress_bar("match", None) as advance:
-            policies = match_experts(
-                log, policies, experts, kde=null, bounds=bounds, scope=scope.but(progress=advance)
-            )
+    policies = _policies(log, texts, experts, null, bounds, scope)
     with progress_bar("compare", log.manifest.totals.rows or None) as advance:
-        frame = compare_policies(
-            log, policies, kde=null, bounds=bounds, scope=scope.but(progress=advance)
-        )
-    print_frame(
-        _shortened(frame, by_layer=by_layer, whole=all_columns or output_format != "table"),
-        output_format,
-    )
+        rows = vars(scope.but(progress=advance))
+        frame = log.compare(policies, kde=null, **vars(bounds), **rows)
+    output.write(_shortened(frame, by_layer=by_layer, whole=all_columns or not output.for_people))
     _note_bounds(log, bounds)
     if experts is not None:
         _note_misses(frame.filter(pl.col("layer").is_null()), experts)
@@ -130,14 +119,32 @@ def compare(
         _draw(log, policies, null, figure, bounds, scope)
 
 
+def _policies(
+    log: "Log",
+    texts: tuple[str, ...],
+    experts: float | None,
+    null: "KdeModel | None",
+    bounds: "Bounds",
+    scope: "Scope",
+) -> "list[Policy]":
+    """The policies that are named, brought to a budget if there is one."""
+    from bhlog.analysis.replay.match import match_experts
+    from bhlog.analysis.replay.registry import parse_policy
+
+    policies = [parse_policy(text, open_value=experts is not None) for text in texts]
+    if experts is None:
+        return policies
+    with progress_bar("match", None) as advance:
+        scope = scope.but(progress=advance)
+        return match_experts(log, policies, experts, kde=null, bounds=bounds, scope=scope)
+
+
 def _all_policies(log: "Log", null: "KdeModel | None") -> tuple[str, ...]:
     """Every family; without p-values only those that do not test."""
+    from bhlog.analysis.nulls import has_p_values
     from bhlog.analysis.replay.registry import families
 
-    options = log.manifest.routing.options
-    empirical = options is not None and options.p_values == "empirical"
-    tested = null is not None or log.kde is not None or empirical
-    known = families()
+    tested, known = has_p_values(log, null), families()
     left_out = [name for name, kind in known.items() if kind.tests and not tested]
     if left_out:
         click.echo(

@@ -1,50 +1,52 @@
 """`bhlog info` and `bhlog verify`."""
 
-import json
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from bhlog.analysis.output import cell, format_option, print_frame, progress_bar
+from bhlog.analysis.bar import progress_bar
+from bhlog.analysis.cells import cell
+from bhlog.analysis.commands.kinds import RUN
+from bhlog.analysis.commands.options import Output, output_options
 from bhlog.capture.contract.errors import CorruptRun
+
+if TYPE_CHECKING:
+    import polars as pl
 
 _MOST_SOURCES = 8  # shown in a table; programs get all of them
 
 
 @click.command(epilog="\b\nexample:\n  bhlog info runs/demo/bh-0.3")
-@click.argument("run")
-@format_option
-def info(run: str, output_format: str) -> None:
+@click.argument("run", type=RUN)
+@output_options()
+def info(run: str, output: Output) -> None:
     """What a run is and what it holds.
 
     Counts are those of the sealed shards, so they hold for a run that is still open or was killed.
     """
     import polars as pl
 
-    from bhlog.analysis.log import open_log
+    from bhlog.analysis.run import open_log
     from bhlog.analysis.verify.facts import facts_of
 
     facts = facts_of(open_log(run))
-    if output_format == "json":
-        print(json.dumps([facts]))
-        return
-    if output_format == "csv":
-        plain = {n: _words(v) if isinstance(v, list | dict) else v for n, v in facts.items()}
-        print_frame(pl.DataFrame([plain]), "csv")
+    if not output.for_people:
+        output.write(_one_row(facts, words=output.kind != "json"))
         return
     if facts["closed"] is None:
         facts["closed"] = "no: still running, or killed"
     text = {name: _words(value) for name, value in facts.items() if value is not None}
-    print_frame(pl.DataFrame({"fact": list(text), "value": list(text.values())}))
+    output.write(pl.DataFrame({"fact": list(text), "value": list(text.values())}))
 
 
 @click.command(
     epilog="\b\nexamples:\n  bhlog verify runs/demo/bh-0.3 --replay\n"
     "  bhlog verify s3://bucket/run --format json",
 )
-@click.argument("run")
+@click.argument("run", type=RUN)
 @click.option("--replay", is_flag=True, help="Also replay the run at its own settings.")
-@format_option
-def verify(run: str, replay: bool, output_format: str) -> None:
+@output_options()
+def verify(run: str, replay: bool, output: Output) -> None:
     """Is a run whole, and does replay reproduce it?
 
     Reads every page of every shard and prints what was found: ok, warning (worth knowing, nothing
@@ -52,25 +54,24 @@ def verify(run: str, replay: bool, output_format: str) -> None:
     """
     import polars as pl
 
-    from bhlog.analysis.log import open_log
-    from bhlog.analysis.verify.verification import Finding, verify_decisions
-    from bhlog.analysis.verify.verification import verify as verify_log
+    from bhlog.analysis.run import open_log
 
     log = open_log(run)
-    rows = log.manifest.totals.rows or None
-    with progress_bar("verify", rows) as advance:
-        findings = verify_log(log, progress=advance)
-    errors = sum(finding.status == "error" for finding in findings)
-    if replay and errors:
-        detail = "not replayed: the run has errors"
-        findings.append(Finding("replay", "warning", log.path, detail))
-    elif replay:
-        with progress_bar("replay", rows) as advance:
-            findings += verify_decisions(log, progress=advance)
-        errors = sum(finding.status == "error" for finding in findings)
-    print_frame(pl.DataFrame([vars(finding) for finding in findings]), output_format)
+    rows = log.manifest.totals.rows * (1 + replay)
+    with progress_bar("verify", rows or None) as advance:
+        frame = log.verify(replay=replay, progress=advance)
+    output.write(frame)
+    errors = frame.filter(pl.col("status") == "error").height
     if errors:
         raise CorruptRun(f"{run}: {errors} {'error' if errors == 1 else 'errors'} found")
+
+
+def _one_row(facts: dict[str, Any], *, words: bool) -> "pl.DataFrame":
+    """Facts as a frame; counts by name as text where a format has no room for them."""
+    import polars as pl
+
+    plain = {n: _words(v) if words and isinstance(v, dict) else v for n, v in facts.items()}
+    return pl.DataFrame([plain], infer_schema_length=None)
 
 
 def _words(value: object) -> str:

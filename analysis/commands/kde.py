@@ -1,25 +1,32 @@
 """`bhlog kde`: fit, refit, merge, show, compare, check, import and export null models."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from bhlog.analysis.bar import progress_bar
 from bhlog.analysis.commands.kde_calibration import check, compare
+from bhlog.analysis.commands.kinds import KDE, OUT_FILE, RUN, PathKind
 from bhlog.analysis.commands.options import (
+    Output,
     check_figure,
-    check_writable,
-    load,
+    figure_option,
+    fit_options,
+    load_null,
+    make_room,
+    model_out,
     open_run,
-    out_option,
+    output_options,
     read_trim,
     save_model,
-    with_fit_options,
-    with_rows_options,
+    scope_options,
     write_figure,
 )
-from bhlog.analysis.output import format_option, print_frame, progress_bar
 from bhlog.capture.contract.errors import InvalidOption
+
+if TYPE_CHECKING:
+    from bhlog.analysis.fold import Scope
 
 
 @click.group(
@@ -37,13 +44,14 @@ def kde() -> None:
 
 
 @kde.command(
+    "fit",
     epilog="\b\nexample:\n"
     "  bhlog kde fit runs/native --trim-high 8 --out null.parquet\n"
-    "  bhlog kde fit runs/a runs/b --trim-high 8 --keep-trim 0:0 --out null.parquet"
+    "  bhlog kde fit runs/a runs/b --trim-high 8 --keep-trim 0:0 --out null.parquet",
 )
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@out_option
-@with_fit_options(as_fitted=False)
+@click.argument("runs", nargs=-1, required=True, type=RUN, metavar="RUN...")
+@model_out
+@fit_options(as_fitted=False)
 @click.option(
     "--null",
     type=click.Choice(("pooled", "expert")),
@@ -58,36 +66,27 @@ def kde() -> None:
     metavar="LOW:HIGH",
     help="Also keep the histogram at this trimming level, for refits; repeatable.",
 )
-@with_rows_options
-@format_option
-def fit(
+@scope_options
+@output_options("--table")
+def fit_(
     runs: tuple[str, ...],
     out: str,
-    kernel: str,
-    bandwidth: str | float,
-    trim_high: int,
-    trim_low: int,
+    fit: dict[str, Any],
     null: Any,
     keep_trim: tuple[tuple[int, int], ...],
-    layers: tuple[int, ...] | None,
-    where: str | None,
-    sample: float,
-    threads: int | None,
-    output_format: str,
+    scope: "Scope",
+    output: Output,
 ) -> None:
     """Fit a null model from the logits of one run or several, in one pass."""
-    from bhlog.analysis.fold import Scope
-    from bhlog.analysis.null.estimate import FitOptions, fit_kde
+    from bhlog.capture.contract.null.fit import FitOptions
 
-    check_writable(out)
-    options = FitOptions(kernel, bandwidth, trim_low, trim_high, null, keep_trim)
-    logs = [open_run(run) for run in runs]
-    total = sum(group.rows for log in logs for group in log.row_groups(layers))
-    with progress_bar("fitting", total) as progress:
-        scope = Scope(layers, where, sample, threads, progress)
-        model = fit_kde(logs, options, scope=scope)
-    save_model(model, out, output_format)
-    top_k = logs[0].manifest.model.top_k
+    options = FitOptions(**fit, null=null, keep=keep_trim)
+    first, *others = (open_run(run) for run in runs)
+    total = sum(group.rows for log in (first, *others) for group in log.row_groups(scope.layers))
+    with progress_bar("fitting", total) as advance:
+        model = first.fit(options, also=others, **vars(scope.but(progress=advance)))
+    save_model(model, out, output)
+    top_k, trim_high = first.manifest.model.top_k, options.trim_high
     if trim_high < top_k:
         click.echo(
             f"bhlog: --trim-high {trim_high} leaves experts that the model chose in their own "
@@ -99,25 +98,23 @@ def fit(
 @kde.command(
     epilog="\b\nexample:\n  bhlog kde refit null.parquet --bandwidth isj --out isj.parquet"
 )
-@click.argument("file", metavar="KDE")
-@out_option
-@with_fit_options(as_fitted=True)
-@format_option
-def refit(file: str, out: str, output_format: str, **changes: Any) -> None:
+@click.argument("file", type=KDE, metavar="KDE")
+@model_out
+@fit_options(as_fitted=True)
+@output_options("--table")
+def refit(file: str, out: str, fit: dict[str, Any], output: Output) -> None:
     """Fit again from the histograms in a null model file, without reading a log."""
-    check_writable(out)
-    save_model(load(file).refit(**changes), out, output_format)
+    save_model(load_null(file).refit(**fit), out, output)
 
 
 @kde.command(epilog="\b\nexample:\n  bhlog kde merge a.parquet b.parquet --out both.parquet")
-@click.argument("files", nargs=-1, required=True, metavar="KDE...")
-@out_option
-@format_option
-def merge(files: tuple[str, ...], out: str, output_format: str) -> None:
+@click.argument("files", nargs=-1, required=True, type=KDE, metavar="KDE...")
+@model_out
+@output_options("--table")
+def merge(files: tuple[str, ...], out: str, output: Output) -> None:
     """Fit one null model from the histograms of several: of shards, ranks or runs."""
-    check_writable(out)
-    first, *others = [load(file) for file in files]
-    save_model(first.merge(*others), out, output_format)
+    first, *others = (load_null(file) for file in files)
+    save_model(first.merge(*others), out, output)
 
 
 @kde.command(
@@ -125,25 +122,28 @@ def merge(files: tuple[str, ...], out: str, output_format: str) -> None:
     "  bhlog kde show null.parquet\n"
     "  bhlog kde show null.parquet --alpha 0.05 --figure tails.png"
 )
-@click.argument("file", metavar="KDE")
+@click.argument("file", type=KDE, metavar="KDE")
 @click.option("--alpha", type=float, metavar="A", help="Also show thresholds at this BH level.")
 @click.option(
-    "--experts",
+    "--n-experts",
     type=click.IntRange(min=1),
     metavar="E",
     help="Experts per router, for thresholds (default: those it was fitted for).",
 )
-@click.option("--figure", metavar="FILE", help="Draw the tails, a panel a layer.")
-@format_option
+@figure_option
+@output_options()
 def show(
-    file: str, alpha: float | None, experts: int | None, figure: str | None, output_format: str
+    file: str, alpha: float | None, n_experts: int | None, figure: str | None, output: Output
 ) -> None:
-    """Show what a null model was fitted from, layer by layer."""
+    """Show what a null model was fitted from, layer by layer.
+
+    --figure draws the tails, a panel a layer.
+    """
     from bhlog.analysis.null.tables import curves_frame
 
     check_figure(figure)
-    model = load(file)
-    print_frame(curves_frame(model, alpha, experts), output_format, title=file)
+    model = load_null(file)
+    output.write(curves_frame(model, alpha, n_experts), title=file)
     if figure:
         from bhlog.analysis.null.figures import tail_page
 
@@ -151,30 +151,36 @@ def show(
 
 
 @kde.command("import", epilog="\b\nexample:\n  bhlog kde import old/kde_models --out null.parquet")
-@click.argument("folder", metavar="DIR")
-@out_option
+@click.argument("folder", type=PathKind("dir"), metavar="DIR")
+@model_out
 @click.option(
     "--variant",
     metavar="NAME",
     help="What follows the layer in the files' names, such as trimmed_4 (default: nothing).",
 )
-@format_option
-def import_(folder: str, out: str, variant: str | None, output_format: str) -> None:
+@output_options("--table")
+def import_(folder: str, out: str, variant: str | None, output: Output) -> None:
     """Read distribution_model_layer_{i}.pkl files of an older project.
 
     The reader admits numpy arrays and nothing else: a pickle that names anything else is refused.
     """
     from bhlog.capture.contract.null.pickles import load_kde_models
 
-    check_writable(out)
     if not Path(folder).is_dir():
         raise InvalidOption(f"{folder}: no such folder; expected one with pickles of null models")
-    save_model(load_kde_models(folder, variant=variant), out, output_format)
+    save_model(load_kde_models(folder, variant=variant), out, output)
 
 
 @kde.command(epilog="\b\nexample:\n  bhlog kde export null.parquet --out null.npz")
-@click.argument("file", metavar="KDE")
-@click.option("--out", required=True, metavar="FILE", help="Where the arrays are written (.npz).")
+@click.argument("file", type=KDE, metavar="KDE")
+@click.option(
+    "--out",
+    required=True,
+    type=OUT_FILE,
+    metavar="FILE",
+    callback=lambda _, __, out: make_room(out),
+    help="Where the arrays are written (.npz).",
+)
 def export(file: str, out: str) -> None:
     """Write the grids and tails as numpy arrays.
 
@@ -186,8 +192,7 @@ def export(file: str, out: str) -> None:
     """
     from bhlog.analysis.null.export import export_npz
 
-    check_writable(out)
-    model = load(file)
+    model = load_null(file)
     export_npz(model, out)
     click.echo(f"wrote {out}: {len(model)} layers", err=True)
 

@@ -1,15 +1,26 @@
 """`bhlog kde compare` and `bhlog kde check`."""
 
+from typing import TYPE_CHECKING
+
 import click
 
+from bhlog.analysis.bar import progress_bar
+from bhlog.analysis.commands.kinds import KDE, RUN
 from bhlog.analysis.commands.options import (
+    Output,
+    bounds_options,
     check_figure,
-    load,
+    figure_option,
+    load_null,
     open_run,
-    with_rows_options,
+    output_options,
+    scope_options,
     write_figure,
 )
-from bhlog.analysis.output import format_option, print_frame, progress_bar
+
+if TYPE_CHECKING:
+    from bhlog.analysis.fold import Scope
+    from bhlog.capture.contract.rule import Bounds
 
 CHECK_FIGURES = (
     "qq",
@@ -24,32 +35,30 @@ CHECK_FIGURES = (
     "  bhlog kde compare a.parquet b.parquet\n"
     "  bhlog kde compare a.parquet b.parquet --alpha 0.05 --run runs/native --figure tails.png"
 )
-@click.argument("a", metavar="KDE")
-@click.argument("b", metavar="KDE")
+@click.argument("a", type=KDE, metavar="KDE")
+@click.argument("b", type=KDE, metavar="KDE")
 @click.option("--alpha", type=float, default=0.05, show_default=True, metavar="A", help="BH level.")
-@click.option("--run", metavar="RUN", help="Decide on the rows of this run.")
+@click.option("--run", type=RUN, metavar="RUN", help="Decide on the rows of this run.")
 @click.option(
-    "--experts",
+    "--n-experts",
     type=click.IntRange(min=1),
     metavar="E",
     help="Without a run, draw rows of E logits (default: those it was fitted for).",
 )
-@click.option("--min-k", type=int, default=0, show_default=True, help="Fewest experts a row gets.")
-@click.option("--max-k", type=int, help="Most experts a row gets (default: all).")
-@click.option("--figure", metavar="FILE", help="Draw both tails, a panel a layer.")
-@format_option
+@bounds_options(("0", "all"))
+@figure_option
+@output_options()
 def compare(
     a: str,
     b: str,
     alpha: float,
     run: str | None,
-    experts: int | None,
-    min_k: int,
-    max_k: int | None,
+    n_experts: int | None,
+    bounds: "Bounds",
     figure: str | None,
-    output_format: str,
+    output: Output,
 ) -> None:
-    """Show how two null models differ, layer by layer.
+    """Show how two null models differ, layer by layer; --figure draws both tails.
 
     \b
     ks           largest difference of the tails
@@ -62,11 +71,11 @@ def compare(
     from bhlog.capture.contract.null.model import layer_ranges
 
     check_figure(figure)
-    first, second = load(a), load(b)
+    first, second = load_null(a), load_null(b)
     log = None if run is None else open_run(run)
-    known = log or experts or first.n_experts or second.n_experts
+    known = log or n_experts or first.n_experts or second.n_experts
     if not known:
-        click.echo("bhlog: mean experts need --run RUN or --experts E: left out", err=True)
+        click.echo("bhlog: mean experts need --run RUN or --n-experts E: left out", err=True)
     elif log is None:
         click.echo(
             f"bhlog: mean experts of {DRAWN_ROWS:,} rows of independent logits, as {a} has them; "
@@ -83,13 +92,13 @@ def compare(
             first,
             second,
             alpha=alpha if known else None,
-            n_experts=experts,
+            n_experts=n_experts,
             log=log,
-            min_k=min_k,
-            max_k=max_k,
+            min_k=bounds.min_k or 0,
+            max_k=bounds.max_k,
             scope=Scope(progress=progress),
         )
-    print_frame(frame, output_format, title=f"a: {a}   b: {b}   alpha {alpha}")
+    output.write(frame, title=f"a: {a}   b: {b}   alpha {alpha}")
     if figure:
         from bhlog.analysis.null.figures import tail_page
 
@@ -101,30 +110,27 @@ def compare(
     "  bhlog kde check null.parquet runs/native\n"
     "  bhlog kde check null.parquet runs/native --draw ranks --figure ranks.png"
 )
-@click.argument("file", metavar="KDE")
-@click.argument("run", metavar="RUN")
+@click.argument("file", type=KDE, metavar="KDE")
+@click.argument("run", type=RUN, metavar="RUN")
 @click.option("--by-expert", is_flag=True, help="A line per layer and expert.")
-@click.option("--figure", metavar="FILE", help="Draw a panel a layer.")
+@figure_option
 @click.option(
     "--draw",
     type=click.Choice(CHECK_FIGURES),
     default="qq",
     show_default=True,
-    help="What the figure shows.",
+    help="What the figure shows, a panel a layer.",
 )
-@with_rows_options
-@format_option
+@scope_options
+@output_options()
 def check(
     file: str,
     run: str,
     by_expert: bool,
     figure: str | None,
     draw: str,
-    layers: tuple[int, ...] | None,
-    where: str | None,
-    sample: float,
-    threads: int | None,
-    output_format: str,
+    scope: "Scope",
+    output: Output,
 ) -> None:
     """Check that p-values are uniform where they should be.
 
@@ -134,17 +140,16 @@ def check(
     ks_expert      the same distance for each expert alone: the median, and the worst
     ks_rank_k      k-th smallest p-value of a row against the k-th uniform order statistic
     """
-    from bhlog.analysis.fold import Scope
     from bhlog.analysis.null.calibration import check as check_model
     from bhlog.analysis.null.calibration import check_frame, expert_frame
 
     check_figure(figure)
-    model, log = load(file), open_run(run)
-    total = sum(group.rows for group in log.row_groups(layers))
-    with progress_bar("checking", total) as progress:
-        checks = check_model(model, log, scope=Scope(layers, where, sample, threads, progress))
+    model, log = load_null(file), open_run(run)
+    total = sum(group.rows for group in log.row_groups(scope.layers))
+    with progress_bar("checking", total) as advance:
+        checks = check_model(model, log, scope=scope.but(progress=advance))
     frame = expert_frame(checks) if by_expert else check_frame(checks)
-    print_frame(frame, output_format, title=f"{file} on {run}")
+    output.write(frame, title=f"{file} on {run}")
     if figure:
         from bhlog.analysis.null.figures import check_page
 

@@ -1,18 +1,56 @@
-"""What commands share: options, their readers, and where results go."""
+"""Options that commands share, each bundle of them built once into one frozen value."""
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bhlog.analysis.output import print_frame
+from bhlog.analysis.commands.kinds import KDE, OUT_FILE
 from bhlog.capture.contract.errors import InvalidOption
-from bhlog.capture.contract.null.curve import BANDWIDTH_RULES, KERNELS
 
 if TYPE_CHECKING:
-    from bhlog.analysis.log import Log
+    import polars as pl
+
+    from bhlog.analysis.fold import Scope
+    from bhlog.analysis.output import Batches, Written
+    from bhlog.analysis.run import Run
     from bhlog.capture.contract.null.model import KdeModel
+    from bhlog.capture.contract.rule import Bounds
+
+FORMATS = ("table", "json", "csv", "markdown", "parquet")  # as in bhlog.analysis.output
+KERNELS = ("gaussian", "epanechnikov", "tophat", "triangular", "none")  # as in contract.null.curve
+BANDWIDTH_RULES = ("scott", "silverman", "isj")
+
+Decorator = Callable[[Any], Any]
+
+
+def bundle(name: str, make: Callable[..., Any], *options: Decorator) -> Decorator:
+    """A decorator that adds options to a command and gives it one argument made from their values.
+
+    Args:
+        name: of the argument.
+        make: takes the options' values by name; called when the command runs.
+    """
+
+    def decorate(command: Any) -> Any:
+        keys: list[str] = []
+
+        @functools.wraps(command)
+        def call(*args: Any, **values: Any) -> Any:
+            made = make(**{key: values.pop(key) for key in keys})
+            return command(*args, **values, **{name: made})
+
+        parameters: list[click.Parameter] = getattr(call, "__click_params__", [])
+        before = len(parameters)
+        for option in reversed(options):
+            option(call)
+        keys += [str(p.name) for p in call.__click_params__[before:]]  # type: ignore[attr-defined]
+        return call
+
+    return decorate
 
 
 def read_bandwidth(text: str) -> str | float:
@@ -47,25 +85,114 @@ def read_trim(text: str) -> tuple[int, int]:
         raise click.BadParameter(f"{text!r} is not a trimming level such as 0:8") from None
 
 
-kde_option = click.option("--kde", metavar="FILE", help="Null model (default: the run's own).")
+@dataclass(frozen=True)
+class Output:
+    """Where and how a command's result goes.
 
-layers_option = click.option(
-    "--layers", type=read_layers, metavar="LIST", help="Only these, such as 0-3,7."
+    Attributes:
+        format: one of FORMATS; None is what the name of `file` says, or a table.
+        file: written in place of stdout, if given.
+    """
+
+    format: str | None = None
+    file: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.file is not None:
+            make_room(self.file)
+        elif self.format == "parquet":
+            raise InvalidOption("parquet is not for a terminal: give --out FILE.parquet")
+
+    @property
+    def kind(self) -> str:
+        """The format in force."""
+        from bhlog.analysis.output import format_of
+
+        return format_of(self.format, self.file)
+
+    @property
+    def for_people(self) -> bool:
+        """Whether people read it: then columns may be chosen that fit a screen."""
+        return self.kind in ("table", "markdown")
+
+    def write(
+        self, result: "pl.DataFrame | Batches", *, title: str = "", max_rows: int | None = None
+    ) -> "Written":
+        """Write a result; says on stderr what a file got."""
+        from bhlog.analysis.output import write
+
+        written = write(result, self.format, self.file, title=title, max_rows=max_rows)
+        if self.file is not None:
+            click.echo(f"{self.file}: {written.rows:,} rows", err=True)
+        return written
+
+
+def output_options(flag: str = "--out") -> Decorator:
+    """Add --format and the file that the result is written to, as one Output, `output`.
+
+    Args:
+        flag: of the file; another one where --out is what the command makes.
+    """
+    return bundle(
+        "output",
+        lambda format, result_file: Output(format, result_file),
+        click.option(
+            "--format",
+            type=click.Choice(FORMATS),
+            help="How the result prints; by default a table, or what the file's name says.",
+        ),
+        click.option(
+            flag, "result_file", type=OUT_FILE, metavar="FILE", help="Write the result here."
+        ),
+    )
+
+
+kde_option = click.option(
+    "--kde", type=KDE, metavar="FILE", help="Null model, or a run that has one (default: its own)."
 )
-where_option = click.option(
-    "--where", metavar="SQL", help="Only rows that match, such as \"phase = 'decode'\"."
-)
-bounds_options = (
+
+
+def _bounds(min_k: int | None, max_k: int | None) -> "Bounds":
+    from bhlog.capture.contract.rule import Bounds
+
+    return Bounds(min_k, max_k)
+
+
+def bounds_options(
+    otherwise: tuple[str, str] = ("as in the run, or 1", "as in the run, or all"),
+) -> Decorator:
+    """Add --min-k and --max-k, as one Bounds, `bounds`.
+
+    Args:
+        otherwise: what they are where they are left out, in words.
+    """
+    low, high = otherwise
+    return bundle(
+        "bounds",
+        _bounds,
+        click.option("--min-k", type=int, help=f"Fewest experts a token (default: {low})."),
+        click.option("--max-k", type=int, help=f"Most experts a token (default: {high})."),
+    )
+
+
+def _scope(
+    layers: tuple[int, ...] | None, where: str | None, sample: float, threads: int | None
+) -> "Scope":
+    from bhlog.analysis.fold import Scope
+
+    return Scope(layers, where, sample, threads)
+
+
+scope_options = bundle(
+    "scope",
+    _scope,
+    click.option("--layers", type=read_layers, metavar="LIST", help="Only these, such as 0-3,7."),
     click.option(
-        "--min-k", type=int, help="Fewest experts a token (default: as in the run, or 1)."
+        "--where",
+        metavar="SQL",
+        help="Only rows that match a condition on columns of routing and tokens, such as "
+        "\"phase = 'decode'\" or \"source = 'notes.txt'\".",
     ),
-    click.option(
-        "--max-k", type=int, help="Most experts a token (default: as in the run, or all)."
-    ),
-)
-rows_options = (
-    layers_option,
-    where_option,
     click.option(
         "--sample",
         type=float,
@@ -78,17 +205,7 @@ rows_options = (
 )
 
 
-def with_rows_options(command: Any) -> Any:
-    """Add the options that say which rows of a run are read."""
-    return _with(rows_options, command)
-
-
-def with_replay_options(command: Any) -> Any:
-    """Add the null model, bounds and rows of what decides again over a run."""
-    return _with((kde_option, *bounds_options, layers_option, where_option), command)
-
-
-def with_fit_options(*, as_fitted: bool) -> Callable[[Any], Any]:
+def fit_options(*, as_fitted: bool) -> Decorator:
     """Add kernel, bandwidth and trimming; left out they are those of the model, if as_fitted."""
 
     def option(name: str, default: Any, what: str, **kind: Any) -> Any:
@@ -99,37 +216,40 @@ def with_fit_options(*, as_fitted: bool) -> Callable[[Any], Any]:
     number: dict[str, Any] = {"type": click.IntRange(min=0), "metavar": "N"}
     level = "; a level that the file keeps" if as_fitted else ""
     bandwidth = "scott, silverman, isj, or the kernel's standard deviation in logits"
-    options = (
+    return bundle(
+        "fit",
+        dict,
         option("--kernel", "gaussian", "none is the empirical tail", type=click.Choice(KERNELS)),
         option("--bandwidth", "scott", bandwidth, type=read_bandwidth, metavar="RULE|LOGITS"),
         option("--trim-high", 0, f"Leave out each row's N largest logits{level}", **number),
         option("--trim-low", 0, f"Leave out each row's N smallest logits{level}", **number),
     )
-    return lambda command: _with(options, command)
 
 
-out_option = click.option(
-    "--out", required=True, metavar="FILE", help="Where the null model is written."
-)
+def model_out(command: Any) -> Any:
+    """Add --out, where a null model is written; its folder is made."""
+    option = click.option(
+        "--out",
+        required=True,
+        type=OUT_FILE,
+        metavar="FILE",
+        callback=lambda _, __, out: make_room(out),
+        help="Where the null model is written.",
+    )
+    return option(command)
 
 
-def _with(options: tuple[Any, ...], command: Any) -> Any:
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def save_model(model: "KdeModel", out: str, output_format: str) -> None:
-    """Write a null model and print a line per curve."""
+def save_model(model: "KdeModel", out: str, output: Output) -> None:
+    """Write a null model, and a line per curve."""
     from bhlog.analysis.null.tables import curves_frame
 
     model.save(out)
-    print_frame(curves_frame(model), output_format, title=out)
+    output.write(curves_frame(model), title=out)
 
 
-def open_run(run: str) -> "Log":
-    """A run's log; says on stderr what is missing of it."""
-    from bhlog.analysis.log import open_log
+def open_run(run: str) -> "Run":
+    """A run; says on stderr what is missing of it."""
+    from bhlog.analysis.run import open_log
 
     log = open_log(run)
     if log.missing:
@@ -141,21 +261,35 @@ def open_run(run: str) -> "Log":
     return log
 
 
-def load(file: str) -> "KdeModel":
-    """A null model from our file, from a run that has one, or from a folder of old pickles."""
-    from bhlog.capture.contract.null.pickles import load_kde_models
+def load_null(named: str) -> "KdeModel":
+    """The null model of a file, of a run that has one, or of a folder of old pickles."""
+    from bhlog.analysis.nulls import load_null as load
 
-    own = Path(file) / "kde.parquet"
-    return load_kde_models(own if own.is_file() else file)
+    return load(named)
 
 
-def check_writable(out: str) -> None:
-    """Raise InvalidOption if a file cannot be made at out, before the work rather than after."""
+def null_named(kde: str | None) -> "KdeModel | None":
+    """The same for an option that may be left out."""
+    return None if kde is None else load_null(kde)
+
+
+def make_room(out: str) -> str:
+    """Make the folder that a file is to be written in, before the work rather than after.
+
+    Raises:
+        InvalidOption: it cannot be made, or a folder is where the file is to be.
+    """
     path = Path(out)
     if path.is_dir():
         raise InvalidOption(f"{out}: is a folder; expected the name of a file")
-    if not path.absolute().parent.is_dir():
-        raise InvalidOption(f"{out}: its folder does not exist; make it first")
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidOption(f"{out}: its folder cannot be made ({error.strerror})") from error
+    return out
+
+
+figure_option = click.option("--figure", type=OUT_FILE, metavar="FILE", help="Draw it here.")
 
 
 def check_figure(figure: str | None) -> None:
@@ -164,7 +298,7 @@ def check_figure(figure: str | None) -> None:
         from bhlog.analysis.figures.file import check_figure_name
 
         check_figure_name(figure)
-        check_writable(figure)
+        make_room(figure)
 
 
 def write_figure(page: Any, figure: str) -> None:

@@ -4,18 +4,27 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bhlog.analysis.commands.options import load, open_run
+from bhlog.analysis.commands.kinds import DESCRIBED, OUT_FOLDER, QUESTION, QueryOrRun
+from bhlog.analysis.commands.options import (
+    Output,
+    bundle,
+    kde_option,
+    null_named,
+    open_run,
+    output_options,
+)
+from bhlog.analysis.database.catalog import VIEWS
+from bhlog.analysis.database.question import Question, find_question, pairs, questions
 from bhlog.capture.contract.errors import InvalidOption
 
 if TYPE_CHECKING:
     from bhlog.analysis.database.database import Database
-
-_RESULT_FORMATS = ("table", "json", "csv", "markdown", "parquet")
 
 EPILOG = """\b
 examples:
@@ -27,33 +36,84 @@ examples:
 """
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is asked, beside a query in SQL.
+
+    Attributes:
+        name: of a question, or a file of SQL.
+        params: K=V, parameters of the question.
+    """
+
+    name: str | None
+    params: tuple[str, ...]
+
+    def question(self) -> tuple[Question | None, dict[str, Any]]:
+        """The question, if one is named, and its parameters."""
+        if self.name is None:
+            if self.params:
+                raise InvalidOption("--param belongs to --query")
+            return None, {}
+        question = find_question(self.name)
+        return question, question.values(pairs(self.params))
+
+
+asked_options = bundle(
+    "asked",
+    Asked,
+    click.option(
+        "--query",
+        "name",
+        type=QUESTION,
+        metavar="NAME",
+        help="A question of --list, or a file ending in .sql.",
+    ),
+    click.option(
+        "--param",
+        "params",
+        multiple=True,
+        metavar="K=V",
+        help="A parameter of the question; repeatable.",
+    ),
+)
+# what connect takes as it is
+connection_options = bundle(
+    "connection",
+    dict,
+    click.option("--memory-limit", metavar="SIZE", help="Such as 4GB; beyond it data go to disk."),
+    click.option("--threads", type=click.IntRange(min=1), help="Default: one a core."),
+    click.option("--temp-dir", type=OUT_FOLDER, metavar="DIR", help="Where data spill to."),
+    click.option(
+        "--temp-limit",
+        metavar="SIZE",
+        default="16GB",
+        show_default=True,
+        help="Most that is spilled.",
+    ),
+    click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Seconds after which to stop.",
+    ),
+    click.option(
+        "--unsafe",
+        is_flag=True,
+        help="Let SQL read and write any file, change settings and load extensions.",
+    ),
+)
+
+
 @click.command(epilog=EPILOG)
-@click.argument("arguments", nargs=-1, metavar="RUN... [QUERY]")
-@click.option(
-    "--query", "name", metavar="NAME", help="A question of --list, or a file ending in .sql."
-)
-@click.option(
-    "--param",
-    "params",
-    multiple=True,
-    metavar="K=V",
-    help="A parameter of the question; repeatable.",
-)
+@click.argument("arguments", nargs=-1, type=QueryOrRun("file"), metavar="RUN... [QUERY]")
+@asked_options
 @click.option("--list", "list_questions", is_flag=True, help="List the questions.")
 @click.option(
     "--describe",
+    type=DESCRIBED,
     metavar="NAME",
     help="What a question reads, takes and returns, or what the columns of a view mean.",
 )
-@click.option(
-    "--format",
-    "result_format",
-    type=click.Choice(_RESULT_FORMATS),
-    help="How the result prints; by default a table, or what the name of --out says.",
-)
-@click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the result here."
-)
+@output_options()
 @click.option(
     "--max-rows",
     type=click.IntRange(min=1),
@@ -61,41 +121,21 @@ examples:
     show_default=True,
     help="Most rows a printed table or Markdown shows.",
 )
-@click.option("--kde", type=click.Path(), help="Null model in place of the runs' own.")
-@click.option("--memory-limit", metavar="SIZE", help="Such as 4GB; beyond it data spill to disk.")
-@click.option("--threads", type=click.IntRange(min=1), help="Default: one a core.")
-@click.option("--temp-dir", type=click.Path(file_okay=False), help="Where data spill to.")
-@click.option(
-    "--temp-limit", metavar="SIZE", default="16GB", show_default=True, help="Most that is spilled."
-)
-@click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds after which to stop."
-)
+@kde_option
+@connection_options
 @click.option(
     "--shell-command", is_flag=True, help="Print a command that opens the views in duckdb."
 )
-@click.option(
-    "--unsafe",
-    is_flag=True,
-    help="Let SQL read and write any file, change settings and load extensions.",
-)
 def sql(
     arguments: tuple[str, ...],
-    name: str | None,
-    params: tuple[str, ...],
+    asked: Asked,
     list_questions: bool,
     describe: str | None,
-    result_format: str | None,
-    out: Path | None,
+    output: Output,
     max_rows: int,
     kde: str | None,
-    memory_limit: str | None,
-    threads: int | None,
-    temp_dir: str | None,
-    temp_limit: str,
-    timeout: float | None,
+    connection: dict[str, Any],
     shell_command: bool,
-    unsafe: bool,
 ) -> None:
     """Ask one run or several in SQL, as DuckDB understands it.
 
@@ -104,34 +144,21 @@ def sql(
     and nothing else.
     """
     if list_questions:
-        _print_questions(result_format or "table")
+        _print_questions(output)
         return
     if describe is not None:
-        _describe(describe, result_format or "table")
+        _describe(describe, output)
         return
     runs, query = _runs_and_query(arguments)
-    if name is not None and query is not None:
+    if asked.name is not None and query is not None:
         raise InvalidOption("give a query or --query, not both")
-    if name is None and params:
-        raise InvalidOption("--param belongs to --query")
-    from bhlog.analysis.database.database import connect
-    from bhlog.analysis.database.question import find_question, pairs
-    from bhlog.analysis.database.waiting import one_interrupt
+    question, parameters = asked.question()
 
-    question = None if name is None else find_question(name)
-    parameters = {} if question is None else question.values(pairs(params))
+    from bhlog.analysis.database.database import connect
+
     click.get_current_context().with_resource(_warnings_in_one_line())
-    database = connect(
-        [open_run(run) for run in runs],
-        kde=None if kde is None else load(kde),
-        memory_limit=memory_limit,
-        threads=threads,
-        temp_dir=temp_dir,
-        temp_limit=temp_limit,
-        timeout=timeout,
-        unsafe=unsafe,
-    )
-    with database:
+    logs = [open_run(run) for run in runs]
+    with connect(logs, kde=null_named(kde), **connection) as database:
         if shell_command:
             from bhlog.analysis.database.shell import shell_command as command_line
 
@@ -143,20 +170,17 @@ def sql(
         if query is None and not sys.stdin.isatty():
             query = sys.stdin.read()
         if query is None:
-            from bhlog.analysis.database.prompt import history_path, run_prompt
-
-            run_prompt(
-                database,
-                result_format=result_format or "table",
-                max_rows=max_rows,
-                history=history_path(),
-            )
+            _prompt(database, output, max_rows)
             return
         for run, log in database.runs.items():
             if not log.shards:
                 click.echo(f"bhlog: run '{run}' holds no rows yet ({log.path})", err=True)
-        with one_interrupt():
-            _answer(database, query, parameters, result_format, out, max_rows)
+        written = output.write(database.batches(query, parameters), max_rows=max_rows)
+    if written.left_out:
+        click.echo(
+            f"{written.left_out:,} more rows: raise --max-rows, or write all to --out FILE",
+            err=True,
+        )
 
 
 @contextmanager
@@ -169,28 +193,10 @@ def _warnings_in_one_line() -> Iterator[None]:
         yield
 
 
-def _answer(
-    database: "Database",
-    query: str,
-    parameters: dict[str, Any],
-    result_format: str | None,
-    out: Path | None,
-    max_rows: int,
-) -> None:
-    from bhlog.analysis.database.result import SUFFIXES, print_result, write_result
+def _prompt(database: "Database", output: Output, max_rows: int) -> None:
+    from bhlog.analysis.database.prompt import history_path, run_prompt
 
-    schema, batches = database.batches(query, parameters)
-    if out is not None:
-        rows = write_result(
-            schema, batches, result_format or SUFFIXES.get(out.suffix, "table"), out
-        )
-        click.echo(f"{out}: {rows:,} rows", err=True)
-        return
-    left_out = print_result(schema, batches, result_format or "table", max_rows=max_rows)
-    if left_out:
-        click.echo(
-            f"{left_out:,} more rows: raise --max-rows, or write all to --out FILE", err=True
-        )
+    run_prompt(database, result_format=output.kind, max_rows=max_rows, history=history_path())
 
 
 def _runs_and_query(arguments: tuple[str, ...]) -> tuple[list[str], str | None]:
@@ -212,32 +218,25 @@ def _exists(path: str) -> bool:
         return False
 
 
-def _print_questions(result_format: str) -> None:
+def _print_questions(output: Output) -> None:
     import polars as pl
 
-    from bhlog.analysis.database.question import questions
-    from bhlog.analysis.database.result import print_result
-
-    rows = pl.DataFrame(
+    rows = [
         {
             "name": question.name,
             "question": question.title,
             "parameters": " ".join(parameter.name for parameter in question.parameters),
         }
         for question in questions()
-    ).to_arrow()
-    print_result(rows.schema, iter(rows.to_batches()), result_format, max_rows=rows.num_rows)
+    ]
+    output.write(pl.DataFrame(rows))
 
 
-def _describe(name: str, result_format: str) -> None:
-    from bhlog.analysis.database.catalog import VIEWS
-    from bhlog.analysis.database.question import find_question
-
+def _describe(name: str, output: Output) -> None:
     if name not in VIEWS:
         click.echo(find_question(name).text, nl=False)
         return
     from bhlog.analysis.database.database import connect
-    from bhlog.analysis.database.result import print_result
 
     with connect([]) as database:
-        print_result(*database.describe(name), result_format, max_rows=1000)
+        output.write(database.describe(name))

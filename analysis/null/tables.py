@@ -27,7 +27,7 @@ def curves_frame(
         if E is None:
             raise InvalidOption(
                 "thresholds need the number of experts, which this null model does not tell: "
-                "add --experts E"
+                "add --n-experts E"
             )
         model.require(model, E)
     rows = []

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from bhlog.analysis.fold import WHOLE, Scope
 from bhlog.analysis.log import Log, layer_of, logits_of
+from bhlog.analysis.nulls import null_model, routed_empirically
 from bhlog.analysis.replay.empirical import empirical_p, require_whole_forwards
 from bhlog.analysis.replay.families.bh import Bh
 from bhlog.analysis.replay.policy import Policy
@@ -61,13 +62,12 @@ class Decider:
         self._kde: KdeModel | None = None
         if any(policy.tests for policy in policies):
             if empirical is None:
-                options = log.manifest.routing.options
-                empirical = options is not None and options.p_values == "empirical"
+                empirical = routed_empirically(log)
             self.empirical = empirical and kde is None
             if self.empirical:
                 require_whole_forwards(log, scope)
             else:
-                self._kde = log.null_model(kde)
+                self._kde = null_model(log, kde)
         self.columns = COLUMNS if self.empirical else COLUMNS[:3]
         self._thresholds: dict[int, dict[float, NDArray[np.float32]]] = {}
 

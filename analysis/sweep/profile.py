@@ -76,6 +76,12 @@ class Profile:
             if kept.shape != counts.shape or kept.min() < 0:
                 raise CorruptProfile(f"layer {layer}: probability kept does not fit the counts")
 
+    def __repr__(self) -> str:
+        layers = "1 layer" if len(self.layers) == 1 else f"{len(self.layers)} layers"
+        alphas = f"{len(self.alphas):,} alphas from {self.alphas[0]:g} to {self.alphas[-1]:g}"
+        rows = f"{sum(map(self.rows, self.layers)):,} rows"
+        return f"Profile({layers} of {self.n_experts} experts, {alphas}, {rows})"
+
     @property
     def n_experts(self) -> int:
         """Experts per router."""
@@ -208,7 +214,7 @@ class Profile:
         if self.kept is None:
             raise InvalidOption(
                 "this profile did not count the probability that experts keep; make it anew: "
-                "log.profile(kept=True) or bhlog sweep RUN --kept"
+                "run.sweep(kept=True) or bhlog sweep RUN --kept"
             )
         low, high = self._checked(min_k, max_k, layer)
         by_rank = self.kept[layer]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from bhlog.analysis.fold import WHOLE, Scope, fold
 from bhlog.analysis.log import Log, layer_of, logits_of
+from bhlog.analysis.nulls import null_model
 from bhlog.analysis.replay.settings import bounds_of
 from bhlog.analysis.sweep.critical import MOST_ALPHAS, Counted, CriticalAlphas
 from bhlog.analysis.sweep.profile import GRID, Profile, rising
@@ -45,7 +46,7 @@ def profile_log(
     grid = np.asarray(alphas, dtype=np.float64)
     if not rising(grid) or len(grid) > MOST_ALPHAS:
         raise InvalidOption(f"alphas must rise inside (0, 1), at most {MOST_ALPHAS:,} of them")
-    model = log.null_model(kde)
+    model = null_model(log, kde)
     if not model.pooled:
         raise KdeMismatch(
             "a profile needs a null model pooled over experts; this one has a curve per expert, "

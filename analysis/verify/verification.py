@@ -1,11 +1,12 @@
 """Verification: is a run whole, and does it keep what the log promises?"""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -49,11 +50,18 @@ def verify(log: Log, progress: Progress | None = None) -> list[Finding]:
     return [*_manifest(log), *_files(log), *_null_model(log), *_shards(log, progress)]
 
 
-def verify_decisions(log: Log, progress: Progress | None = None) -> list[Finding]:
+def verify_decisions(
+    log: Log, progress: Progress | None = None, *, after: Sequence[Finding] = ()
+) -> list[Finding]:
     """Replay a run at its own settings and compare every row; see bhlog.analysis.verify.replayed.
 
     A run that cannot be replayed is an error.
+
+    Args:
+        after: what verify found; a run with errors is not replayed.
     """
+    if any(finding.status == "error" for finding in after):
+        return [Finding("replay", "warning", log.path, "not replayed: the run has errors")]
     try:
         frame = verify_replay(log, progress)
     except (InvalidOption, KdeMismatch) as error:
@@ -67,6 +75,11 @@ def verify_decisions(log: Log, progress: Progress | None = None) -> list[Finding
         where = f"layer {row['layer']}"
         findings.append(Finding("replay", "error" if wrong else "ok", where, detail))
     return findings
+
+
+def findings_frame(findings: Sequence[Finding]) -> pl.DataFrame:
+    """A row for each finding: check, status, where, detail."""
+    return pl.DataFrame([vars(finding) for finding in findings])
 
 
 def _manifest(log: Log) -> Iterator[Finding]:

@@ -1,6 +1,7 @@
 """Files that are whole or not at all: any file, and the shards of a run."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -9,6 +10,8 @@ from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from bhlog.capture.contract.errors import InvalidOption
 
 COMPRESSION_LEVEL = 1  # zstd; higher levels gain little on BYTE_STREAM_SPLIT logits
 
@@ -89,9 +92,23 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def require_local(path: Path) -> None:
+    """Raise InvalidOption for what was a URI: as a path it would be a folder called `s3:`."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path.as_posix()):
+        raise InvalidOption(
+            f"{path.as_posix().replace(':/', '://', 1)}: is a URI; expected a path on this "
+            "machine: write it here, then copy it there"
+        )
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file under a temporary name: synced and renamed after the block, gone if it fails."""
+    """A file under a temporary name: synced and renamed after the block, gone if it fails.
+
+    Raises:
+        InvalidOption: the path was a URI.
+    """
+    require_local(path)
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:

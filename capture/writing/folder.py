@@ -16,7 +16,7 @@ from bhlog.capture.contract.errors import (
     RouterLogError,
     RunExists,
 )
-from bhlog.capture.contract.files import sync_folder
+from bhlog.capture.contract.files import require_local, sync_folder
 from bhlog.capture.contract.manifest import Count, Manifest, ShardEntry, Totals, manifest_name
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.schema import SCHEMA_VERSION, SHARD_NAME
@@ -61,7 +61,12 @@ class Progress:
 
 
 def check_new(folder: Path) -> None:
-    """Raise RunExists unless a run could begin in the folder: there is none, or it is empty."""
+    """Raise RunExists unless a run could begin in the folder: there is none, or it is empty.
+
+    Raises:
+        InvalidOption: it was a URI.
+    """
+    require_local(folder)
     if folder.exists() and not folder.is_dir():
         raise RunExists(f"{folder}: a file; choose another name for the run's folder")
     if folder.exists() and any(folder.iterdir()):

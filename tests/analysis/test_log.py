@@ -11,14 +11,14 @@ import bhlog.analysis.fold as module
 import bhlog.analysis.log as log_module
 from bhlog.analysis.cli import main
 from bhlog.analysis.fold import Scope, fold
-from bhlog.analysis.log import layer_of, logits_of, open_log
+from bhlog.analysis.log import layer_of, logits_of
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract import schema
-from bhlog.capture.contract.errors import CorruptShard, InvalidOption, KdeMismatch
+from bhlog.capture.contract.errors import CorruptShard, InvalidOption
 from bhlog.capture.contract.manifest import Manifest
-from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions
 from bhlog.capture.contract.schema import Column
-from tests.synthetic import normal_kde, normal_null, without_logits, write_run
+from tests.synthetic import normal_kde, without_logits, write_run
 
 LAYERS = (0, 1, 4)
 COLUMNS = ("layer", "sequence", "position", "logits")
@@ -93,7 +93,7 @@ def test_layers_and_a_condition_choose_rows(run):
     ("options", "message"),
     [
         ({"layers": [2]}, "no layer 2 in .*; it has layers 0, 1, 4"),
-        ({"where": "lyer = 1"}, "no column 'lyer'; .*columns are layer"),
+        ({"where": "lyer = 1"}, "no column 'lyer'; did you mean 'layer'"),
         ({"where": "layer ="}, "where: cannot read 'layer ='"),
         ({"where": "position + 1"}, "expected a condition"),
         ({"where": "phase > 1"}, "phase > 1"),
@@ -182,18 +182,6 @@ def test_few_accumulators_are_alive_at_once(run, monkeypatch):
 
     fold(open_log(run), Counting, COLUMNS, Scope(threads=1))  # 8 stretches
     assert most[0] <= 5
-
-
-def test_the_null_model_is_the_one_given_or_the_run_own(run, tmp_path):
-    log = open_log(run)
-    other = KdeModel({i: normal_null(i, sd=3.0) for i in LAYERS})
-    assert log.null_model(other) is other
-    assert log.null_model().to_bytes() == log.kde.to_bytes()
-    with pytest.raises(KdeMismatch, match="not 4"):
-        log.null_model(normal_kde((0, 1)))
-    native = open_log(write_run(tmp_path / "native"))
-    with pytest.raises(KdeMismatch, match="has no null model of its own; fit one"):
-        native.null_model()
 
 
 def test_what_a_run_should_have_and_has_not_is_named(tmp_path, capsys):

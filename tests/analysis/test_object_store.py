@@ -10,7 +10,7 @@ from moto.server import ThreadedMotoServer
 
 from bhlog.analysis.cli import main
 from bhlog.analysis.database.database import connect
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import MissingRun
 from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run

@@ -25,12 +25,13 @@ import numpy as np
 import pyarrow as pa
 
 from bhlog.analysis.fold import Scope, fold
-from bhlog.analysis.log import Log, open_log
+from bhlog.analysis.log import Log
 from bhlog.analysis.null.estimate import fit_kde
 from bhlog.analysis.replay.comparison import compare
 from bhlog.analysis.replay.match import match_experts
 from bhlog.analysis.replay.policy import Policy
 from bhlog.analysis.replay.registry import families, parse_policy
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.null.model import KdeModel
 from tests.synthetic import write_run
 

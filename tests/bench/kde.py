@@ -29,8 +29,9 @@ from scipy.stats import gaussian_kde
 
 from bhlog.analysis.fold import Scope, fold
 from bhlog.analysis.kernels.patterns import count_patterns
-from bhlog.analysis.log import Log, open_log
+from bhlog.analysis.log import Log
 from bhlog.analysis.null.estimate import FitOptions, count_logits, fit_kde
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.null.bandwidth import choose_bandwidth
 from bhlog.capture.contract.null.histogram import Histogram, HistogramAccumulator
 from bhlog.capture.contract.null.kernel import kernel_tail

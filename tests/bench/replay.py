@@ -31,11 +31,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bhlog.analysis.log import Log, layer_of, logits_of, open_log
+from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.analysis.null.estimate import fit_kde
 from bhlog.analysis.replay.comparison import replay
 from bhlog.analysis.replay.decide import Decider, decider_of
 from bhlog.analysis.replay.settings import settings_of
+from bhlog.analysis.run import open_log
 from bhlog.analysis.sweep.critical import CriticalAlphas
 from bhlog.analysis.sweep.profile import GRID, Profile
 from bhlog.analysis.sweep.profiling import profile_log

@@ -25,7 +25,8 @@ import pandas as pd
 
 from bhlog.analysis.database.database import Database, connect
 from bhlog.analysis.database.question import Question, questions
-from bhlog.analysis.log import Log, open_log
+from bhlog.analysis.log import Log
+from bhlog.analysis.run import open_log
 from tests.synthetic import write_run
 
 LAYERS = 16

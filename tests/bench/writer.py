@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.manifest import ModelInfo, Routing
 from bhlog.capture.writing.buffer import Texts
 from bhlog.capture.writing.stage import Staged

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bhlog.analysis.log import logits_of, open_log
+from bhlog.analysis.log import logits_of
+from bhlog.analysis.run import open_log
 from bhlog.analysis.verify.verification import verify
 from bhlog.capture.contract.manifest import ModelInfo, Routing
 from bhlog.capture.writing.buffer import Texts

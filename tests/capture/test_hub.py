@@ -10,7 +10,7 @@ from importlib.resources import files
 import pytest
 from safetensors.torch import load_file, save_file
 
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 
 MAIN, OTHER = "a" * 40, "b" * 40
 

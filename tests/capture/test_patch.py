@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bhlog.analysis.log import logits_of, open_log
+from bhlog.analysis.log import logits_of
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import (
     AlreadyPatched,
     InvalidOption,

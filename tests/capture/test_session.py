@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import (
     InvalidOption,
     KdeMismatch,

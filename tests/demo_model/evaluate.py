@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import OlmoeForCausalLM
 
-from bhlog.capture.apps.demo.corpus import Document
+from bhlog.capture.apps.demo.corpus import Page
 
 SEPARATOR = 256  # the one token that is no byte: it stands before every document
 
@@ -28,7 +28,7 @@ class Measurement:
 
 
 def evaluate(
-    model: OlmoeForCausalLM, documents: Iterable[Document], *, window: int, batch: int = 64
+    model: OlmoeForCausalLM, documents: Iterable[Page], *, window: int, batch: int = 64
 ) -> Measurement:
     """Measure a model on documents cut into pieces of `window` bytes, read one by one.
 

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, OlmoeForCausalLM
 
 import bhlog.capture.demo
-from bhlog.capture.apps.demo.corpus import Document, held_out_documents, training_documents
+from bhlog.capture.apps.demo.corpus import Page, held_out_documents, training_documents
 from tests.demo_model.evaluate import SEPARATOR, Measurement, evaluate, recorded_routing
 from tests.demo_model.train import (
     Batches,
@@ -26,12 +26,12 @@ EXCERPT = {"docs": "import", "code": "shlex.py"}  # about 10 kB each
 
 
 @pytest.fixture(scope="module")
-def training() -> list[Document]:
+def training() -> list[Page]:
     return training_documents()
 
 
 @pytest.fixture(scope="module")
-def excerpt() -> dict[str, Document]:
+def excerpt() -> dict[str, Page]:
     by_name = {document.name: document for document in held_out_documents()}
     return {source: by_name[name] for source, name in EXCERPT.items()}
 
@@ -115,7 +115,7 @@ def test_separator_has_learnt_an_embedding(model):
 
 def test_evaluate_counts_each_byte_once_and_no_padding(model, excerpt):
     text = excerpt["code"].text[:300]  # two pieces of different length
-    got = evaluate(model, [Document("code", "x", text)], window=200)
+    got = evaluate(model, [Page("code", "x", text)], window=200)
     nats, load = [], torch.zeros_like(got.load)
     for piece in (text[:200], text[200:]):
         ids = torch.tensor([[SEPARATOR, *piece.encode()]])

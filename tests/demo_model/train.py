@@ -25,7 +25,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from bhlog.capture.apps.demo.corpus import Document, held_out_documents, training_documents
+from bhlog.capture.apps.demo.corpus import Page, held_out_documents, training_documents
 from tests.demo_model.evaluate import SEPARATOR, evaluate, recorded_routing, token_losses
 from tests.demo_model.trigram import Trigram
 
@@ -106,14 +106,14 @@ def add_dropout(model: OlmoeForCausalLM, p: float) -> None:
         )
 
 
-def of_source(documents: Iterable[Document], source: str) -> list[Document]:
+def of_source(documents: Iterable[Page], source: str) -> list[Page]:
     return [document for document in documents if document.source == source]
 
 
 class Batches:
     """Random windows of the training text, the same for the same seed on every device."""
 
-    def __init__(self, documents: list[Document], options: Options, device: str) -> None:
+    def __init__(self, documents: list[Page], options: Options, device: str) -> None:
         self.options = options
         self.docs = _line(of_source(documents, "docs")).to(device)
         self.code = _line(of_source(documents, "code")).to(device)
@@ -134,7 +134,7 @@ class Batches:
         return line[(start + torch.arange(window + 1)).to(line.device)].long()
 
 
-def _line(documents: list[Document]) -> Tensor:
+def _line(documents: list[Page]) -> Tensor:
     """All documents as one line of token ids, int16, a separator before each."""
     separator = np.array([SEPARATOR], np.int16)
     texts = (np.frombuffer(document.text.encode(), np.uint8) for document in documents)
@@ -208,7 +208,7 @@ def gradient(model: OlmoeForCausalLM, batch: Tensor, options: Options) -> tuple[
     return loss, balance
 
 
-def train(options: Options, documents: list[Document], folder: Path, device: str) -> int:
+def train(options: Options, documents: list[Page], folder: Path, device: str) -> int:
     """Train a new model and leave in the folder the weights with the least validation loss.
 
     Returns:
@@ -245,7 +245,7 @@ def train(options: Options, documents: list[Document], folder: Path, device: str
     return best_step
 
 
-def model_card(options: Options, documents: list[Document], folder: Path, *, made: str) -> str:
+def model_card(options: Options, documents: list[Page], folder: Path, *, made: str) -> str:
     """Measure the weights in the folder on the held-out text and describe them.
 
     Args:

@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+try:
+    from pydoc_data import topics as _documentation
+except ImportError:  # minimal distributions ship none
+    _documentation = None  # type: ignore[assignment]
+
 HELD_OUT_TOPICS = frozenset(
     {
         "assert",
@@ -107,7 +112,7 @@ SKIPPED = frozenset(
 
 
 @dataclass(frozen=True)
-class Document:
+class Page:
     """One text of the corpus.
 
     Attributes:
@@ -121,7 +126,7 @@ class Document:
     text: str
 
 
-def training_documents() -> list[Document]:
+def training_documents() -> list[Page]:
     """Every document outside the held-out lists: docs first, each source sorted by name.
 
     A distribution without the documentation or without sources gives fewer documents, not an
@@ -130,31 +135,27 @@ def training_documents() -> list[Document]:
     return [document for document, held_out in _documents() if not held_out]
 
 
-def held_out_documents() -> list[Document]:
+def held_out_documents() -> list[Page]:
     """The documents that the model never saw in training, in the order of the training part."""
     return [document for document, held_out in _documents() if held_out]
 
 
-def _documents() -> Iterator[tuple[Document, bool]]:
+def _documents() -> Iterator[tuple[Page, bool]]:
     """Yield every document with whether it is held out."""
     for name, text in sorted(_topics().items()):
         if name not in REPEATED_TOPICS:
-            yield Document("docs", name, text), name in HELD_OUT_TOPICS
+            yield Page("docs", name, text), name in HELD_OUT_TOPICS
     library = Path(sysconfig.get_path("stdlib"))
     modules = _modules(library) if library.is_dir() else ()  # a frozen Python has none
     for path in sorted(modules, key=Path.as_posix):
         name = path.relative_to(library).as_posix()
         # Every module is UTF-8; one that a distribution spoilt should not stop the demo.
         text = path.read_text(encoding="utf-8", errors="replace")
-        yield Document("code", name, text), Path(name.split("/")[0]).stem in HELD_OUT_MODULES
+        yield Page("code", name, text), Path(name.split("/")[0]).stem in HELD_OUT_MODULES
 
 
 def _topics() -> dict[str, str]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:  # minimal distributions ship no documentation
-        return {}
-    return topics
+    return {} if _documentation is None else _documentation.topics
 
 
 def _modules(folder: Path) -> Iterator[Path]:

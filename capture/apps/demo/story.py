@@ -4,22 +4,25 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bhlog.capture.apps.demo.corpus import Document, held_out_documents, training_documents
+import polars as pl
+from rich.console import Console
+
+from bhlog.analysis.bar import progress_bar
+from bhlog.analysis.database.question import find_question
+from bhlog.analysis.output import write
+from bhlog.analysis.run import Run, open_log
+from bhlog.analysis.verify.replayed import verify_replay
+from bhlog.capture.apps.demo.corpus import Page, held_out_documents, training_documents
 from bhlog.capture.contract.errors import RunExists
 from bhlog.capture.contract.manifest import MANIFEST_NAME, Routing
+from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions
 from bhlog.capture.session import LoadedModel, capture, load_model
-from bhlog.capture.text import Document as Text
-from bhlog.capture.text import Window, windows
+from bhlog.capture.text import Document, Window, windows
 from bhlog.capture.writing.writer import RunWriter
-
-if TYPE_CHECKING:
-    import polars as pl
-
-    from bhlog.analysis.log import Log
 
 ALPHA = 0.3
 ALPHAS = (0.01, 0.05, 0.1, 0.3, 0.5)
@@ -36,15 +39,6 @@ def tell(out: Path) -> None:
     Raises:
         RunExists: the folder holds something other than an earlier demo.
     """
-    from rich.console import Console
-
-    from bhlog.analysis.figures.drawing import draw_figures
-    from bhlog.analysis.log import open_log
-    from bhlog.analysis.null.estimate import FitOptions, fit_kde
-    from bhlog.analysis.output import print_frame
-    from bhlog.analysis.replay.fidelity import fidelity
-    from bhlog.analysis.verify.replayed import verify_replay
-
     started = time.monotonic()
     _make_room(out)
     loaded = load_model("demo")
@@ -67,7 +61,7 @@ def tell(out: Path) -> None:
     _run(loaded, fitting, out / "fit", Routing(), None)
     # without the experts that the model chose: the signal must not sit in its own null
     options = FitOptions(trim_high=config.num_experts_per_tok)
-    kde = fit_kde(open_log(out / "fit"), options)
+    kde = open_log(out / "fit").fit(options)
     kde.save(out / "null.parquet")
     say(
         f"{out / 'fit'} -> {out / 'null.parquet'}: {len(kde)} layers, "
@@ -77,7 +71,7 @@ def tell(out: Path) -> None:
     say("\n[bold]3. Capture the held-out text, routed natively and by BH[/]")
     _run(loaded, held_out, out / "native", Routing(), None)
     native = open_log(out / "native")
-    reruns: dict[float, Log] = {}
+    reruns: dict[float, Run] = {}
     for alpha in ALPHAS:
         run = out / f"bh-{alpha}"
         _run(loaded, held_out, run, Routing("bh", BhOptions(alpha, max_k=MAX_K)), kde)
@@ -94,13 +88,13 @@ def tell(out: Path) -> None:
         f"with at most {MAX_K} experts.\nMean experts a token, replayed by layer and over all; "
         "beside it what a rerun gave, and its loss in nats."
     )
-    print_frame(_what_if(native, reruns, kde))
+    write(_what_if(native, reruns, kde))
     say(
         f"\nNative routing: {config.num_experts_per_tok} experts, loss {_loss(native):.3f}. A "
         "replay holds the hidden states fixed, so it is exact\nfor the first layer and an estimate "
         f"below it. Replayed against rerun at alpha {ALPHA}:\n"
     )
-    print_frame(fidelity(native, reruns[ALPHA]))
+    write(native.fidelity(reruns[ALPHA]))
 
     bh = reruns[ALPHA]
     say(f"\n[bold]5. Does replay reproduce what {bh.name} logged?[/]")
@@ -108,23 +102,16 @@ def tell(out: Path) -> None:
     say(f"{check['rows'].sum():,} rows replayed, {check['mismatches'].sum()} disagree")
 
     say("\n[bold]6. Ask in SQL, and draw[/]")
-    print_frame(_ask(say, bh, "experts_per_token"))
-    print_frame(_ask(say, native, "experts_by_source", top="4"))
-    figures = draw_figures(bh)
+    write(_ask(say, bh, "experts_per_token"))
+    write(_ask(say, native, "experts_by_source", top="4"))
+    figures = bh.plot()
     say(f"\n{len(figures)} figures in {figures[0].parent}")
     say(f"[bold]Done in {time.monotonic() - started:.0f} s.[/]")
 
 
-def _what_if(native: "Log", reruns: "dict[float, Log]", kde: KdeModel) -> "pl.DataFrame":
+def _what_if(native: Run, reruns: dict[float, Run], kde: KdeModel) -> pl.DataFrame:
     """A row per alpha: what replay says of the native log, and what rerunning gave."""
-    import polars as pl
-
-    from bhlog.analysis.replay.comparison import replay
-    from bhlog.analysis.replay.settings import settings_of
-    from bhlog.capture.contract.rule import Bounds
-
-    settings = settings_of(native, ALPHAS, bounds=Bounds(max_k=MAX_K))
-    summary = replay(native, settings, kde=kde)
+    summary = native.replay(ALPHAS, max_k=MAX_K, kde=kde)
     rows: list[dict[str, Any]] = []
     for alpha in ALPHAS:
         mine = summary.filter(pl.col("alpha") == alpha)
@@ -148,22 +135,20 @@ def _what_if(native: "Log", reruns: "dict[float, Log]", kde: KdeModel) -> "pl.Da
     return pl.DataFrame(rows)
 
 
-def _mean_experts(log: "Log") -> float:
+def _mean_experts(log: Run) -> float:
     """Experts per token that a run used, over all layers."""
     counts = [batch.column("n_selected").to_numpy() for batch in log.batches(["n_selected"])]
     return float(sum(n.sum() for n in counts) / sum(len(n) for n in counts))
 
 
-def _loss(log: "Log") -> float:
+def _loss(log: Run) -> float:
     """Mean loss of a run's tokens, in nats."""
     nll = log.tokens(["nll"])["nll"].to_numpy()
     return float(nll[nll == nll].mean())
 
 
-def _ask(say: Callable[[str], None], log: "Log", name: str, **params: str) -> "pl.DataFrame":
+def _ask(say: Callable[[str], None], log: Run, name: str, **params: str) -> pl.DataFrame:
     """The answer to a question of sql/; says which command gives it."""
-    from bhlog.analysis.database.question import find_question
-
     question = find_question(name)
     given = "".join(f" --param {key}={value}" for key, value in params.items())
     say(f"\nbhlog sql {log.path} --query {name}{given}")
@@ -178,8 +163,6 @@ def _run(
     routing: Routing,
     kde: KdeModel | None,
 ) -> None:
-    from bhlog.analysis.output import progress_bar
-
     with progress_bar(f"{run.name:8}", _count(texts), unit="tokens") as advance:
 
         def progress(tokens: int, writer: RunWriter) -> None:
@@ -188,16 +171,16 @@ def _run(
         capture(loaded, texts, run, routing=routing, kde=kde, progress=progress)
 
 
-def _windows(documents: Sequence[Document], loaded: LoadedModel, tokens: int) -> list[Window]:
+def _windows(pages: Sequence[Page], loaded: LoadedModel, tokens: int) -> list[Window]:
     """Windows from the middle of many documents, the same number of tokens of each source."""
-    chosen: list[Text] = []
-    for source in dict.fromkeys(document.source for document in documents):
-        mine = [d for d in documents if d.source == source and len(d.text) >= PIECE]
+    chosen: list[Document] = []
+    for source in dict.fromkeys(page.source for page in pages):
+        mine = [page for page in pages if page.source == source and len(page.text) >= PIECE]
         step = max(1, len(mine) * PIECE // tokens)
         pieces = max(PIECE, tokens // len(mine[::step]))
-        for document in mine[::step]:
-            start = max(0, len(document.text) - pieces) // 2  # past the licence and the imports
-            chosen.append(Text(source, document.text[start : start + pieces]))
+        for page in mine[::step]:
+            start = max(0, len(page.text) - pieces) // 2  # past the licence and the imports
+            chosen.append(Document(source, page.text[start : start + pieces]))
     return windows(chosen, loaded.tokenizer, max_length=MAX_LENGTH, max_tokens=tokens)
 
 

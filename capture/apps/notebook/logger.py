@@ -1,17 +1,14 @@
 """BHRoutingLogger: the run of a notebook experiment, with its JSON summaries and figures."""
 
 import json
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from bhlog.analysis.run import Run, open_log
+from bhlog.capture.apps.notebook.loose import LooseRows
+from bhlog.capture.apps.notebook.told import json_decisions, summary_of
 from bhlog.capture.contract.errors import InvalidOption, RouterLogError, RunExists
 from bhlog.capture.contract.files import whole_file
 from bhlog.capture.contract.manifest import MANIFEST_NAME, Manifest, ModelInfo, Routing
@@ -19,10 +16,17 @@ from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.observe import new_writer
 from bhlog.capture.recorder import Recorder
 from bhlog.capture.routers.routing import Choice
-from bhlog.capture.writing.stage import Staged
-from bhlog.capture.writing.writer import Block, RunWriter, WriterOptions, remove_run
+from bhlog.capture.writing.writer import RunWriter, WriterOptions, remove_run
 
-MOST_JSON_DECISIONS = 10_000  # the JSON log is for reading; the run holds every decision
+# what earlier notebooks drew
+FIGURES = (
+    "p_values",
+    "step_up",
+    "expert_heatmap",
+    "experts_histogram",
+    "logits_p_values",
+    "passing_rate",
+)
 
 
 class BHRoutingLogger:
@@ -54,7 +58,7 @@ class BHRoutingLogger:
         self._writer: RunWriter | None = None
         self._setting: tuple[ModelInfo, Routing, KdeModel | None] | None = None
         self._recorder: Recorder | None = None
-        self._loose = _LooseRows()
+        self._loose = LooseRows()
 
     @property
     def run_dir(self) -> Path:
@@ -139,9 +143,8 @@ class BHRoutingLogger:
         """
         log = self._sealed()
         folder = self.run_dir.parent
-        manifest: Manifest = log.manifest
+        manifest = log.manifest
         path = folder / f"{self.experiment_name}_bh_log.json"
-        decisions = list(islice(self._decisions(log), MOST_JSON_DECISIONS))
         config = {
             "experiment_name": self.experiment_name,
             "log_every_n": self.log_every_n,
@@ -155,7 +158,7 @@ class BHRoutingLogger:
                 "config": config,
                 "run": str(self.run_dir),
                 "total_decisions": manifest.totals.rows,
-                "decisions": decisions,
+                "decisions": json_decisions(log, self.log_every_n),
             },
         )
         _write_json(folder / f"{self.experiment_name}_summary.json", self.get_summary())
@@ -163,9 +166,7 @@ class BHRoutingLogger:
 
     def generate_plots(self) -> list[Path]:
         """Draw the six figures of the run into `plots_dir`; return their paths."""
-        from bhlog.analysis.figures.drawing import SEED_FIGURES, draw_figures
-
-        return draw_figures(self._sealed(), SEED_FIGURES, self.plots_dir)
+        return self._sealed().plot(FIGURES, self.plots_dir)
 
     def get_summary(self) -> dict[str, Any]:
         """Counts over everything logged so far.
@@ -178,39 +179,11 @@ class BHRoutingLogger:
         if self._writer is None and not self._loose.rows:
             return {"total_decisions": 0}
         log = self._sealed()
-        options = log.manifest.routing.options
-        E = log.n_experts
-        low, high = options.bounds(E) if options else (0, E)
-        counts = np.zeros(E + 1, dtype=np.int64)
-        p_values = _Moments()
-        columns = ["layer", "logits", "n_selected", "forward", "rank"]
-        for batch in log.batches(columns):
-            counts += np.bincount(batch.column("n_selected").to_numpy(), minlength=E + 1)
-            p = _p_values(batch, log.kde, options is not None)
-            if p is not None:
-                p_values.add(p)
-        total = int(counts.sum())
-        if total == 0:
-            return {"total_decisions": 0}
-        k = np.arange(E + 1)
-        mean = float(counts @ k / total)
-        return {
-            "total_decisions": total,
-            "total_tokens": log.manifest.totals.tokens,
-            "experts_selected": {
-                "mean": mean,
-                "std": float(np.sqrt(counts @ (k - mean) ** 2 / total)),
-                "min": int(k[counts > 0].min()),
-                "max": int(k[counts > 0].max()),
-            },
-            "ceiling_hit_rate": float(counts[high] / total),
-            "floor_hit_rate": float(counts[low] / total),
-            "p_values": p_values.summary(),
-        }
+        return summary_of(log)
 
     def clear(self) -> None:
         """Forget everything logged so far; logging goes on."""
-        self._loose = _LooseRows()
+        self._loose = LooseRows()
         if self._recorder is not None and self._setting is not None:
             self._recorder.flush()
             self._recorder.writer = self._begin(*self._setting)
@@ -225,10 +198,8 @@ class BHRoutingLogger:
         if self._writer is not None:
             self._writer.close()
 
-    def _sealed(self) -> Any:
+    def _sealed(self) -> Run:
         """The run as a log, with everything so far sealed."""
-        from bhlog.analysis.log import open_log
-
         if self._loose.rows:
             self._write_loose()
         if self._writer is None:
@@ -260,142 +231,6 @@ class BHRoutingLogger:
         writer = self._begin(info, routing, kde)
         writer.submit(block)
         writer.close()
-
-    def _decisions(self, log: Any) -> Iterator[dict[str, Any]]:
-        """Decisions as the JSON log keeps them, in order of token, then layer."""
-        columns = ["sequence", "position", "layer", "token_id", "phase", "experts", "weights",
-                   "n_selected", "n_rejected", "logits", "forward", "rank"]  # fmt: skip
-        rows: list[dict[str, Any]] = []
-        for batch, p in _first_tokens(log, columns, self.log_every_n, MOST_JSON_DECISIONS):
-            for i, row in enumerate(batch.to_pylist()):
-                rows.append(
-                    {
-                        "sample_idx": row["sequence"],
-                        "token_idx": row["position"],
-                        "layer_idx": row["layer"],
-                        "token_id": row["token_id"],
-                        "num_selected": row["n_selected"],
-                        "num_rejected": row["n_rejected"],
-                        "selected_experts": row["experts"],
-                        "weights": row["weights"],
-                        "logits": row["logits"],
-                        "p_values": None if p is None else p[i].tolist(),
-                    }
-                )
-        rows.sort(key=lambda r: (r["sample_idx"], r["token_idx"], r["layer_idx"]))
-        yield from rows
-
-
-class _LooseRows:
-    """Decisions that came from function calls, one layer at a time."""
-
-    def __init__(self) -> None:
-        self.rows: dict[int, dict[tuple[int, int], tuple[Tensor, ...]]] = {}
-        self.setting: tuple[Routing, KdeModel | None] = (Routing(), None)
-
-    def add(
-        self, logits: Tensor, choice: Choice, layer: int, sequence: int, position: int, every: int
-    ) -> None:
-        mine = self.rows.setdefault(layer, {})
-        for t in range(len(logits)):
-            if (position + t) % every == 0:
-                mine[sequence, position + t] = (
-                    logits[t].detach().float().cpu(),
-                    choice.experts[t].cpu(),
-                    choice.weights[t].float().cpu(),
-                    choice.n_selected[t].cpu(),
-                    choice.n_rejected[t].cpu(),
-                )
-
-    def block(self, layers: tuple[int, ...]) -> tuple[Block, int]:
-        """The tokens that every layer has, as a block for the writer, and E."""
-        tokens = sorted(set.intersection(*(set(rows) for rows in self.rows.values())))
-        if not tokens:
-            raise RouterLogError("no token was logged at every layer: nothing to save")
-        names = ("logits", "experts", "weights", "n_selected", "n_rejected")
-        tensors = {
-            name: torch.stack(
-                [torch.stack([self.rows[layer][t][i] for t in tokens]) for layer in layers]
-            )
-            for i, name in enumerate(names)
-        }
-        T = len(tokens)
-        tensors["position"] = torch.tensor([position for _, position in tokens])
-        tensors["keep"] = torch.ones(T, dtype=torch.bool)
-        sequence = np.array([sequence for sequence, _ in tokens], dtype=np.uint32)
-        block = Block(
-            staged=Staged(tensors, n_bytes=0),
-            layers=layers,
-            sequence=sequence,
-            forward=sequence,
-            phase=np.zeros(T, dtype=np.int8),
-        )
-        return block, tensors["logits"].shape[-1]
-
-
-class _Moments:
-    """Mean, spread and extremes of p-values seen in pieces."""
-
-    def __init__(self) -> None:
-        self.n, self.total, self.squares = 0, 0.0, 0.0
-        self.low, self.high = np.inf, -np.inf
-        self.below = {0.01: 0, 0.05: 0, 0.1: 0}
-
-    def add(self, p: NDArray[np.float64]) -> None:
-        p = p[np.isfinite(p)]
-        if not len(p):
-            return
-        self.n += len(p)
-        self.total += float(p.sum())
-        self.squares += float((p**2).sum())
-        self.low, self.high = min(self.low, float(p.min())), max(self.high, float(p.max()))
-        for bound in self.below:
-            self.below[bound] += int((p < bound).sum())
-
-    def summary(self) -> dict[str, float] | None:
-        if not self.n:
-            return None
-        mean = self.total / self.n
-        return {
-            "mean": mean,
-            "std": float(np.sqrt(max(0.0, self.squares / self.n - mean**2))),
-            "min": self.low,
-            "max": self.high,
-            **{f"share_below_{bound}": n / self.n for bound, n in self.below.items()},
-        }
-
-
-def _p_values(batch: Any, kde: KdeModel | None, bh: bool) -> NDArray[np.float64] | None:
-    """(T, E) float64 p-values of a batch of one layer; None for a run that has none."""
-    from bhlog.analysis.log import layer_of
-    from bhlog.analysis.replay.decide import p_values_of
-
-    if kde is None and not bh:
-        return None
-    return p_values_of(batch, None if kde is None else kde[layer_of(batch)])
-
-
-def _first_tokens(
-    log: Any, columns: list[str], every: int, most_rows: int
-) -> Iterator[tuple[Any, NDArray[np.float64] | None]]:
-    """The first tokens at every `every`-th position: most_rows rows over all layers, or a few more.
-
-    Returns:
-        Batches of one layer, each with its (T, E) p-values, ranked within whole forwards.
-    """
-    from bhlog.analysis.log import layer_of
-
-    missing = dict.fromkeys(log.layers, -(-most_rows // len(log.layers)))
-    bh = log.manifest.routing.options is not None
-    for batch in log.batches(columns):
-        layer = layer_of(batch) if batch.num_rows else log.layers[0]
-        kept = np.flatnonzero(batch.column("position").to_numpy() % every == 0)[: missing[layer]]
-        if len(kept):
-            p = _p_values(batch, log.kde, bh)
-            yield batch.take(pa.array(kept)), None if p is None else p[kept]
-            missing[layer] -= len(kept)
-        if not any(missing.values()):
-            return
 
 
 def _remove_experiment(folder: Path) -> None:

@@ -45,6 +45,11 @@ class KdeModel(Mapping[int, LayerNull]):
                 f"expected {self.n_experts or 'one number'} in all"
             )
 
+    def __repr__(self) -> str:
+        layers = "1 layer" if len(self) == 1 else f"{len(self)} layers"
+        kind = "pooled over experts" if self.pooled else "a curve per expert"
+        return f"KdeModel({layers}, {kind})"
+
     def __getitem__(self, layer: int) -> LayerNull:
         return self.layers[layer]
 

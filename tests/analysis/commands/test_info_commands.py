@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from bhlog.analysis.cli import main
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.manifest import Manifest, Totals
 from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from bhlog.analysis.cli import main
-from bhlog.analysis.log import open_log
 from bhlog.analysis.null.estimate import fit_kde
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.null.model import KdeModel
 from tests.synthetic import write_run
 
@@ -137,9 +137,9 @@ def test_import_and_export(bhlog, place):
         assert arrays["x_0"] == pytest.approx(x)
     code, out, err = bhlog("compare", "old", "old.parquet", "--format", "json")
     assert (code, list(rows(out)[0]), rows(out)[0]["ks"]) == (0, ["layer", "ks", "wasserstein"], 0)
-    assert "mean experts need --run RUN or --experts E" in err
+    assert "mean experts need --run RUN or --n-experts E" in err
     code, _, err = bhlog("show", "old.parquet", "--alpha", "0.1")
-    assert (code, err.count("\n")) == (1, 1) and "add --experts E" in err
+    assert (code, err.count("\n")) == (1, 1) and "add --n-experts E" in err
     code, _, err = bhlog("refit", "old.parquet", "--kernel", "tophat", "--out", "x.parquet")
     assert (code, err.count("\n")) == (1, 1) and "has no histogram" in err
     code, _, err = bhlog("check", "old.parquet", "a")
@@ -159,7 +159,7 @@ def test_a_pickle_that_names_more_is_refused_with_what_it_named(bhlog, place):
 
 MISTAKES = {
     "no run": (("fit", "nowhere", "--out", "x.parquet"), "nowhere: no such folder"),
-    "no folder": (("fit", "a", "--out", "no/x.parquet"), "its folder does not exist"),
+    "no folder": (("fit", "a", "--out", "a/run.json/x"), "its folder cannot be made"),
     "out is a folder": (("fit", "a", "--out", "a"), "a: is a folder"),
     "layer": (("fit", "a", "--out", "x.parquet", "--layers", "9"), "no layer 9 in a"),
     "trim": (("fit", "a", "--out", "x.parquet", "--trim-high", "16"), "leave nothing"),
@@ -169,10 +169,10 @@ MISTAKES = {
     "not kept": (("refit", "a.parquet", "--out", "x.parquet", "--trim-high", "3"), "it keeps 0:0"),
     "no model": (("show", "nothing.parquet"), "nothing.parquet: cannot read"),
     "experts": (
-        ("show", "a.parquet", "--alpha", "0.1", "--experts", "8"),
+        ("show", "a.parquet", "--alpha", "0.1", "--n-experts", "8"),
         "for routers of 16 experts, but these have 8",
     ),
-    "export": (("export", "a.parquet", "--out", "no/x.npz"), "its folder does not exist"),
+    "export": (("export", "a.parquet", "--out", "a/run.json/x.npz"), "folder cannot be made"),
     "merge": (("merge", "a.parquet", "a/run.json", "--out", "x.parquet"), "not a null model file"),
     "refit": (("refit", "nothing", "--out", "x.parquet"), "nothing: cannot read"),
     "narrow": (("fit", "a", "--out", "x.parquet", "--bandwidth", "1e-9"), "between 0.001 and 64"),

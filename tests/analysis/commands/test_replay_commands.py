@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bhlog.analysis.cli import main
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run
 
@@ -43,8 +43,10 @@ def bhlog(place, monkeypatch, capsys):
 
 def test_replay_prints_a_line_per_alpha_and_layer(bhlog):
     code, out, _ = bhlog("replay", "bh", "--alpha", "0.1", "--alpha", "0.3")
-    lines = [line.split() for line in out.splitlines()]
+    heading, *rest = out.splitlines()
+    lines = [line.split() for line in rest]
     assert code == 0
+    assert heading == "bh: 1 to 4 experts a token (as in the run)"
     assert lines[0][:4] == ["alpha", "layer", "rows", "mean_experts"]
     assert [line[:2] for line in lines[1:]] == [
         [alpha, layer] for alpha in ("0.1", "0.3") for layer in ("0", "2", "all")
@@ -75,7 +77,9 @@ def test_a_native_run_takes_a_null_model(bhlog):
     code, _, err = bhlog("replay", "native", "--alpha", "0.3")
     assert (code, "bhlog kde fit native" in err) == (1, True)
     code, out, _ = bhlog("replay", "native", "--kde", "null.parquet", "--alpha", "0.3")
-    assert (code, len(out.splitlines())) == (0, 4)
+    assert (code, len(out.splitlines())) == (0, 5)
+    heading = "native: 1 to 8 experts a token (a native run has no bounds of its own)"
+    assert out.splitlines()[0] == heading
 
 
 def test_layers_and_conditions_choose_rows(bhlog):
@@ -117,7 +121,7 @@ def test_sweep_prints_the_default_alphas_and_the_target(bhlog):
 
 
 def test_a_budget_is_shared_among_layers(bhlog):
-    out = bhlog("sweep", "bh", "--target-experts", "3", "--per-layer", "--format", "json")[1]
+    out = bhlog("sweep", "bh", "--experts", "3", "--per-layer", "--format", "json")[1]
     rows = json.loads(out)
     assert [row["layer"] for row in rows] == [0, 2, None]
     assert rows[-1]["alpha"] is None
@@ -171,9 +175,9 @@ MISTAKES = {
     "cannot read": ["replay", "bh", "--alpha", "0.1", "--kde", "nowhere.parquet"],
     "no rows to count where": ["sweep", "bh", "--where", "position > 99"],
     "--per-layer shares a budget": ["sweep", "bh", "--per-layer"],
-    "gives 9 experts per token": ["sweep", "bh", "--target-experts", "9"],
+    "gives 9 experts per token": ["sweep", "bh", "--experts", "9"],
     "columns are layer, expert": ["sweep", "null.parquet"],
-    "its folder does not exist": ["sweep", "bh", "--save", "no/where"],
+    "its folder cannot be made": ["sweep", "bh", "--save", "null.parquet/where"],
     "would count twice": ["sweep", "bh", "bh"],
     "bounds must be 0 <= min_k <= max_k <= 8": ["sweep", "bh", "--max-k", "9"],
     "routed natively; the second run": ["fidelity", "bh", "native"],

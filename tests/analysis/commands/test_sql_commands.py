@@ -210,7 +210,10 @@ def test_an_empty_run_is_said_and_answers_without_rows(bhlog, place):
         (["bh", "--query", "routes", "--param", "top"], "a parameter is NAME=VALUE, got 'top'"),
         (["bh", "--query", "run_agreement"], "compares two runs: bhlog sql RUN OTHER"),
         (["bh", "SELECT 1 AS x", "--format", "parquet"], "give --out FILE.parquet"),
-        (["bh", "SELECT 1 AS x", "--out", "no/x.csv"], "no/x.csv: cannot be written"),
+        (
+            ["bh", "SELECT 1 AS x", "--out", "null.parquet/x.csv"],
+            "x.csv: its folder cannot be made",
+        ),
         (["bh", "SELECT 1 AS x", "--kde", "absent"], "absent: cannot read a null model"),
         (["bh", "SELECT 1 AS x", "--memory-limit", "much"], "SQL: "),
         (["bh", "SELECT 1 AS x", "--temp-dir", "no/where"], "no/where: no folder for spilled"),

@@ -7,8 +7,9 @@ import pytest
 
 from bhlog.analysis.database.catalog import VIEWS, meaning
 from bhlog.analysis.database.database import connect
-from bhlog.analysis.log import Log, open_log
+from bhlog.analysis.log import Log
 from bhlog.analysis.replay.decisions import write_decisions
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import CorruptShard, InvalidOption, MissingRun, RouterLogError
 from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from bhlog.analysis.database.database import connect
-from bhlog.analysis.log import layer_of, logits_of, open_log
+from bhlog.analysis.log import layer_of, logits_of
 from bhlog.analysis.replay.decide import decider_of
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch, RouterLogError
 from bhlog.capture.contract.null.model import KdeModel, LayerNull, NullCurve
 from bhlog.capture.contract.rule import (

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bhlog.analysis.database.database import connect
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import CorruptKde, CorruptManifest, CorruptShard, RouterLogError
 from tests.synthetic import normal_kde, write_run
 

@@ -10,7 +10,7 @@ import pytest
 from bhlog.analysis.database.catalog import VIEWS
 from bhlog.analysis.database.database import connect
 from bhlog.analysis.database.question import find_question, questions
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run

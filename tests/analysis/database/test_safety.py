@@ -13,7 +13,7 @@ import pytest
 from bhlog.analysis.cli import main
 from bhlog.analysis.database.database import connect
 from bhlog.analysis.database.shell import shell_statements
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import RouterLogError
 from tests.synthetic import write_run
 

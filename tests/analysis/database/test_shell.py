@@ -8,8 +8,8 @@ import pytest
 
 from bhlog.analysis.database.database import connect
 from bhlog.analysis.database.shell import shell_command, shell_statements
-from bhlog.analysis.log import open_log
 from bhlog.analysis.replay.decisions import write_decisions
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run
 

@@ -9,7 +9,7 @@ import pytest
 
 from bhlog.analysis.cli import main
 from bhlog.analysis.database.database import connect
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption
 from tests.synthetic import write_run
 

@@ -14,7 +14,7 @@ from bhlog.analysis.figures import sample as sample_module
 from bhlog.analysis.figures.drawing import FIGURES, SEED_FIGURES, draw_figures
 from bhlog.analysis.figures.load import expert_load, source_load
 from bhlog.analysis.figures.sample import sample_rows
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.manifest import Manifest
 from bhlog.capture.contract.null.model import KdeModel, LayerNull
@@ -97,7 +97,7 @@ def test_the_notebook_figures_are_the_first_six():
 def test_drawing_leaves_pyplot_alone(run, tmp_path):
     code = (
         "import sys; from bhlog.analysis.figures.drawing import draw_figures; "
-        "from bhlog.analysis.log import open_log; "
+        "from bhlog.analysis.run import open_log; "
         f"draw_figures(open_log({str(run)!r}), out={str(tmp_path)!r}); "
         "print('matplotlib.pyplot' in sys.modules)"
     )

@@ -6,11 +6,11 @@ from scipy.stats import beta, ks_2samp, kstest, norm, wasserstein_distance
 from bhlog.analysis.commands.kde_calibration import CHECK_FIGURES
 from bhlog.analysis.figures.file import check_figure_name
 from bhlog.analysis.fold import Scope
-from bhlog.analysis.log import open_log
 from bhlog.analysis.null import figures as kde_figures
 from bhlog.analysis.null.calibration import PValues, check, check_frame, expert_frame
 from bhlog.analysis.null.comparison import compare
 from bhlog.analysis.null.estimate import FitOptions, fit_kde
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.model import KdeModel, LayerNull, NullCurve
 from bhlog.capture.contract.rule import decide, decide_by_expert

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from bhlog.analysis.fold import Scope, sampled
-from bhlog.analysis.log import logits_of, open_log
+from bhlog.analysis.log import logits_of
 from bhlog.analysis.null.estimate import FitOptions, fit_kde
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.curve import NullCurve
 from bhlog.capture.contract.null.histogram import Histogram, Trim

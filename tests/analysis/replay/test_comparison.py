@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from bhlog.analysis.fold import Scope
-from bhlog.analysis.log import open_log
 from bhlog.analysis.replay.comparison import compare, replay
 from bhlog.analysis.replay.settings import settings_of
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.model import KdeModel, LayerNull
 from bhlog.capture.contract.rule import BhOptions, Bounds, empirical_p_values

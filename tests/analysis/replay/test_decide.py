@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bhlog.analysis.fold import Scope
-from bhlog.analysis.log import logits_of, open_log
+from bhlog.analysis.log import logits_of
 from bhlog.analysis.replay.comparison import replay
 from bhlog.analysis.replay.decide import decider_of
 from bhlog.analysis.replay.settings import settings_of
+from bhlog.analysis.run import open_log
 from bhlog.analysis.verify.replayed import verify_replay
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.rule import BhOptions, Bounds

@@ -5,10 +5,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from bhlog.analysis.fold import Scope
-from bhlog.analysis.log import open_log
 from bhlog.analysis.replay import decisions
 from bhlog.analysis.replay.decisions import setting_name, write_decisions
 from bhlog.analysis.replay.settings import settings_of
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import CorruptShard, InvalidOption, RunExists
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions

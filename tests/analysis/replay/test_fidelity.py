@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 
 from bhlog.analysis.fold import Scope
-from bhlog.analysis.log import open_log
 from bhlog.analysis.null.estimate import fit_kde
 from bhlog.analysis.replay import fidelity as module
 from bhlog.analysis.replay.decide import decider_of
 from bhlog.analysis.replay.fidelity import fidelity
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run

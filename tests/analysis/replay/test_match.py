@@ -4,11 +4,11 @@ import pytest
 
 import bhlog.analysis.replay.sampling as sampling
 from bhlog.analysis.fold import Scope
-from bhlog.analysis.log import open_log
 from bhlog.analysis.replay import match
 from bhlog.analysis.replay.comparison import compare
 from bhlog.analysis.replay.match import TOLERANCE, match_experts
 from bhlog.analysis.replay.registry import families, parse_policy
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.rule import BhOptions, Bounds
 from tests.synthetic import normal_kde, write_run

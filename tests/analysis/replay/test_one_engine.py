@@ -8,9 +8,9 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from bhlog.analysis.fold import Scope
-from bhlog.analysis.log import open_log
 from bhlog.analysis.replay.comparison import compare, replay
 from bhlog.analysis.replay.settings import settings_of
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.null.model import KdeModel, LayerNull
 from bhlog.capture.contract.rule import BhOptions, Bounds
 from tests.synthetic import normal_kde, normal_logits, write_run

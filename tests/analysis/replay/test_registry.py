@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bhlog.analysis.replay.families as package
-from bhlog.analysis.log import open_log
 from bhlog.analysis.replay.comparison import compare
 from bhlog.analysis.replay.families.bh import Bh
 from bhlog.analysis.replay.families.higher_criticism import HigherCriticism
@@ -18,6 +17,7 @@ from bhlog.analysis.replay.families.storey import Storey
 from bhlog.analysis.replay.families.topk import TopK
 from bhlog.analysis.replay.registry import families, parse_policy
 from bhlog.analysis.replay.rows import Rows
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption
 from tests.synthetic import normal_null, write_run
 

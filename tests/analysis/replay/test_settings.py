@@ -1,8 +1,8 @@
 import pytest
 
-from bhlog.analysis.log import open_log
 from bhlog.analysis.replay.comparison import compare, replay
 from bhlog.analysis.replay.settings import bounds_of, bounds_words, settings_of
+from bhlog.analysis.run import open_log
 from bhlog.analysis.sweep.profiling import profile_log
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.rule import BhOptions, Bounds

@@ -6,12 +6,12 @@ import polars as pl
 import pytest
 
 from bhlog.analysis.kernels.tally import overlap
-from bhlog.analysis.log import open_log
 from bhlog.analysis.replay.comparison import replay
 from bhlog.analysis.replay.policy import Selection
 from bhlog.analysis.replay.rows import Rows
 from bhlog.analysis.replay.settings import settings_of
 from bhlog.analysis.replay.summary import LayerSummary
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import CorruptShard
 from bhlog.capture.contract.rule import BhOptions, Bounds
 from tests.analysis.replay.plain import lists, plain_rule

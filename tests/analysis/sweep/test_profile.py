@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bhlog.analysis.fold import Scope
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.analysis.sweep.profile import GRID, Profile
 from bhlog.analysis.sweep.profiling import profile_log
 from bhlog.capture.contract.errors import CorruptProfile, InvalidOption, KdeMismatch
@@ -35,7 +35,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def profile(run):
-    return open_log(run).profile(kept=True)
+    return open_log(run).sweep(kept=True)
 
 
 DECIDABLE = "layer != 0 OR position > 2 OR sequence != 0"
@@ -140,7 +140,7 @@ def test_a_profile_that_cannot_be_written_leaves_nothing(profile, tmp_path):
 
 def test_two_runs_count_together(profile, tmp_path):
     kde = normal_kde(LAYERS)
-    other = open_log(write_run(tmp_path / "b", layers=LAYERS, seed=7)).profile(kde, kept=True)
+    other = open_log(write_run(tmp_path / "b", layers=LAYERS, seed=7)).sweep(kde, kept=True)
     both = profile.merge(other)
     assert both.source == (f"{0:032x}", f"{7:032x}")
     for layer in LAYERS:
@@ -162,8 +162,8 @@ def test_profiles_that_do_not_fit_are_not_merged(run, profile, tmp_path):
     wider = KdeModel({i: normal_null(i, sd=1.5) for i in LAYERS})
     refused = {
         "would count twice": profile,
-        "different null models": open_log(other).profile(wider),
-        "where true and where position < 5": open_log(other).profile(
+        "different null models": open_log(other).sweep(wider),
+        "where true and where position < 5": open_log(other).sweep(
             normal_kde(LAYERS), where="position < 5"
         ),
         "other alphas": profile_log(log, alphas=ALPHAS),
@@ -236,7 +236,7 @@ def test_no_rows_and_no_null_model_are_errors(run, tmp_path):
     with pytest.raises(InvalidOption, match="no rows to count where position > 1000"):
         profile_log(open_log(run), scope=Scope(where="position > 1000"))
     with pytest.raises(KdeMismatch, match="bhlog kde fit"):
-        open_log(write_run(tmp_path / "native")).profile()
+        open_log(write_run(tmp_path / "native")).sweep()
 
 
 def test_the_sha256_is_that_of_the_file(run, profile):

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.analysis.verify.verification import verify
 from bhlog.capture.contract.files import write_shard
 from bhlog.capture.contract.manifest import Manifest

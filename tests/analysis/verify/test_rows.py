@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.analysis.verify.verification import verify_decisions
 from bhlog.capture.contract.schema import shard_name
 from tests.analysis.verify.damage import (

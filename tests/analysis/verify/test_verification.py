@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.analysis.verify.verification import verify
 from bhlog.capture.contract.errors import CorruptManifest
 from bhlog.capture.contract.files import write_shard

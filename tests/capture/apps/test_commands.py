@@ -9,9 +9,9 @@ from importlib.resources import files
 import pytest
 
 from bhlog.analysis.cli import main
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.capture import session
-from bhlog.capture.apps import commands
+from bhlog.capture.apps import watch
 from tests.synthetic import normal_kde
 
 
@@ -210,7 +210,7 @@ def test_a_folder_in_use_is_refused_before_the_model_is_loaded(text, tmp_path, c
 
 
 def test_progress_is_lines_where_no_bar_can_move(text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(commands._ProgressLines, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(watch.ProgressLines, "EVERY_SECONDS", 0.0)
     run = tmp_path / "run"
     command = ["capture", "demo", "--text", text, "--max-length", 40, "--batch-size", 2]
     assert bhlog(*command, "--out", run) == 0

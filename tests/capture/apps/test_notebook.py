@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from bhlog.analysis.log import logits_of, open_log
+from bhlog.analysis.log import logits_of
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch, RunExists, UnsupportedModel
 from bhlog.capture.contract.rule import decide, empirical_p_values
 from capture import (

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bhlog.analysis.log import open_log
 from bhlog.analysis.replay.settings import settings_of
+from bhlog.analysis.run import open_log
 from bhlog.analysis.verify.verification import verify
 from bhlog.capture.apps.demo import story
 from bhlog.capture.contract.errors import RunExists

@@ -8,7 +8,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from bhlog.analysis.log import logits_of, open_log
+from bhlog.analysis.log import logits_of
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import UnsupportedModel
 from bhlog.capture.contract.rule import decide, softmax_weights
 from bhlog.capture.observe import observe, route

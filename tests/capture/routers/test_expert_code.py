@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import OlmoeForCausalLM
 
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.analysis.verify.facts import facts_of
 from bhlog.capture.changes import Changes
 from bhlog.capture.observe import observe, route

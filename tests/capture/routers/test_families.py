@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bhlog.analysis.log import logits_of, open_log
+from bhlog.analysis.log import logits_of
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import UnsupportedModel
 from bhlog.capture.contract.manifest import Routing
 from bhlog.capture.contract.rule import BhOptions, decide

@@ -245,8 +245,8 @@ def test_assisted_decoding_keeps_no_rejected_draft(model, run, same, sample):
 def test_rejected_drafts_are_counted_and_their_batches_not_replayed(model, run):
     """The routers saw them: an empirical p-value ranks them too."""
     pytest.importorskip("polars", reason="a replay is of the other half")
-    from bhlog.analysis.log import open_log
     from bhlog.analysis.replay.decide import decider_of
+    from bhlog.analysis.run import open_log
 
     ids, _ = batch([6])
     helper = tiny_model(seed=7)

@@ -16,7 +16,7 @@ import torch
 import bhlog.capture.contract.files
 import bhlog.capture.writing.sealer as sealer_module
 import bhlog.capture.writing.writer as writer_module
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.analysis.verify.verification import verify
 from bhlog.capture.contract.errors import WriterFailed
 from bhlog.capture.contract.manifest import Totals

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from bhlog.analysis.log import open_log
 from bhlog.analysis.null.estimate import FitOptions, fit_kde
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import CorruptShard, InvalidOption, WriterFailed
 from bhlog.capture.contract.manifest import Routing
 from bhlog.capture.contract.null.model import KdeModel

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.manifest import Routing, Totals
 from bhlog.capture.observe import new_writer, recording
 from bhlog.capture.patch import RouterPatcher

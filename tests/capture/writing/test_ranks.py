@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.analysis.verify.verification import verify
 from bhlog.capture.contract.errors import InvalidOption, RunExists, WriterFailed
 from bhlog.capture.contract.manifest import Manifest

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bhlog.capture.writing.writer as writer_module
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import CorruptShard, InvalidOption, RouterLogError, WriterFailed
 from bhlog.capture.contract.manifest import Routing, Totals
 from bhlog.capture.contract.rule import BhOptions

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bhlog.capture.writing.writer as writer_module
-from bhlog.analysis.log import logits_of, open_log
+from bhlog.analysis.log import logits_of
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption, RouterLogError, RunExists
 from bhlog.capture.contract.manifest import Routing, Totals
 from bhlog.capture.writing.buffer import Buffer

@@ -1,0 +1,267 @@
+"""Run: a log with the verbs, each of which asks it something without a model and without a GPU."""
+
+import atexit
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+import polars as pl
+
+from bhlog.analysis.fold import Progress, Scope
+from bhlog.analysis.log import Log
+from bhlog.analysis.nulls import Named, load_null, null_model
+from bhlog.capture.contract.null.fit import FitOptions
+from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.rule import Bounds, Renormalize
+
+# Lazy, below: numba, scipy, duckdb and matplotlib take long to import, and few verbs need them all.
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyRelation
+
+    from bhlog.analysis.database.database import Database
+    from bhlog.analysis.replay.policy import Policy
+    from bhlog.analysis.sweep.profile import Profile
+
+
+class Rows(TypedDict, total=False):
+    """Which rows of the log a verb reads, and how; see Scope, which has the same attributes."""
+
+    layers: Iterable[int] | None
+    where: str | None
+    sample: float
+    threads: int | None
+    progress: Progress | None
+
+
+class Run(Log):
+    """A run, open for questions.
+
+    Where a verb takes a null model it takes what bhlog.analysis.nulls.load_null does: a KdeModel, a
+    file, a run that has one, a folder of old pickles; None means the run's own. Where it takes a
+    run it takes a path too. `**rows` says which rows it reads: layers, where (a condition in SQL),
+    sample, threads and progress, as in Scope.
+    """
+
+    def replay(
+        self,
+        alpha: float | Sequence[float],
+        *,
+        kde: Named | None = None,
+        min_k: int | None = None,
+        max_k: int | None = None,
+        temperature: float | None = None,
+        renormalize: Renormalize | None = None,
+        out: str | Path | None = None,
+        **rows: Unpack[Rows],
+    ) -> pl.DataFrame:
+        """Summary of the decisions at other settings, for each alpha and layer and overall.
+
+        Args:
+            alpha: BH level, or several.
+            kde: null model, see the class.
+            min_k, max_k, temperature, renormalize: as BhOptions has them; None is as in the run.
+            out: folder that every decision is written to as well; see analysis.replay.decisions.
+
+        Returns:
+            Columns as in bhlog.analysis.replay.summary; the rows over all layers have layer null.
+        """
+        from bhlog.analysis.replay.comparison import replay
+        from bhlog.analysis.replay.decisions import write_decisions
+        from bhlog.analysis.replay.settings import settings_of
+
+        scope, null = Scope(**rows), _named(kde)
+        settings = settings_of(
+            self,
+            [alpha] if isinstance(alpha, int | float) else alpha,
+            bounds=Bounds(min_k, max_k),
+            temperature=temperature,
+            renormalize=renormalize,
+        )
+        if out is not None:
+            write_decisions(self, settings, out, kde=null, scope=scope)
+        return replay(self, settings, kde=null, scope=scope)
+
+    def sweep(
+        self,
+        kde: Named | None = None,
+        *,
+        alphas: Sequence[float] | None = None,
+        kept: bool = False,
+        **rows: Unpack[Rows],
+    ) -> "Profile":
+        """Experts at every alpha of a grid, from one pass; see bhlog.analysis.sweep.profile.
+
+        Args:
+            alphas: the grid; None is fine enough for most.
+            kept: whether to count the probability that experts keep too, at about twice the cost.
+        """
+        from bhlog.analysis.sweep.profile import GRID
+        from bhlog.analysis.sweep.profiling import profile_log
+
+        grid = GRID if alphas is None else alphas
+        return profile_log(self, _named(kde), alphas=grid, kept=kept, scope=Scope(**rows))
+
+    def compare(
+        self,
+        policies: "Sequence[Policy | str]",
+        *,
+        kde: Named | None = None,
+        experts: float | None = None,
+        min_k: int | None = None,
+        max_k: int | None = None,
+        **rows: Unpack[Rows],
+    ) -> pl.DataFrame:
+        """What several policies would have chosen, and at what cost, from one pass.
+
+        Args:
+            policies: Policy, or texts such as "bh:0.3" and "topk:4,max_k=16".
+            experts: mean experts per token that every policy is brought to first, by its value;
+                texts may then leave it out: "bh".
+            min_k, max_k: bounds of policies that have none of their own; None is as in the run.
+
+        Returns:
+            A row for each policy and layer, and for each policy over all layers (layer null).
+        """
+        from bhlog.analysis.replay.comparison import compare
+
+        return compare(
+            self,
+            policies,
+            kde=_named(kde),
+            experts=experts,
+            bounds=Bounds(min_k, max_k),
+            scope=Scope(**rows),
+        )
+
+    def fidelity(
+        self, rerun: Log | str | Path, *, progress: Progress | None = None
+    ) -> pl.DataFrame:
+        """How far a what-if can be trusted: this native run, replayed at the settings of a BH run.
+
+        Args:
+            rerun: the BH run of the same text.
+
+        Returns:
+            A row for each layer; columns as in bhlog.analysis.replay.fidelity.
+        """
+        from bhlog.analysis.replay.fidelity import fidelity
+
+        return fidelity(self, _log(rerun), scope=Scope(progress=progress))
+
+    def fit(
+        self,
+        options: FitOptions | None = None,
+        *,
+        also: Sequence[Log | str | Path] = (),
+        **rows: Unpack[Rows],
+    ) -> KdeModel:
+        """Fit a null model from the logits of this run.
+
+        Args:
+            options: kernel, bandwidth, trimming; see FitOptions.
+            also: further runs of the same model, whose logits count too.
+        """
+        from bhlog.analysis.null.estimate import fit_kde
+
+        logs = [self, *(_log(run) for run in also)]
+        return fit_kde(logs, options, scope=Scope(**rows))
+
+    def check(
+        self,
+        kde: Named | None = None,
+        *,
+        by_expert: bool = False,
+        ranks: Sequence[int] = (1, 2, 4, 8),
+        **rows: Unpack[Rows],
+    ) -> pl.DataFrame:
+        """Are p-values uniform under a null model, where they should be?
+
+        Args:
+            by_expert: a row for each layer and expert, not for each layer.
+            ranks: k of the k-th smallest p-values to hold against uniform order statistics.
+
+        Returns:
+            Columns as in bhlog.analysis.null.calibration.
+        """
+        from bhlog.analysis.null.calibration import check, check_frame, expert_frame
+
+        checks = check(null_model(self, kde), self, ranks=ranks, scope=Scope(**rows))
+        return expert_frame(checks) if by_expert else check_frame(checks)
+
+    def sql(self, query: str, /, **parameters: Any) -> "DuckDBPyRelation":
+        """Ask the run in SQL; see analysis.database for the views. $name takes parameters.
+
+        Returns:
+            A DuckDB relation: .pl(), .df(), .to_arrow_table(), .fetchnumpy(), ...
+        """
+        return self._database.sql(query, parameters)
+
+    def plot(
+        self,
+        figures: Sequence[str] | None = None,
+        out: str | Path | None = None,
+        *,
+        kde: Named | None = None,
+        alpha: float | None = None,
+        left_out: Callable[[str, str], object] | None = None,
+        progress: Progress | None = None,
+    ) -> list[Path]:
+        """Draw figures as PNG files; return their paths.
+
+        Args:
+            figures: names, as bhlog plot --list has them; None draws all that the run can show.
+            out: folder of the files; None is `figures` in the run's folder.
+            kde: null model for p-values; None takes the run's own, or its empirical p-values.
+            alpha: BH level to show; None takes the run's own, or 0.05 for a native run.
+            left_out: called with the name of a figure that the run cannot show, and why.
+            progress: called with 1 after each figure.
+        """
+        from bhlog.analysis.figures.drawing import draw_figures
+
+        return draw_figures(
+            self, figures, out, kde=_named(kde), alpha=alpha, left_out=left_out, progress=progress
+        )
+
+    def verify(self, *, replay: bool = False, progress: Progress | None = None) -> pl.DataFrame:
+        """Is the run whole, and with `replay`, does replaying it give what it logged?
+
+        Returns:
+            A row for each finding: check, status ("ok", "warning" or "error"), where, detail.
+        """
+        from bhlog.analysis.verify.verification import findings_frame, verify, verify_decisions
+
+        findings = verify(self, progress)
+        if replay:
+            findings += verify_decisions(self, progress, after=findings)
+        return findings_frame(findings)
+
+    @cached_property
+    def _database(self) -> "Database":
+        from bhlog.analysis.database.database import connect
+
+        database = connect(self)
+        # relations may outlive the run; an open connection complains when the interpreter ends
+        atexit.register(database.close)
+        return database
+
+
+def open_log(path: str | Path) -> Run:
+    """Open the folder of a run: a path, or a URI such as s3://bucket/run.
+
+    The environment says where an object store is and who asks (AWS_ENDPOINT_URL,
+    AWS_ACCESS_KEY_ID, ...), or the URI itself: s3://bucket/run?endpoint_override=HOST&scheme=http.
+
+    Raises:
+        MissingRun: nothing there, not a run, or its storage cannot be reached.
+        CorruptManifest: run.json cannot be read.
+    """
+    return Run(path)
+
+
+def _log(run: Log | str | Path) -> Log:
+    return run if isinstance(run, Log) else Run(run)
+
+
+def _named(kde: Named | None) -> KdeModel | None:
+    return None if kde is None else load_null(kde)

@@ -1,0 +1,286 @@
+"""What `bhlog capture` is asked for: bundles of its options, each of which does its own part."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from bhlog.analysis.commands.kinds import KDE, OUT_FILE, PathKind
+from bhlog.analysis.commands.options import bundle, load_null, make_room
+from bhlog.capture.contract.errors import InvalidOption
+
+if TYPE_CHECKING:
+    from bhlog.capture.contract.manifest import Routing
+    from bhlog.capture.contract.null.model import KdeModel
+    from bhlog.capture.session import CaptureOptions, LoadedModel
+    from bhlog.capture.text import Document, Tokenizer, Window
+    from bhlog.capture.writing.fitting import KdeFit
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model to run; see bhlog.capture.session.load_model."""
+
+    name: str
+    revision: str | None
+    device: str
+    dtype: str
+
+    def load(self) -> "LoadedModel":
+        """Load it."""
+        from bhlog.capture.session import load_model
+
+        return load_model(self.name, device=self.device, dtype=self.dtype, revision=self.revision)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The text to run, and how it is cut; see bhlog.capture.text."""
+
+    paths: tuple[str, ...]
+    field: str
+    max_length: int
+    max_tokens: int | None
+
+    def read(self) -> "list[Document]":
+        """Every document."""
+        from bhlog.capture.text import read_documents
+
+        return list(read_documents(self.paths, field=self.field))
+
+    def windows(self, documents: "Sequence[Document]", tokenizer: "Tokenizer") -> "list[Window]":
+        """The documents in windows."""
+        from bhlog.capture.text import windows
+
+        return windows(documents, tokenizer, max_length=self.max_length, max_tokens=self.max_tokens)
+
+    def noted(self, windows: "Sequence[Window]") -> dict[str, Any]:
+        """What the manifest keeps, so that a resumed run is of the same text."""
+        from bhlog.capture.text import digest
+
+        return {
+            "max_length": self.max_length,
+            "windows": len(windows),
+            "windows_sha256": digest(windows),
+        }
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How experts are chosen; see bhlog.capture.contract.rule.BhOptions."""
+
+    route: str
+    alpha: float
+    kde: str | None
+    empirical: bool
+    min_k: int
+    max_k: int | None
+    temperature: float
+    renormalize: str
+
+    def routing(self, *, resumed: Path | None) -> "tuple[Routing, KdeModel | None]":
+        """The rule and its null model.
+
+        Args:
+            resumed: folder of the run that is continued, whose null model serves; None for a new
+                run.
+
+        Raises:
+            InvalidOption: an option is out of range, or means nothing under native routing.
+            KdeMismatch: BH routing lacks a null model.
+        """
+        from bhlog.capture.contract.manifest import Routing
+        from bhlog.capture.contract.rule import RENORMALIZE, BhOptions
+
+        if self.route != "bh":
+            _refuse(*(name for name in asdict(self) if name != "route"))
+            return Routing(), None
+        options = BhOptions(
+            alpha=self.alpha,
+            min_k=self.min_k,
+            max_k=self.max_k,
+            temperature=self.temperature,
+            renormalize=RENORMALIZE[self.renormalize],
+            p_values="empirical" if self.empirical else "kde",
+        )
+        kde = self.kde
+        if kde is None and resumed is not None and not self.empirical:
+            own = resumed / "kde.parquet"
+            kde = str(own) if own.exists() else None
+        options.check_null(kde)
+        return Routing("bh", options), None if kde is None else load_null(kde)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How text is run and logged; see bhlog.capture.session.CaptureOptions and WriterOptions."""
+
+    batch_size: int
+    generate: int
+    sample_every: int
+    no_token_ids: bool
+    on_full: Any
+
+    def options(self) -> "CaptureOptions":
+        """As a session takes them.
+
+        Raises:
+            InvalidOption: one is out of range.
+        """
+        from bhlog.capture.session import CaptureOptions
+        from bhlog.capture.writing.writer import WriterOptions
+
+        writer = WriterOptions(
+            sample_every=self.sample_every,
+            token_ids=not self.no_token_ids,
+            on_full=self.on_full,
+        )
+        return CaptureOptions(self.batch_size, self.generate, writer)
+
+    def noted(self) -> dict[str, Any]:
+        """What the manifest keeps."""
+        return {"batch_size": self.batch_size, "generate": self.generate}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The null model to fit from what is logged, if any; see bhlog.capture.writing.fitting."""
+
+    fit_kde: str | None
+    trim_high: int
+    trim_low: int
+
+    def __post_init__(self) -> None:
+        if self.fit_kde is None and (self.trim_low or self.trim_high):
+            raise InvalidOption("--trim-high and --trim-low are for --fit-kde: name its file")
+
+    def make_room(self) -> None:
+        """Make the folder of its file."""
+        if self.fit_kde is not None:
+            make_room(self.fit_kde)
+
+    def kde_fit(self) -> "KdeFit | None":
+        """As a session takes it."""
+        from bhlog.capture.writing.fitting import KdeFit
+
+        if self.fit_kde is None:
+            return None
+        return KdeFit(self.fit_kde, trim_low=self.trim_low, trim_high=self.trim_high)
+
+
+def _refuse(*names: str) -> None:
+    """Raise InvalidOption if one of the options, which mean nothing here, was given.
+
+    Somebody who forgets --route bh would get a long run of the wrong kind.
+    """
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = f"--{name.replace('_', '-')}"
+            raise InvalidOption(f"{option} needs --route bh: native routing is the model's own")
+
+
+model_options = bundle(
+    "model",
+    lambda model, **values: Model(model, **values),
+    click.argument("model", type=PathKind("dir", remote=True)),
+    click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the hub."),
+    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ..."),
+    click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16."),
+)
+texts_options = bundle(
+    "texts",
+    lambda texts, **values: Texts(texts, **values),
+    click.option(
+        "--text",
+        "texts",
+        multiple=True,
+        required=True,
+        type=PathKind("file"),
+        metavar="PATH",
+        help="Text file, JSON-lines file, or a folder of them; repeatable. Each file is a source.",
+    ),
+    click.option("--field", default="text", show_default=True, help="Text field of JSON lines."),
+    click.option("--max-length", type=int, default=512, show_default=True, help="Tokens a window."),
+    click.option("--max-tokens", type=int, help="Tokens to read of each source (default: all)."),
+)
+rule_options = bundle(
+    "rule",
+    Rule,
+    click.option(
+        "--route",
+        type=click.Choice(["native", "bh"]),
+        default="native",
+        show_default=True,
+        help="Observe the model's own routing, or route by Benjamini-Hochberg.",
+    ),
+    click.option(
+        "--alpha", type=float, default=0.05, show_default=True, help="BH level, 0 < A < 1."
+    ),
+    click.option("--kde", type=KDE, metavar="FILE", help="Null model for BH routing."),
+    click.option(
+        "--empirical", is_flag=True, help="BH without a null model: p-values by batch rank."
+    ),
+    click.option("--min-k", type=int, default=1, show_default=True, help="Fewest experts a token."),
+    click.option("--max-k", type=int, help="Most experts a token (default: all)."),
+    click.option(
+        "--temperature", type=float, default=1.0, show_default=True, help="Of the weights."
+    ),
+    click.option(
+        "--renormalize",
+        type=click.Choice(["model", "yes", "no"]),
+        default="model",
+        show_default=True,
+        help="Make BH weights sum to 1: as the model does with its own, always, never.",
+    ),
+)
+pace_options = bundle(
+    "pace",
+    Pace,
+    click.option("--batch-size", type=int, default=8, show_default=True, help="Windows a forward."),
+    click.option(
+        "--generate", type=int, default=0, metavar="N", help="Then generate N new tokens."
+    ),
+    click.option(
+        "--sample-every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Log the tokens at every N-th position, at every layer.",
+    ),
+    click.option("--no-token-ids", is_flag=True, help="Withhold token ids from the log."),
+    click.option(
+        "--on-full",
+        type=click.Choice(["block", "drop"]),
+        default="block",
+        show_default=True,
+        help="When the disk is slower than the model: wait, or drop tokens and count them.",
+    ),
+)
+fit_options = bundle(
+    "fit",
+    Fit,
+    click.option(
+        "--fit-kde",
+        type=OUT_FILE,
+        metavar="FILE",
+        help="Fit a null model from what is logged, as bhlog kde fit would from the run.",
+    ),
+    click.option(
+        "--trim-high",
+        type=click.IntRange(min=0),
+        default=0,
+        metavar="N",
+        help="For --fit-kde: leave out each row's N largest logits.",
+    ),
+    click.option(
+        "--trim-low",
+        type=click.IntRange(min=0),
+        default=0,
+        metavar="N",
+        help="For --fit-kde: leave out each row's N smallest logits.",
+    ),
+)
