@@ -127,12 +127,13 @@ def summary_frame(
 
     Columns: rows; mean, sd, min, median (the lower of two), p95 and max of n_selected (experts per
     token; p95 is the least number that at least 95 % of the rows do not exceed, as a batch is
-    planned by more than its mean); at_min_k, at_max_k, none_rejected (shares of rows); probability_kept (mean softmax
-    probability of the chosen experts); native_jaccard, native_recall, logged_jaccard,
-    logged_recall (mean overlap of the chosen experts with the model's top-k and with the logged
-    ones); load_entropy (1 is even), load_cv, load_gini (0 is even), busiest_share (of all choices),
-    dead_experts (count; summed over layers); flops (expert FLOPs relative to the native top-k);
-    histogram (rows by n_selected from 0 to E). Over all layers, load figures are means over layers.
+    planned by more than its mean); at_min_k, at_max_k, none_rejected (shares of rows);
+    probability_kept (mean softmax probability of the chosen experts); native_jaccard,
+    native_recall, logged_jaccard, logged_recall (mean overlap of the chosen experts with the
+    model's top-k and with the logged ones); load_entropy (1 is even), load_cv, load_gini (0 is
+    even), busiest_share (of all choices), dead_experts (count; summed over layers); flops (expert
+    FLOPs relative to the native top-k); histogram (rows by n_selected from 0 to E). Over all
+    layers, load figures are means over layers.
     """
     bounds = {"min_k": min_k, "max_k": max_k, "top_k": top_k}
     rows: list[dict[str, Any]] = [

@@ -7,10 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from bhlog.analysis.fold import Scope
-from bhlog.analysis.log import open_log
 from bhlog.analysis.replay.comparison import compare, replay
 from bhlog.analysis.replay.decide import decider_of
 from bhlog.analysis.replay.decisions import write_decisions
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run

@@ -8,11 +8,11 @@ import polars as pl
 import pytest
 
 from bhlog.analysis.fold import fold
-from bhlog.analysis.log import open_log
 from bhlog.analysis.replay.comparison import Summaries
 from bhlog.analysis.replay.decide import Decider
 from bhlog.analysis.replay.match import Totals
 from bhlog.analysis.replay.registry import parse_policy
+from bhlog.analysis.run import open_log
 from bhlog.analysis.sweep.profile import GRID
 from bhlog.analysis.sweep.profiling import LayerCounts, Shared, Tables
 from bhlog.capture.contract.rule import BhOptions
