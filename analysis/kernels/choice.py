@@ -18,6 +18,7 @@ def step_up(
     n_rejected: NDArray[np.int64],
     n_selected: NDArray[np.int64],
     cuts: NDArray[np.int32],
+    undecided: NDArray[np.bool_],
 ) -> None:
     """Raw BH counts: the largest k such that k experts of a row reach t_k; 0 if there is none.
 
@@ -32,6 +33,7 @@ def step_up(
         n_rejected, n_selected: (T,), written.
         cuts: (T,), written: the place that the n_rejected experts reach and no others do, NOWHERE
             for none.
+        undecided: (T,), written: whether no logit is finite.
     """
     T, E = logits.shape
     bits = logits.view(np.int32)
@@ -47,7 +49,8 @@ def step_up(
         n_rejected[row] = k
         n_selected[row] = min(max(k, min_k), max_k)
         cuts[row] = thresholds[k - 1] if k > 0 else int32(NOWHERE)
-        if k == 0 and largest(places) == NOWHERE:
+        undecided[row] = k == 0 and largest(places) == NOWHERE
+        if undecided[row]:
             n_selected[row] = logged_starts[row + 1] - logged_starts[row]
 
 

@@ -46,7 +46,7 @@ def replay(
     if not total.layers:
         raise InvalidOption(f"{log.path}: no rows to replay{scope.words}")
     labels = [pl.lit(options.alpha).alias("alpha") for options in settings]
-    return pl.concat(total.frames(labels))
+    return pl.concat(total.frames(labels, native_logged=_is_native(log)))
 
 
 def compare(
@@ -89,7 +89,8 @@ def compare(
     total = _summaries(log, decider, scope, (1.0,) * len(wanted))
     if not total.layers:
         raise InvalidOption(no_rows(log, scope))
-    frames = total.frames([pl.lit(str(policy)).alias("policy") for policy in wanted])
+    labels = [pl.lit(str(policy)).alias("policy") for policy in wanted]
+    frames = total.frames(labels, native_logged=_is_native(log))
     return pl.concat(
         frame if policy.tests else frame.with_columns(none_rejected=pl.lit(None, pl.Float64))
         for policy, frame in zip(wanted, frames, strict=True)
@@ -101,6 +102,10 @@ def _summaries(
 ) -> "Summaries":
     make = partial(Summaries, decider, temperatures, log.manifest.model.top_k)
     return fold(log, make, decider.columns, scope, whole_groups=decider.empirical)
+
+
+def _is_native(log: Log) -> bool:
+    return log.manifest.routing.options is None
 
 
 class Summaries:
@@ -131,13 +136,17 @@ class Summaries:
                 for mine, theirs in zip(self.layers[layer], parts, strict=True):
                     mine.merge(theirs)
 
-    def frames(self, labels: Sequence[pl.Expr]) -> list[pl.DataFrame]:
+    def frames(
+        self, labels: Sequence[pl.Expr], *, native_logged: bool = False
+    ) -> list[pl.DataFrame]:
         """The table of each policy: its label, min_k, max_k, and the columns of summary_frame."""
         frames = []
         for i, (policy, label) in enumerate(zip(self.decider.policies, labels, strict=True)):
             low, high = policy.bounds(self.decider.n_experts)
             parts = {layer: summaries[i] for layer, summaries in self.layers.items()}
-            frame = summary_frame(parts, min_k=low, max_k=high, top_k=self.top_k)
+            frame = summary_frame(
+                parts, min_k=low, max_k=high, top_k=self.top_k, native_logged=native_logged
+            )
             bounds = pl.lit(low).alias("min_k"), pl.lit(high).alias("max_k")
             frames.append(frame.select(label, *bounds, pl.all()))
         return frames

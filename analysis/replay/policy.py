@@ -129,8 +129,10 @@ class Policy(ABC):
         A row without a finite logit keeps the experts that were logged.
         """
         low, high = self.bounds(rows.n_experts, given)
-        count = self.count(rows).astype(np.int64)
-        count[rows.undecided] = 0
+        count = self.count(rows).astype(np.int64, copy=False)
+        if len(rows.undecided):
+            count = count.copy()
+            count[rows.undecided] = 0
         n_selected = rows.n_selected(count, low, high)
         return Selection(rows, n_selected, count if self.tests else None)
 

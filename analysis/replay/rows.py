@@ -154,6 +154,7 @@ class Rows:
         """
         n_rejected = np.empty(len(self), dtype=np.int64)
         n_selected = np.empty(len(self), dtype=np.int64)
+        undecided = np.empty(len(self), dtype=np.bool_)
         self.cuts = np.empty(len(self), dtype=np.int32)
         step_up(
             self.logits,
@@ -164,7 +165,9 @@ class Rows:
             n_rejected,
             n_selected,
             self.cuts,
+            undecided,
         )
+        self.undecided = np.flatnonzero(undecided)
         return n_rejected, n_selected
 
     def n_selected(
@@ -172,7 +175,8 @@ class Rows:
     ) -> NDArray[np.int64]:
         """(T,) experts used: raw counts within the bounds."""
         n = np.clip(n_rejected, min_k, max_k)
-        n[self.undecided] = self.n_logged[self.undecided]
+        if len(self.undecided):
+            n[self.undecided] = self.n_logged[self.undecided]
         return n
 
     def chosen(self, n_selected: NDArray[np.int64], *, by_p: bool = False) -> NDArray[np.bool_]:

@@ -85,8 +85,13 @@ class LayerSummary:
         self.load += other.load
         self.sums += other.sums
 
-    def row(self, *, min_k: int, max_k: int, top_k: int) -> dict[str, Any]:
+    def row(
+        self, *, min_k: int, max_k: int, top_k: int, native_logged: bool = False
+    ) -> dict[str, Any]:
         """The summary as the columns of summary_frame."""
+        jaccard, recall = NATIVE_JACCARD, NATIVE_RECALL
+        if native_logged:
+            jaccard, recall = LOGGED_JACCARD, LOGGED_RECALL
         n, E, mean = self.rows, len(self.load), self.mean_experts
         k = np.arange(E + 1)
         present = k[self.selected > 0]
@@ -106,8 +111,8 @@ class LayerSummary:
             "at_max_k": float(self.selected[max_k] / n),
             "none_rejected": float(self.sums[NONE_REJECTED] / n),
             "probability_kept": self.probability_kept,
-            "native_jaccard": float(self.sums[NATIVE_JACCARD] / n),
-            "native_recall": float(self.sums[NATIVE_RECALL] / n),
+            "native_jaccard": float(self.sums[jaccard] / n),
+            "native_recall": float(self.sums[recall] / n),
             "logged_jaccard": float(self.sums[LOGGED_JACCARD] / n),
             "logged_recall": float(self.sums[LOGGED_RECALL] / n),
             "load_entropy": float(-(spread * np.log(spread)).sum() / np.log(E)),
@@ -121,30 +126,41 @@ class LayerSummary:
 
 
 def summary_frame(
-    layers: Mapping[int, LayerSummary], *, min_k: int, max_k: int, top_k: int
+    layers: Mapping[int, LayerSummary],
+    *,
+    min_k: int,
+    max_k: int,
+    top_k: int,
+    native_logged: bool = False,
 ) -> pl.DataFrame:
     """One row per layer, then one over all layers (layer null).
+
+    Args:
+        min_k, max_k, top_k: bounds in force, and experts of the native choice.
+        native_logged: whether the logged experts are the native choice, as in a native run. In
+            others it is the top_k largest logits, ties to the lower index.
 
     Columns: rows; mean, sd, min, median (the lower of two), p95 and max of n_selected (experts per
     token; p95 is the least number that at least 95 % of the rows do not exceed, as a batch is
     planned by more than its mean); at_min_k, at_max_k, none_rejected (shares of rows);
     probability_kept (mean softmax probability of the chosen experts); native_jaccard,
-    native_recall, logged_jaccard, logged_recall (mean overlap of the chosen experts with the
-    model's top-k and with the logged ones); load_entropy (1 is even), load_cv, load_gini (0 is
-    even), busiest_share (of all choices), dead_experts (count; summed over layers); flops (expert
-    FLOPs relative to the native top-k); histogram (rows by n_selected from 0 to E). Over all
-    layers, load figures are means over layers.
+    native_recall, logged_jaccard, logged_recall (mean overlap of the chosen experts with the native
+    choice and with the logged ones); load_entropy (1 is even), load_cv, load_gini (0 is even),
+    busiest_share (of all choices), dead_experts (count; summed over layers); flops (expert FLOPs
+    relative to the native top-k); histogram (rows by n_selected from 0 to E). Over all layers, load
+    figures are means over layers.
     """
     bounds = {"min_k": min_k, "max_k": max_k, "top_k": top_k}
     rows: list[dict[str, Any]] = [
-        {"layer": layer, **part.row(**bounds)} for layer, part in sorted(layers.items())
+        {"layer": layer, **part.row(**bounds, native_logged=native_logged)}
+        for layer, part in sorted(layers.items())
     ]
     if not rows:
         return pl.DataFrame()
     total = LayerSummary(len(next(iter(layers.values())).load))
     for part in layers.values():
         total.merge(part)
-    overall: dict[str, Any] = {"layer": None, **total.row(**bounds)}
+    overall: dict[str, Any] = {"layer": None, **total.row(**bounds, native_logged=native_logged)}
     for name in ("load_entropy", "load_cv", "load_gini", "busiest_share"):
         overall[name] = float(np.mean([row[name] for row in rows]))
     overall["dead_experts"] = sum(row["dead_experts"] for row in rows)

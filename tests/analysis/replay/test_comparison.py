@@ -4,6 +4,7 @@ from statistics import median_low
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -270,6 +271,22 @@ def test_native_top_k_is_what_a_native_run_logged(native):
     frame = compare(open_log(native), ["topk:8"])
     for name in ("native_jaccard", "native_recall", "logged_jaccard", "logged_recall", "flops"):
         assert frame[name].to_list() == [1.0, 1.0, 1.0]
+
+
+def test_the_native_choice_of_a_native_run_is_what_it_logged(tmp_path):
+    """Ties that the model gave to other experts than the lowest."""
+    logits = np.zeros((1, 1, 10, E), np.float32)
+    folder = write_run(
+        tmp_path / "run", layers=[0], n_sequences=1, length=10, n_shards=1, logits=logits
+    )
+    (path,) = (folder / "routing").iterdir()
+    table = pq.read_table(path)
+    at = table.column_names.index("experts")
+    highest = pa.array([[*range(TOP_K, E)]] * 10, table.schema.field("experts").type)
+    pq.write_table(table.set_column(at, table.schema.field("experts"), highest), path)
+    frame = compare(open_log(folder), ["topk:8", "topk:12"])
+    assert frame["native_jaccard"].to_list() == [0.0, 0.0, 4 / 16, 4 / 16]
+    assert frame["native_recall"].to_list() == [0.0, 0.0, 4 / 8, 4 / 8]
 
 
 @pytest.mark.parametrize(
