@@ -1,6 +1,8 @@
 """Before the tests: what stands in for an installation, what needs torch, compiled functions."""
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -11,7 +13,6 @@ TESTS = ROOT / "tests"
 NEED_TORCH = (TESTS / "capture", TESTS / "demo_model", TESTS / "test_readme.py")
 NEED_NO_TORCH = TESTS / "capture" / "contract"
 OFFLINE = find_spec("torch") is None
-SITE = tempfile.TemporaryDirectory(prefix="bhlog-")  # stands in for site-packages
 
 
 def pytest_configure() -> None:
@@ -36,7 +37,8 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 def _link_packages() -> None:
     """Make bhlog importable in a clone where it is not installed, in child processes too."""
-    site = Path(SITE.name)
+    site = Path(tempfile.mkdtemp(prefix="bhlog-"))
+    atexit.register(shutil.rmtree, site)
     names = ROOT / "capture/apps/names/bhlog"
     (site / "bhlog").mkdir()
     for source in (*names.glob("*.py*"), ROOT / "analysis", ROOT / "capture", ROOT / "sql"):

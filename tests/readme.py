@@ -7,6 +7,7 @@ by what was printed. A README's reader works in a folder of its own, that holds 
 runs of `bhlog demo`; the first README's holds the texts alone, since it runs the demo itself.
 """
 
+import atexit
 import functools
 import os
 import re
@@ -56,7 +57,7 @@ def make_folder(folder: Path, readme: Path) -> None:
     (folder / "notes.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 40)
     (folder / "talk.jsonl").write_text('{"text": "How are you?"}\n{"text": "Fine, thank you."}\n')
     if readme != FIRST and steps(readme):
-        shutil.copytree(Path(_demo().name) / "runs", folder / "runs")
+        shutil.copytree(_demo() / "runs", folder / "runs")
 
 
 def run(step: Step, folder: Path) -> "subprocess.CompletedProcess[str]":
@@ -75,10 +76,11 @@ def run(step: Step, folder: Path) -> "subprocess.CompletedProcess[str]":
 
 
 @functools.cache
-def _demo() -> "tempfile.TemporaryDirectory[str]":
+def _demo() -> Path:
     """A folder in which `bhlog demo` ran, once in this process."""
-    folder = tempfile.TemporaryDirectory(prefix="bhlog-demo-")
-    done = run(Step("console", "bhlog demo"), Path(folder.name))
+    folder = Path(tempfile.mkdtemp(prefix="bhlog-demo-"))
+    atexit.register(shutil.rmtree, folder)
+    done = run(Step("console", "bhlog demo"), folder)
     if done.returncode:
         raise RuntimeError(f"bhlog demo\n{done.stdout}{done.stderr}")
     return folder

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from analysis import open_log
+from bhlog import open_log
 from bhlog.analysis.sweep.profiling import profile_log
 from tests.synthetic import normal_kde, write_run
 
 TASKS = Path("/proc/self/task")
 
-pytestmark = pytest.mark.skipif(not TASKS.exists(), reason="threads are counted in /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not TASKS.exists(), reason="threads are counted in /proc"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from bhlog.capture.contract.errors import MissingRun
 from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run
 
+pytestmark = pytest.mark.slow
+
 LAYERS = (0, 2)
 
 

@@ -104,6 +104,7 @@ def answer(model: Any, ids: list[list[int]], queue: Any) -> None:
         queue.put(model(torch.tensor(ids)).logits.sum().item())
 
 
+@pytest.mark.slow
 def test_a_spawned_process_gets_a_plain_model(tmp_path):
     model = tiny_model()
     ids, _ = batch([4])

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from bhlog.analysis.run import open_log
 
+pytestmark = pytest.mark.slow
+
 MAIN, OTHER = "a" * 40, "b" * 40
 
 

@@ -21,6 +21,8 @@ from tests.demo_model.train import (
 )
 from tests.demo_model.trigram import SYMBOLS, Trigram
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(bhlog.capture.demo.__file__).parent
 EXCERPT = {"docs": "import", "code": "shlex.py"}  # about 10 kB each
 

@@ -15,6 +15,8 @@ from bhlog.capture.contract.errors import RunExists
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import Bounds
 
+pytestmark = pytest.mark.slow
+
 ALPHAS = (0.05, 0.3)
 
 

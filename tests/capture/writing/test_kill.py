@@ -21,6 +21,8 @@ from bhlog.capture.writing.writer import WriterOptions
 from tests.capture.blocks import LAYERS, check_run, make_block, no_errors, writer
 from tests.capture.tiny import batch, check_logits, read, tiny_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 

@@ -70,6 +70,7 @@ log("stale")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun(tmp_path):
     writer(tmp_path / "stale").close()
     before = (tmp_path / "stale" / "run.json").read_bytes()
@@ -107,6 +108,7 @@ def test_two_processes_under_torchrun(tmp_path):
         assert {shard[:9] for shard in log.shards} == {"rank00000", "rank00001"}
 
 
+@pytest.mark.slow
 def test_ranks_that_hold_windows_of_equal_shape_verify(tmp_path):
     """Each rank counts sequences from 0: shards of two may tell of the same places."""
     text = tmp_path / "even.txt"
