@@ -13,18 +13,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from bhlog.analysis.condition import TOKEN, Condition, ShardTokens, condition
-from bhlog.analysis.storage import filesystem, reached
+from bhlog.analysis.storage import filesystem, reached, read_manifest
 from bhlog.capture.contract.errors import (
-    CorruptManifest,
     CorruptShard,
     InvalidOption,
-    MissingRun,
 )
 from bhlog.capture.contract.manifest import (
-    MANIFEST_NAME,
-    Manifest,
     manifest_name,
-    merge_manifests,
 )
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.schema import (
@@ -66,8 +61,7 @@ class Log:
         self.path = str(path)
         self._fs, self._root = filesystem(self.path)
         self._tokens: dict[tuple[str, tuple[str, ...]], ShardTokens] = {}
-        with reached(self.path):
-            self.manifest = self._read_manifest()
+        self.manifest = read_manifest(self.path, self._fs, self._root)
 
     def __repr__(self) -> str:
         model = self.manifest.model
@@ -356,32 +350,6 @@ class Log:
                 "restore the file, or move it away to read the rest"
             ) from error
         return table if len(there) == len(names) else _filled(table, "tokens", names)
-
-    def _read_manifest(self) -> Manifest:
-        info = self._fs.get_file_info(self._root)
-        if info.type == pafs.FileType.NotFound:
-            what = "no such folder" if self.is_local else "no such bucket or folder"
-            raise MissingRun(f"{self.path}: {what}")
-        if info.type == pafs.FileType.File:
-            raise MissingRun(f"{self.path}: a file; expected the folder of a run")
-        names = sorted(
-            name
-            for name in self._names("")
-            if name == MANIFEST_NAME or (name.startswith("run.rank") and name.endswith(".json"))
-        )
-        if MANIFEST_NAME not in names:
-            raise MissingRun(
-                f"{self.path}: no {MANIFEST_NAME}, so this is not the folder of a run; "
-                "expected a folder that bhlog capture wrote"
-            )
-        ranks = []
-        for name in names:
-            with self._fs.open_input_stream(f"{self._root}/{name}") as stream:
-                ranks.append(Manifest.from_json(stream.read(), f"{self.path}/{name}"))
-        if len({manifest.run_id for manifest in ranks}) > 1:
-            raise CorruptManifest(f"{self.path}: its manifests belong to different runs")
-        # run.json (rank 0) holds the facts; "run.json" sorts before "run.rank00001.json"
-        return merge_manifests(ranks)
 
     def _shards(self, folder: str) -> tuple[str, ...]:
         return tuple(sorted(name for name in self._names(folder) if SHARD_NAME.fullmatch(name)))

@@ -7,7 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from bhlog.capture.contract.errors import MissingRun, RouterLogError
+from bhlog.capture.contract.errors import CorruptManifest, MissingRun, RouterLogError
+from bhlog.capture.contract.manifest import MANIFEST_NAME, Manifest, merge_manifests
 
 
 def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
@@ -21,6 +22,41 @@ def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
             fs, root = pafs.FileSystem.from_uri(path)
         return fs, root.rstrip("/")
     return pafs.LocalFileSystem(), Path(path).expanduser().resolve().as_posix()
+
+
+def read_manifest(path: str, fs: pafs.FileSystem, root: str) -> Manifest:
+    """The manifest of the run in a folder, merged over its ranks.
+
+    Args:
+        path: the folder, as errors call it.
+        fs, root: its file system, and where it is in it.
+
+    Raises:
+        MissingRun: nothing there, not a run, or its storage does not answer.
+        CorruptManifest: a manifest cannot be read, or they belong to different runs.
+    """
+    with reached(path):
+        info = fs.get_file_info(root)
+        if info.type == pafs.FileType.NotFound:
+            local = isinstance(fs, pafs.LocalFileSystem)
+            raise MissingRun(f"{path}: no such {'folder' if local else 'bucket or folder'}")
+        if info.type == pafs.FileType.File:
+            raise MissingRun(f"{path}: a file; expected the folder of a run")
+        found = {file.base_name for file in fs.get_file_info(pafs.FileSelector(root))}
+        if MANIFEST_NAME not in found:
+            raise MissingRun(
+                f"{path}: no {MANIFEST_NAME}, so this is not the folder of a run; expected a "
+                "folder that bhlog capture wrote"
+            )
+        ranks = []
+        # run.json (rank 0) holds the facts; it sorts before run.rank00001.json
+        for name in sorted(n for n in found if n.startswith("run.") and n.endswith(".json")):
+            if name == MANIFEST_NAME or name.startswith("run.rank"):
+                with fs.open_input_stream(f"{root}/{name}") as stream:
+                    ranks.append(Manifest.from_json(stream.read(), f"{path}/{name}"))
+    if len({manifest.run_id for manifest in ranks}) > 1:
+        raise CorruptManifest(f"{path}: its manifests belong to different runs")
+    return merge_manifests(ranks)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def test_replay_prints_a_line_per_alpha_and_layer(bhlog):
     heading, *rest = out.splitlines()
     lines = [line.split() for line in rest]
     assert code == 0
-    assert heading == "bh: 1 to 4 experts a token (as in the run)"
+    assert heading == "bh: 1 to 4 experts a token, as in the run"
     assert lines[0][:4] == ["alpha", "layer", "rows", "mean_experts"]
     assert [line[:2] for line in lines[1:]] == [
         [alpha, layer] for alpha in ("0.1", "0.3") for layer in ("0", "2", "all")
@@ -78,7 +78,7 @@ def test_a_native_run_takes_a_null_model(bhlog):
     assert (code, "bhlog kde fit native" in err) == (1, True)
     code, out, _ = bhlog("replay", "native", "--kde", "null.parquet", "--alpha", "0.3")
     assert (code, len(out.splitlines())) == (0, 5)
-    heading = "native: 1 to 8 experts a token (a native run has no bounds of its own)"
+    heading = "native: 1 to 8 experts a token: a native run has no bounds of its own"
     assert out.splitlines()[0] == heading
 
 
