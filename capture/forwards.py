@@ -3,7 +3,9 @@
 import inspect
 import os
 import threading
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from bhlog.capture.changes import Changes
 from bhlog.capture.contract.errors import WriterFailed
 from bhlog.capture.recorder import Record, Recorder
+from bhlog.capture.tokens.filler import Suspects
 from bhlog.capture.tokens.generation import watch_generation
 from bhlog.capture.tokens.identity import Tracker
 from bhlog.capture.tokens.stream import Forward, Stream
@@ -22,11 +25,13 @@ class _Thread(threading.local):
 
     Attributes:
         in_head: the model with a head is running, so its logits are still to come.
+        paused: blocks of `paused` that it is in.
         forward: the base model's forward under way.
         record: the forward whose routers' outputs are taken, until the head has answered.
     """
 
     in_head: bool = False
+    paused: int = 0
     forward: Forward | None = None
     record: Record | None = None
 
@@ -58,11 +63,14 @@ class Forwards:
     Args:
         layers: decoder layers that every forward must have.
         writer: where rows go; None follows the forwards and records nothing.
+        pad_token_id: see bhlog.capture.observe.observe.
     """
 
-    def __init__(self, layers: Sequence[int], writer: RunWriter | None) -> None:
+    def __init__(
+        self, layers: Sequence[int], writer: RunWriter | None, *, pad_token_id: int | None = None
+    ) -> None:
         self.recorder = None if writer is None else Recorder(writer, layers)
-        self.tracker = Tracker(on_cut=self._cut)
+        self.tracker = Tracker(pad_token_id=pad_token_id, on_cut=self._cut)
         if writer is not None:
             self.tracker.next_sequence = writer.next_sequence
             self.tracker.next_forward = writer.next_forward
@@ -79,6 +87,8 @@ class Forwards:
         if base is not model and self.recorder is not None:
             changes.before_forward(model, self._begin_head, prepend=True)
             changes.after_forward(model, self._end_head, always=True)
+        if self.tracker.pad_token_id is None and self.recorder is not None:
+            self.tracker.suspects = _suspects(base)
         self._signature = inspect.signature(base.forward)
         changes.before_forward(base, self._begin)
         changes.after_forward(base, self._end, always=True)
@@ -87,12 +97,26 @@ class Forwards:
     def close(self) -> None:
         """Release the last forwards and leave no trace on caches that are still alive.
 
+        Warns of what was logged and may be padding.
+
         Raises:
             WriterFailed: the writer stopped on an error.
         """
         self.tracker.release()
         if self.recorder is not None and os.getpid() == self._pid:
             self.recorder.flush()
+            words = None if self.tracker.suspects is None else self.tracker.suspects.words()
+            if words is not None:
+                warnings.warn(words, stacklevel=2)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Log nothing of what this thread runs inside the block."""
+        self._here.paused += 1
+        try:
+            yield
+        finally:
+            self._here.paused -= 1
 
     @property
     def forward(self) -> Forward | None:
@@ -114,6 +138,8 @@ class Forwards:
             )
         here = self._here
         here.forward = here.record = None
+        if here.paused:
+            return
         here.forward = self.tracker.begin(_by_name(self._signature, args, kwargs))
         if self.recorder is not None:
             here.record = self.recorder.begin(here.forward)
@@ -169,3 +195,15 @@ def _head_logits(output: Any) -> Tensor | None:
     """(B, H, V) logits of the vocabulary in what a model with a head returned."""
     found = [getattr(output, "logits", None), *(output if isinstance(output, tuple) else ())]
     return next((t for t in found if isinstance(t, Tensor) and t.dim() == 3), None)
+
+
+def _suspects(base: nn.Module) -> Suspects | None:
+    """A count of what may be padding, if the model says how many ids it knows."""
+    embed = getattr(base, "get_input_embeddings", lambda: None)()
+    n_ids = getattr(embed, "num_embeddings", None)
+    if n_ids is None:
+        return None
+    config: Any = base.config
+    pad, eos = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    ends = eos if isinstance(eos, list) else [eos]
+    return Suspects(n_ids, {0, pad, *ends} - {None}, pad)

@@ -1,6 +1,7 @@
 """Patching a model: observe its routers, or route them by BH, and undo it without a trace."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -37,14 +38,17 @@ class RouterPatcher:
 
     Args:
         model: a transformers model with routers of a known family.
+        allow_missing_layers: leave out routers that bhlog does not know, if it knows others.
 
     Raises:
-        UnsupportedModel: no known router in it.
+        UnsupportedModel: no known router in it, or one that is not known.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, allow_missing_layers: bool = False) -> None:
         self.model = model
-        self.routers: tuple[Router, ...] = find_routers(model)
+        self.routers: tuple[Router, ...] = find_routers(
+            model, allow_missing_layers=allow_missing_layers
+        )
         self.info: ModelInfo = model_info(model, self.routers)
         self.forwards: Forwards | None = None
         self.stats: dict[int, LayerStats] = {}
@@ -101,6 +105,7 @@ class RouterPatcher:
         *,
         writer: RunWriter | None = None,
         collect_stats: bool = False,
+        pad_token_id: int | None = None,
     ) -> None:
         """Hook the routers: log them, or steer them, or both.
 
@@ -109,12 +114,13 @@ class RouterPatcher:
             kde: the null model, for BH with KDE p-values.
             writer: where rows go; None logs nothing.
             collect_stats: under BH, keep counts per layer in `stats`.
+            pad_token_id: see bhlog.capture.observe.observe.
 
         Raises: see `check`.
         """
         self.check(routing, kde)
         try:
-            self._attach(routing, kde, writer, collect_stats)
+            self._attach(routing, kde, writer, collect_stats, pad_token_id)
         except BaseException:
             self.unpatch()
             raise
@@ -123,6 +129,12 @@ class RouterPatcher:
         """Say where the rows of the next forward's new sequences come from."""
         if self.tracker is not None:
             self.tracker.next_sources = tuple(sources)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Log nothing of what this thread runs inside the block, such as a trial of batch sizes."""
+        with nullcontext() if self.forwards is None else self.forwards.paused():
+            yield
 
     def unpatch(self) -> None:
         """Remove every hook and restore every flag; rows still on the device go to the writer.
@@ -141,6 +153,7 @@ class RouterPatcher:
         kde: KdeModel | None,
         writer: RunWriter | None,
         collect_stats: bool,
+        pad_token_id: int | None,
     ) -> None:
         for module in (self.model, *(r.module for r in self.routers)):
             self._changes.set(module, _MARK, True)
@@ -150,7 +163,7 @@ class RouterPatcher:
         options = routing.options
         empirical = options is not None and options.p_values == "empirical"
         if writer is not None or empirical or collect_stats:
-            self.forwards = Forwards(self.info.layers, writer)
+            self.forwards = Forwards(self.info.layers, writer, pad_token_id=pad_token_id)
             base = _nearest_model(self.model, self.routers)
             self.forwards.attach(self._changes, self.model, base)
         for router in self.routers:
@@ -162,7 +175,7 @@ class RouterPatcher:
             E = router.n_experts
             null = None if kde is None else TorchNull(kde[router.layer], options.alpha, E)
             if collect_stats:
-                self.stats[router.layer] = LayerStats.empty(E)
+                self.stats.setdefault(router.layer, LayerStats.empty(E))
             skips = self._skips_unused(router)
             steer = self._steerer(router, options, null, skips)
             router.attach(self._changes, steer, steer=True)

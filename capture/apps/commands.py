@@ -95,6 +95,11 @@ examples:
     help="For --fit-kde: leave out each row's N smallest logits.",
 )
 @click.option("--resume", is_flag=True, help="Continue a run that was cut off.")
+@click.option(
+    "--allow-missing-layers",
+    is_flag=True,
+    help="Leave out layers whose router is not known, if others are.",
+)
 def capture(
     model: str,
     revision: str | None,
@@ -122,6 +127,7 @@ def capture(
     trim_high: int,
     trim_low: int,
     resume: bool,
+    allow_missing_layers: bool,
 ) -> None:
     """Run text through a model and log its routing.
 
@@ -167,6 +173,7 @@ def capture(
     options = CaptureOptions(
         batch_size=batch_size,
         generate=generate,
+        allow_missing_layers=allow_missing_layers,
         writer=WriterOptions(
             sample_every=sample_every, token_ids=not no_token_ids, on_full=on_full
         ),
