@@ -9,7 +9,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from bhlog.capture.contract.errors import InvalidOption, RouterLogError, WriterFailed
+from bhlog.capture.changes import WHOLE_GRAPH
+from bhlog.capture.contract.errors import (
+    InvalidOption,
+    RouterLogError,
+    UnsupportedModel,
+    WriterFailed,
+)
 from bhlog.capture.contract.manifest import ModelInfo, Routing
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions, Renormalize
@@ -128,6 +134,8 @@ def recording(
         finally:
             if os.getpid() == writing:
                 _close_quietly(writer, error, fit)
+        if WHOLE_GRAPH in str(error):  # dynamo says so in the middle of a page
+            raise UnsupportedModel(WHOLE_GRAPH) from error
         raise
     try:
         patcher.unpatch()

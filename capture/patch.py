@@ -37,7 +37,7 @@ class RouterPatcher:
     a context manager.
 
     Args:
-        model: a transformers model with routers of a known family.
+        model: a transformers model with routers of a known family, or a module around one.
         allow_missing_layers: leave out routers that bhlog does not know, if it knows others.
 
     Raises:
@@ -49,7 +49,8 @@ class RouterPatcher:
         self.routers: tuple[Router, ...] = find_routers(
             model, allow_missing_layers=allow_missing_layers
         )
-        self.info: ModelInfo = model_info(model, self.routers)
+        self._models = _models(model, self.routers)
+        self.info: ModelInfo = model_info(self._models[0], self.routers)
         self.forwards: Forwards | None = None
         self.stats: dict[int, LayerStats] = {}
         self._changes = Changes()
@@ -164,8 +165,8 @@ class RouterPatcher:
         empirical = options is not None and options.p_values == "empirical"
         if writer is not None or empirical or collect_stats:
             self.forwards = Forwards(self.info.layers, writer, pad_token_id=pad_token_id)
-            base = _nearest_model(self.model, self.routers)
-            self.forwards.attach(self._changes, self.model, base)
+            head, base = self._models[0], self._models[-1]
+            self.forwards.attach(self._changes, self.model, base, head)
         for router in self.routers:
             if options is None:
                 if self.forwards is not None:
@@ -179,11 +180,15 @@ class RouterPatcher:
             skips = self._skips_unused(router)
             steer = self._steerer(router, options, null, skips)
             router.attach(self._changes, steer, steer=True)
+            if router.block is None and self.recorder is not None:
+                self._changes.after_forward(router.module, self._witness(router), last=True)
 
     def _observer(self, router: Router, forwards: Forwards) -> Any:
         layers = router.layer, *router.again
 
         def observe(module: nn.Module, args: Any, output: Any) -> None:
+            if not forwards.recording:
+                return
             logits, weights, experts = router.triple(output)
             forwards.record(layers, {"logits": logits, "experts": experts, "weights": weights})
 
@@ -230,9 +235,21 @@ class RouterPatcher:
                         "n_rejected": choice.n_rejected,
                     },
                 )
-            return (logits, weights, choice.experts.to(own_experts.dtype), *output[3:])
+            routed = (logits, weights, choice.experts.to(own_experts.dtype), *output[3:])
+            if forwards is not None:
+                forwards.steered(router.layer, routed)
+            return routed
 
         return steer
+
+    def _witness(self, router: Router) -> Any:
+        forwards, layer = self.forwards, router.layer
+        assert forwards is not None
+
+        def check(module: nn.Module, args: Any, output: Any) -> None:
+            forwards.check_steered(layer, output)
+
+        return check
 
     def _skips_unused(self, router: Router) -> bool:
         """Whether the index n_experts skips an unused slot's compute (see Family.sentinel).
@@ -248,12 +265,12 @@ class RouterPatcher:
         return True
 
 
-def _nearest_model(model: nn.Module, routers: Sequence[Router]) -> nn.Module:
-    """The innermost PreTrainedModel that holds every router."""
-    nearest = model
+def _models(model: nn.Module, routers: Sequence[Router]) -> list[nn.Module]:
+    """The library's models that hold every router, from the outermost; else the model itself."""
+    found: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             inside = set(module.modules())
             if all(router.module in inside for router in routers):
-                nearest = module
-    return nearest
+                found.append(module)
+    return found or [model]

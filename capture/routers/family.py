@@ -132,7 +132,7 @@ class Router:
             block.attach(changes, hook, steer=steer)
             return
         if self.family.logits is None:
-            changes.after_forward(self.module, hook)
+            changes.after_forward(self.module, hook, last=not steer, exported=steer)
             return
         raw: list[Tensor] = []
 
@@ -142,8 +142,8 @@ class Router:
         def with_raw(module: nn.Module, args: Any, output: Any) -> None:
             hook(module, args, (raw.pop(), *output[1:]))
 
-        changes.after_forward(self.module.get_submodule(self.family.logits), keep_raw)
-        changes.after_forward(self.module, with_raw)
+        changes.after_forward(self.module.get_submodule(self.family.logits), keep_raw, last=True)
+        changes.after_forward(self.module, with_raw, last=True)
 
     def triple(self, output: Any) -> tuple[Tensor, Tensor, Tensor]:
         """(T, E) logits, (T, top_k) weights and (T, top_k) indices in what the router returned.
@@ -296,7 +296,7 @@ def model_info(model: nn.Module, routers: Iterable[Router]) -> ModelInfo:
     """What the manifest says of a model."""
     routers = tuple(routers)
     first = routers[0]
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
     return ModelInfo(
         name=str(getattr(config, "_name_or_path", "") or type(model).__name__),
         class_name=type(model).__name__,
