@@ -9,6 +9,10 @@ from torch import nn
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
+WHOLE_GRAPH = (
+    "hooks of bhlog cannot be part of a compiled graph: compile an observed or routed model "
+    "without fullgraph=True"
+)
 _ABSENT: Any = object()
 _REDUCE = "__reduce_ex__"
 _HOOKS = "_forward_pre_hooks", "_forward_hooks"
@@ -26,6 +30,7 @@ class Changes:
         self._handles: list[Any] = []
         self._before: list[tuple[nn.Module, str, Any]] = []
         self._plain: dict[int, _Plain] = {}
+        self._last: list[tuple[Any, int]] = []
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Give an instance an attribute, which may hide a method of its class."""
@@ -44,21 +49,38 @@ class Changes:
         )
 
     def after_forward(
-        self, module: nn.Module, hook: Callable[..., Any], *, always: bool = False
+        self,
+        module: nn.Module,
+        hook: Callable[..., Any],
+        *,
+        always: bool = False,
+        last: bool = False,
+        exported: bool = False,
     ) -> None:
         """Call hook(module, args, output) after the module has run.
 
         Args:
+            exported: see `eager`.
+            last: after other hooks, also after those that are added later; see `stay_last`.
             always: after an exception too, with None as output, and hook(module, args, kwargs,
                 output) is called.
         """
-        self._add(
-            module,
-            module.register_forward_hook(eager(hook), with_kwargs=always, always_call=always),
+        handle = module.register_forward_hook(
+            eager(hook, exported=exported), with_kwargs=always, always_call=always
         )
+        self._add(module, handle)
+        if last:
+            self._last.append((module._forward_hooks, handle.id))
+
+    def stay_last(self) -> None:
+        """Put the hooks that are to be last behind those that were added since."""
+        for hooks, number in self._last:
+            if next(reversed(hooks)) != number:
+                hooks.move_to_end(number)
 
     def undo(self) -> None:
         """Leave every module as it was found."""
+        self._last = []
         while self._handles:
             self._handles.pop().remove()
         while self._before:
@@ -114,12 +136,20 @@ def _restore(attributes: dict[str, Any], name: str, value: Any) -> None:
         attributes[name] = value
 
 
-def eager(hook: Hook) -> Hook:
-    """Keep a hook out of compiled graphs; where nothing is compiled it is called as it is."""
-    disabled = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+def eager(hook: Hook, *, exported: bool = False) -> Hook:
+    """Keep a hook out of compiled graphs; where nothing is compiled it is called as it is.
+
+    Args:
+        exported: whether it takes part in a model's export, which is no run of it.
+    """
+    disabled = torch.compiler.disable(hook, reason=WHOLE_GRAPH)  # type: ignore[no-untyped-call]
 
     @functools.wraps(hook)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else hook(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            return hook(*args, **kwargs)
+        if torch.compiler.is_exporting() and not exported:
+            return None
+        return disabled(*args, **kwargs)
 
     return cast(Hook, call)

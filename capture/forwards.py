@@ -3,14 +3,19 @@
 import inspect
 import os
 import threading
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bhlog.capture.changes import Changes
-from bhlog.capture.contract.errors import WriterFailed
+from bhlog.capture.contract.errors import UnsupportedModel, WriterFailed
 from bhlog.capture.recorder import Record, Recorder
+from bhlog.capture.tokens.filler import Suspects
 from bhlog.capture.tokens.generation import watch_generation
 from bhlog.capture.tokens.identity import Tracker
 from bhlog.capture.tokens.stream import Forward, Stream
@@ -22,13 +27,21 @@ class _Thread(threading.local):
 
     Attributes:
         in_head: the model with a head is running, so its logits are still to come.
+        paused: blocks of `paused` that it is in.
+        outer_ids: of each model around the base model that is running, its input_ids or those of
+            the one around it.
         forward: the base model's forward under way.
         record: the forward whose routers' outputs are taken, until the head has answered.
     """
 
     in_head: bool = False
+    paused: int = 0
+    outer_ids: tuple[Tensor | None, ...] = ()
     forward: Forward | None = None
     record: Record | None = None
+
+    def __init__(self) -> None:
+        self.steered: dict[int, Any] = {}
 
 
 class Forwards:
@@ -58,27 +71,41 @@ class Forwards:
     Args:
         layers: decoder layers that every forward must have.
         writer: where rows go; None follows the forwards and records nothing.
+        pad_token_id: see bhlog.capture.observe.observe.
     """
 
-    def __init__(self, layers: Sequence[int], writer: RunWriter | None) -> None:
+    def __init__(
+        self, layers: Sequence[int], writer: RunWriter | None, *, pad_token_id: int | None = None
+    ) -> None:
         self.recorder = None if writer is None else Recorder(writer, layers)
-        self.tracker = Tracker(on_cut=self._cut)
+        self.tracker = Tracker(pad_token_id=pad_token_id, on_cut=self._cut)
         if writer is not None:
             self.tracker.next_sequence = writer.next_sequence
             self.tracker.next_forward = writer.next_forward
         self._here = _Thread()
         self._pid = os.getpid()
 
-    def attach(self, changes: Changes, model: nn.Module, base: nn.Module) -> None:
+    def attach(self, changes: Changes, model: nn.Module, base: nn.Module, head: nn.Module) -> None:
         """Follow a model from now on, until the changes are undone and this is closed.
 
         Args:
-            model: with a head, or the base model itself.
-            base: the model whose arguments say who the routers' rows are.
+            model: the model that is observed or routed.
+            base: the innermost one in it that holds all routers: its arguments say who their rows
+                are.
+            head: the outermost that the library made, whose answer has the vocabulary's logits.
         """
-        if base is not model and self.recorder is not None:
-            changes.before_forward(model, self._begin_head, prepend=True)
-            changes.after_forward(model, self._end_head, always=True)
+        self._changes = changes
+        if self.recorder is not None:
+            self._vocabularies = _vocabularies(head)
+            if head is not base:
+                changes.before_forward(head, self._begin_head, prepend=True)
+                changes.after_forward(head, self._end_head, always=True)
+            for outer in _around(model, base):
+                if "input_ids" in inspect.signature(outer.forward).parameters:
+                    changes.before_forward(outer, self._begin_outer, prepend=True)
+                    changes.after_forward(outer, self._end_outer, always=True)
+            if self.tracker.pad_token_id is None:
+                self.tracker.suspects = _suspects(base)
         self._signature = inspect.signature(base.forward)
         changes.before_forward(base, self._begin)
         changes.after_forward(base, self._end, always=True)
@@ -87,12 +114,31 @@ class Forwards:
     def close(self) -> None:
         """Release the last forwards and leave no trace on caches that are still alive.
 
+        Warns of what was logged and may be padding.
+
         Raises:
             WriterFailed: the writer stopped on an error.
         """
         self.tracker.release()
         if self.recorder is not None and os.getpid() == self._pid:
             self.recorder.flush()
+            words = None if self.tracker.suspects is None else self.tracker.suspects.words()
+            if words is not None:
+                warnings.warn(words, stacklevel=2)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Log nothing of what this thread runs inside the block."""
+        self._here.paused += 1
+        try:
+            yield
+        finally:
+            self._here.paused -= 1
+
+    @property
+    def recording(self) -> bool:
+        """Whether routers' outputs are taken now, in this thread."""
+        return self._here.record is not None
 
     @property
     def forward(self) -> Forward | None:
@@ -105,6 +151,25 @@ class Forwards:
         if record is not None:
             record.take(layers, tensors)
 
+    def steered(self, layer: int, output: Any) -> None:
+        """Note what a router hands on, as it is recorded."""
+        if self._here.record is not None:
+            self._here.steered[layer] = output
+
+    def check_steered(self, layer: int, output: Any) -> None:
+        """Raise if another hook has put something else in its place.
+
+        Raises:
+            UnsupportedModel: the experts that run are not those that are logged.
+        """
+        noted = self._here.steered.pop(layer, output)
+        if noted is not output:
+            raise UnsupportedModel(
+                f"layer {layer}: a hook that was added inside the block changes what routing by BH "
+                "has decided, so the experts that run are not those that are logged; add it "
+                "before the block, or observe the model instead of routing it"
+            )
+
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if os.getpid() != self._pid:
             raise WriterFailed(
@@ -114,7 +179,13 @@ class Forwards:
             )
         here = self._here
         here.forward = here.record = None
-        here.forward = self.tracker.begin(_by_name(self._signature, args, kwargs))
+        inputs = _by_name(self._signature, args, kwargs)
+        if here.paused or is_traced(inputs):
+            return
+        self._changes.stay_last()
+        foreign = self._take_outer_ids(inputs)
+        here.forward = self.tracker.begin(inputs)
+        here.forward.foreign = foreign
         if self.recorder is not None:
             here.record = self.recorder.begin(here.forward)
 
@@ -128,6 +199,29 @@ class Forwards:
             if not here.in_head:
                 self._ended()
 
+    def _take_outer_ids(self, inputs: dict[str, Any]) -> bool:
+        """Give a forward of embeddings the ids that a model around it was given, if it has them."""
+        ids = self._here.outer_ids[-1] if self._here.outer_ids else None
+        embeds = inputs.get("inputs_embeds")
+        if ids is None or embeds is None or inputs.get("input_ids") is not None:
+            return False
+        if ids.shape != embeds.shape[:2]:
+            return False
+        inputs["input_ids"] = ids.to(embeds.device)
+        return True
+
+    def _begin_outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        here = self._here
+        ids = kwargs.get("input_ids")
+        if ids is None and args:
+            ids = _by_name(inspect.signature(module.forward), args, kwargs).get("input_ids")
+        if not isinstance(ids, Tensor):
+            ids = here.outer_ids[-1] if here.outer_ids else None
+        here.outer_ids = (*here.outer_ids, ids)
+
+    def _end_outer(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._here.outer_ids = self._here.outer_ids[:-1]
+
     def _begin_head(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._here.in_head = True
 
@@ -138,7 +232,7 @@ class Forwards:
             here.record = None
         if here.record is None:
             return
-        logits = _head_logits(output)
+        logits = _head_logits(output, self._vocabularies)
         # a tensor names columns of the caller's choice: which tokens they predict is not known
         if logits is not None and not isinstance(kwargs.get("logits_to_keep"), Tensor):
             here.record.see(logits.detach())
@@ -165,7 +259,53 @@ def _by_name(
     return inputs
 
 
-def _head_logits(output: Any) -> Tensor | None:
-    """(B, H, V) logits of the vocabulary in what a model with a head returned."""
+def _head_logits(output: Any, vocabularies: Collection[int]) -> Tensor | None:
+    """(B, H, V) logits of the vocabulary in what a model with a head returned.
+
+    Other heads answer too: by labels of a token, or by a value.
+    """
     found = [getattr(output, "logits", None), *(output if isinstance(output, tuple) else ())]
-    return next((t for t in found if isinstance(t, Tensor) and t.dim() == 3), None)
+    for tensor in found:
+        if isinstance(tensor, Tensor) and tensor.dim() == 3 and tensor.shape[2] in vocabularies:
+            return tensor
+    return None
+
+
+def _vocabularies(model: Any) -> frozenset[int]:
+    """Numbers of ids that the logits of a model's head may be over."""
+    config: Any = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    sizes = [getattr(config, "vocab_size", None), getattr(text, "vocab_size", None)]
+    sizes.append(getattr(head, "out_features", None))
+    return frozenset(size for size in sizes if size is not None)
+
+
+def _around(model: nn.Module, base: nn.Module) -> list[nn.Module]:
+    """Modules from the model to the base model in it, which is left out."""
+    name = next(name for name, module in model.named_modules() if module is base)
+    parts = name.split(".") if name else []
+    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+
+
+def is_traced(inputs: dict[str, Any]) -> bool:
+    """Whether a model is not run but traced or measured: exported, or on tensors without values."""
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        return True
+    for name in ("input_ids", "inputs_embeds"):
+        given = inputs.get(name)
+        if given is not None:
+            return not isinstance(given, Tensor) or isinstance(given, FakeTensor) or given.is_meta
+    return False
+
+
+def _suspects(base: nn.Module) -> Suspects | None:
+    """A count of what may be padding, if the model says how many ids it knows."""
+    embed = getattr(base, "get_input_embeddings", lambda: None)()
+    n_ids = getattr(embed, "num_embeddings", None)
+    if n_ids is None:
+        return None
+    config: Any = base.config
+    pad, eos = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    ends = eos if isinstance(eos, list) else [eos]
+    return Suspects(n_ids, {0, pad, *ends} - {None}, pad)

@@ -9,7 +9,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from bhlog.capture.contract.errors import InvalidOption, RouterLogError, WriterFailed
+from bhlog.capture.changes import WHOLE_GRAPH
+from bhlog.capture.contract.errors import (
+    InvalidOption,
+    RouterLogError,
+    UnsupportedModel,
+    WriterFailed,
+)
 from bhlog.capture.contract.manifest import ModelInfo, Routing
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions, Renormalize
@@ -26,6 +32,8 @@ def observe(
     *,
     options: WriterOptions | None = None,
     fit_kde: KdeFit | str | Path | None = None,
+    pad_token_id: int | None = None,
+    allow_missing_layers: bool = False,
 ) -> Iterator[RouterPatcher]:
     """Log a model's own routing into a new run; its outputs stay bit-identical.
 
@@ -35,15 +43,19 @@ def observe(
         options: how it is written.
         fit_kde: a null model to fit from what is logged, ready when the block is left; a path
             stands for KdeFit(path).
+        pad_token_id: what fills up rows in forwards that have no attention mask: runs of it at
+            either end of a row are not logged. Without it, leaving the block warns of what may be
+            padding and was logged.
+        allow_missing_layers: leave out routers that bhlog does not know, if it knows others.
 
     Raises:
         UnsupportedModel, RunExists, AlreadyPatched, InvalidOption, WriterFailed.
     """
-    patcher = RouterPatcher(model)
+    patcher = RouterPatcher(model, allow_missing_layers=allow_missing_layers)
     patcher.check(Routing(), None)
     fit = as_fit(fit_kde)
     writer = new_writer(run, patcher.info, Routing(), options=options, fit=fit)
-    with recording(patcher, Routing(), None, writer, fit):
+    with recording(patcher, Routing(), None, writer, fit, pad_token_id=pad_token_id):
         yield patcher
 
 
@@ -61,6 +73,8 @@ def route(
     p_values: Literal["kde", "empirical"] = "kde",
     options: WriterOptions | None = None,
     fit_kde: KdeFit | str | Path | None = None,
+    pad_token_id: int | None = None,
+    allow_missing_layers: bool = False,
 ) -> Iterator[RouterPatcher]:
     """Route a model by BH, and log it into a new run if one is named.
 
@@ -70,7 +84,7 @@ def route(
         alpha, min_k, max_k, temperature, renormalize, p_values: see BhOptions.
         kde: the null model or its file.
         options: how the run is written.
-        fit_kde: see observe.
+        fit_kde, pad_token_id, allow_missing_layers: see observe.
 
     Raises:
         InvalidOption, KdeMismatch, UnsupportedModel, RunExists, AlreadyPatched, WriterFailed.
@@ -78,7 +92,7 @@ def route(
     if isinstance(kde, str | Path):
         kde = KdeModel.load(kde)
     routing = Routing("bh", BhOptions(alpha, min_k, max_k, temperature, renormalize, p_values))
-    patcher = RouterPatcher(model)
+    patcher = RouterPatcher(model, allow_missing_layers=allow_missing_layers)
     patcher.check(routing, kde)
     writer, fit = None, as_fit(fit_kde)
     if run is not None:
@@ -93,7 +107,7 @@ def route(
         )
     elif fit is not None:
         raise InvalidOption("fit_kde counts what is logged: name a run to log into")
-    with recording(patcher, routing, kde, writer, fit):
+    with recording(patcher, routing, kde, writer, fit, pad_token_id=pad_token_id):
         yield patcher
 
 
@@ -104,6 +118,8 @@ def recording(
     kde: KdeModel | None,
     writer: RunWriter | None,
     fit: KdeFit | None = None,
+    *,
+    pad_token_id: int | None = None,
 ) -> Iterator[None]:
     """Attach a patcher for a block; afterwards nothing is left on the model, and the run is closed.
 
@@ -111,7 +127,7 @@ def recording(
     before it are kept, and a null model is fitted from them.
     """
     try:
-        patcher.attach(routing, kde, writer=writer)
+        patcher.attach(routing, kde, writer=writer, pad_token_id=pad_token_id)
     except BaseException as error:  # it left nothing on the model
         _close_quietly(writer, error, fit)
         raise
@@ -126,6 +142,8 @@ def recording(
         finally:
             if os.getpid() == writing:
                 _close_quietly(writer, error, fit)
+        if WHOLE_GRAPH in str(error):  # dynamo says so in the middle of a page
+            raise UnsupportedModel(WHOLE_GRAPH) from error
         raise
     try:
         patcher.unpatch()

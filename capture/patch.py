@@ -1,6 +1,7 @@
 """Patching a model: observe its routers, or route them by BH, and undo it without a trace."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -43,16 +44,20 @@ class RouterPatcher:
     a context manager.
 
     Args:
-        model: a transformers model with routers of a known family.
+        model: a transformers model with routers of a known family, or a module around one.
+        allow_missing_layers: leave out routers that bhlog does not know, if it knows others.
 
     Raises:
-        UnsupportedModel: no known router in it.
+        UnsupportedModel: no known router in it, or one that is not known.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, allow_missing_layers: bool = False) -> None:
         self.model = model
-        self.routers: tuple[Router, ...] = find_routers(model)
-        self.info: ModelInfo = model_info(model, self.routers)
+        self.routers: tuple[Router, ...] = find_routers(
+            model, allow_missing_layers=allow_missing_layers
+        )
+        self._models = _models(model, self.routers)
+        self.info: ModelInfo = model_info(self._models[0], self.routers)
         self.forwards: Forwards | None = None
         self.stats: dict[int, LayerStats] = {}
         self._changes = Changes()
@@ -113,6 +118,7 @@ class RouterPatcher:
         *,
         writer: RunWriter | None = None,
         collect_stats: bool = False,
+        pad_token_id: int | None = None,
     ) -> None:
         """Hook the routers: log them, or steer them, or both.
 
@@ -121,12 +127,13 @@ class RouterPatcher:
             kde: the null model, for BH with KDE p-values.
             writer: where rows go; None logs nothing.
             collect_stats: under BH, keep counts per layer in `stats`.
+            pad_token_id: see bhlog.capture.observe.observe.
 
         Raises: see `check`.
         """
         self.check(routing, kde)
         try:
-            self._attach(routing, kde, writer, collect_stats)
+            self._attach(routing, kde, writer, collect_stats, pad_token_id)
         except BaseException:
             self.unpatch()
             raise
@@ -143,6 +150,12 @@ class RouterPatcher:
         """
         if self.tracker is not None:
             self.tracker.next_texts["sample_id"] = tuple(ids)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Log nothing of what this thread runs inside the block, such as a trial of batch sizes."""
+        with nullcontext() if self.forwards is None else self.forwards.paused():
+            yield
 
     def unpatch(self) -> None:
         """Remove every hook and restore every flag; rows still on the device go to the writer.
@@ -161,6 +174,7 @@ class RouterPatcher:
         kde: KdeModel | None,
         writer: RunWriter | None,
         collect_stats: bool,
+        pad_token_id: int | None,
     ) -> None:
         for module in (self.model, *(r.module for r in self.routers)):
             self._changes.set(module, _MARK, True)
@@ -172,9 +186,9 @@ class RouterPatcher:
             warn_of_cost(self.model, self.routers)
         empirical = options is not None and options.p_values == "empirical"
         if writer is not None or empirical or collect_stats:
-            self.forwards = Forwards(self.info.layers, writer)
-            base = _nearest_model(self.model, self.routers)
-            self.forwards.attach(self._changes, self.model, base)
+            self.forwards = Forwards(self.info.layers, writer, pad_token_id=pad_token_id)
+            head, base = self._models[0], self._models[-1]
+            self.forwards.attach(self._changes, self.model, base, head)
         for router in self.routers:
             if options is None:
                 if self.forwards is not None:
@@ -187,15 +201,19 @@ class RouterPatcher:
             if null is not None and weight is not None and weight.is_cuda:
                 null.place(weight.device)
             if collect_stats:
-                self.stats[router.layer] = LayerStats.empty(E)
+                self.stats.setdefault(router.layer, LayerStats.empty(E))
             skips = self._skips_unused(router)
             steer = self._steerer(router, options, null, skips)
             router.attach(self._changes, steer, steer=True)
+            if router.block is None and self.recorder is not None:
+                self._changes.after_forward(router.module, self._witness(router), last=True)
 
     def _observer(self, router: Router, forwards: Forwards) -> Any:
         layers = router.layer, *router.again
 
         def observe(module: nn.Module, args: Any, output: Any) -> None:
+            if not forwards.recording:
+                return
             logits, weights, experts = router.triple(output)
             forwards.record(layers, {"logits": logits, "experts": experts, "weights": weights})
 
@@ -242,9 +260,21 @@ class RouterPatcher:
                         "n_rejected": choice.n_rejected,
                     },
                 )
-            return (logits, weights, choice.experts.to(own_experts.dtype), *output[3:])
+            routed = (logits, weights, choice.experts.to(own_experts.dtype), *output[3:])
+            if forwards is not None:
+                forwards.steered(router.layer, routed)
+            return routed
 
         return steer
+
+    def _witness(self, router: Router) -> Any:
+        forwards, layer = self.forwards, router.layer
+        assert forwards is not None
+
+        def check(module: nn.Module, args: Any, output: Any) -> None:
+            forwards.check_steered(layer, output)
+
+        return check
 
     def _skips_unused(self, router: Router) -> bool:
         """Whether the index n_experts skips an unused slot's compute, which is arranged here."""
@@ -260,12 +290,12 @@ class RouterPatcher:
         return True
 
 
-def _nearest_model(model: nn.Module, routers: Sequence[Router]) -> nn.Module:
-    """The innermost PreTrainedModel that holds every router."""
-    nearest = model
+def _models(model: nn.Module, routers: Sequence[Router]) -> list[nn.Module]:
+    """The library's models that hold every router, from the outermost; else the model itself."""
+    found: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             inside = set(module.modules())
             if all(router.module in inside for router in routers):
-                nearest = module
-    return nearest
+                found.append(module)
+    return found or [model]

@@ -52,11 +52,13 @@ class CaptureOptions:
     Attributes:
         batch_size: windows per forward.
         generate: new tokens to generate after each window; 0 only reads the text.
+        allow_missing_layers: see bhlog.capture.observe.observe.
         writer: how the run is written.
     """
 
     batch_size: int = 8
     generate: int = 0
+    allow_missing_layers: bool = False
     writer: WriterOptions = field(default_factory=WriterOptions)
 
     def __post_init__(self) -> None:
@@ -176,7 +178,7 @@ def capture(
         RunExists, UnsupportedModel, KdeMismatch, InvalidOption, WriterFailed.
     """
     routing, options = routing or Routing(), options or CaptureOptions()
-    patcher = RouterPatcher(loaded.model)
+    patcher = RouterPatcher(loaded.model, allow_missing_layers=options.allow_missing_layers)
     patcher.check(routing, kde)
     writer = new_writer(
         run,

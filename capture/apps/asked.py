@@ -123,6 +123,9 @@ class Pace:
     sample_every: int
     no_token_ids: bool
     on_full: Any
+    shard_rows: int
+    seal_seconds: float
+    allow_missing_layers: bool
 
     def options(self) -> "CaptureOptions":
         """As a session takes them.
@@ -137,8 +140,15 @@ class Pace:
             sample_every=self.sample_every,
             token_ids=not self.no_token_ids,
             on_full=self.on_full,
+            shard_rows=self.shard_rows,
+            seal_seconds=self.seal_seconds,
         )
-        return CaptureOptions(self.batch_size, self.generate, writer)
+        return CaptureOptions(
+            batch_size=self.batch_size,
+            generate=self.generate,
+            allow_missing_layers=self.allow_missing_layers,
+            writer=writer,
+        )
 
     def noted(self) -> dict[str, Any]:
         """What the manifest keeps."""
@@ -258,6 +268,28 @@ pace_options = bundle(
         default="block",
         show_default=True,
         help="When the disk is slower than the model: wait, or drop tokens and count them.",
+    ),
+    click.option(
+        "--shard-rows",
+        type=int,
+        default=1 << 18,
+        show_default=True,
+        metavar="N",
+        help="Seal a shard after N rows.",
+    ),
+    click.option(
+        "--seal-seconds",
+        type=float,
+        default=30.0,
+        show_default=True,
+        metavar="S",
+        help="Seal a shard earlier once its first row is S seconds old, or a twentieth of the "
+        "run's time if that is more: what a kill can lose.",
+    ),
+    click.option(
+        "--allow-missing-layers",
+        is_flag=True,
+        help="Leave out layers whose router is not known, if others are.",
     ),
 )
 fit_options = bundle(

@@ -40,14 +40,14 @@ class GatedBlock:
         """
         if steer:
             name = "_old_forward" if "_old_forward" in vars(self.block) else "forward"
-            choose = eager(hook)
+            choose = eager(hook, exported=True)
             changes.set(self.block, name, lambda hidden: self._forward(choose, hidden))
             return
 
         def observe(module: nn.Module, args: Any, logits: Tensor) -> None:
             hook(module, args, self.own_choice(logits))
 
-        changes.after_forward(self.gate, observe)
+        changes.after_forward(self.gate, observe, last=True)
 
     def own_choice(self, logits: Tensor) -> Triple:
         """What the block chooses by these logits, by the operations of its own forward.

@@ -19,6 +19,7 @@ from torch import Tensor
 from bhlog.capture.contract.errors import UnknownIdentity
 from bhlog.capture.tokens.cache import cache_length, find_cache, is_tuple_cache, unwatch, watch
 from bhlog.capture.tokens.columns import mask_width, new_columns, packed, past_columns
+from bhlog.capture.tokens.filler import Suspects, without_runs
 from bhlog.capture.tokens.stream import NEVER, Forward, Stream
 
 
@@ -44,12 +45,16 @@ class Tracker:
         next_sequence, next_forward: the numbers given next.
         next_texts: by text column of the log, what the next new sequences have there, one name per
             row or per prompt of several rows; used up by the forward that starts them.
+        pad_token_id: id that is padding at either end of rows without attention mask, if known.
+        suspects: counts what may be padding in those, if it is not known.
         on_cut: called with a stream and its new length when a cache drops its last columns.
     """
 
     next_sequence: int = 0
     next_forward: int = 0
     next_texts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    pad_token_id: int | None = None
+    suspects: Suspects | None = None
     on_cut: Callable[[Stream, int], None] | None = None
     _streams: "weakref.WeakKeyDictionary[Any, Stream | None]" = field(
         default_factory=weakref.WeakKeyDictionary
@@ -76,7 +81,7 @@ class Tracker:
         with self._lock:
             known = None if cache is None else self._streams.get(cache)
             start = cache_length(cache, None if known is None else known.length)
-            real = _tokens_among(inputs, given, start)
+            real = self._tokens_among(inputs, given, start)
             stream = self._stream(cache, known, start, inputs.get("attention_mask"), given)
             chosen = self._chosen(stream, cache, given.shape[1])
             return self._forward(stream, inputs.get("input_ids"), real, start, chosen)
@@ -138,6 +143,27 @@ class Tracker:
             for cache in list(self._streams):
                 unwatch(cache)
             self._streams.clear()
+
+    def _tokens_among(self, inputs: dict[str, Any], given: Tensor, start: int) -> Tensor:
+        """(B, S) bool: columns of a forward that are tokens.
+
+        Raises:
+            UnknownIdentity: the mask cannot be read, or a row holds several sequences.
+        """
+        (B, S), mask = given.shape[:2], inputs.get("attention_mask")
+        real = new_columns(mask, B, start, S, given.device)
+        if packed(inputs, real):
+            raise UnknownIdentity(
+                "several sequences are packed in a row, as position_ids or cu_seq_lens_q say, and "
+                "bhlog cannot tell them apart; run one sequence per row, padded, with "
+                "attention_mask"
+            )
+        if mask is None and given.dim() == 2:
+            if self.pad_token_id is not None:
+                real = without_runs(given, self.pad_token_id, begins=start == 0)
+            elif self.suspects is not None and start == 0:
+                self.suspects.notice(given)
+        return real
 
     def _stream(
         self, cache: Any, stream: Stream | None, start: int, mask: Any, given: Tensor
@@ -294,22 +320,6 @@ def _given(inputs: dict[str, Any]) -> Tensor:
             tensor: Tensor = given
             return tensor
     raise UnknownIdentity("the forward has neither input_ids nor inputs_embeds")
-
-
-def _tokens_among(inputs: dict[str, Any], given: Tensor, start: int) -> Tensor:
-    """(B, S) bool: columns of a forward that are tokens.
-
-    Raises:
-        UnknownIdentity: the mask cannot be read, or a row holds several sequences.
-    """
-    B, S = given.shape[:2]
-    real = new_columns(inputs.get("attention_mask"), B, start, S, given.device)
-    if packed(inputs, real):
-        raise UnknownIdentity(
-            "several sequences are packed in a row, as position_ids or cu_seq_lens_q say, and "
-            "bhlog cannot tell them apart; run one sequence per row, padded, with attention_mask"
-        )
-    return real
 
 
 def _cache_of(inputs: dict[str, Any], length: int) -> Any:

@@ -34,17 +34,22 @@ def token_loss(forward: Forward, head: Tensor) -> Tensor | None:
     if ids is None:
         return None
     ids = ids.to(head.device)
+    known = None
+    if forward.foreign:
+        known, ids = (ids >= 0) & (ids < head.shape[2]), ids.clamp(0, head.shape[2] - 1)
     first = torch.full((B, 1), torch.nan, device=head.device)
     if forward.head_start is not None and forward.follows is not None:
         loss = cross_entropy(forward.head_start.to(head.device), ids[:, 0])
         first = torch.where(forward.follows.to(head.device), loss, torch.nan)[:, None]
-    if S == 1:
-        return first.view(-1)
-    nll = torch.full((B, S), torch.nan, device=head.device)
-    nll[:, :1] = first
+    nll = first
+    if S > 1:
+        nll = torch.full((B, S), torch.nan, device=head.device)
+        nll[:, :1] = first
     if H > 1:
         for row in range(B):  # a row is contiguous; the batch without its last column is not
             nll[row, S - H + 1 :] = cross_entropy(head[row, :-1], ids[row, S - H + 1 :])
         # the token after padding has no token before it
         nll[:, 1:].masked_fill_(~keep[:, :-1], torch.nan)
+    if known is not None:
+        nll = torch.where(known, nll, torch.nan)
     return nll.view(-1)

@@ -88,6 +88,8 @@ class Forward:
         ends: (B,) the stream's `ends` once the forward is done.
         head_start: (B, V) logits that predict the first column; None if unknown.
         follows: (B,) bool, rows whose column before the first is a token.
+        foreign: token_ids were not given to the base model but to a model around it, and some may
+            stand for what is no token of the vocabulary.
     """
 
     number: int
@@ -102,6 +104,7 @@ class Forward:
     ends: Tensor
     head_start: Tensor | None = None
     follows: Tensor | None = None
+    foreign: bool = False
 
     @property
     def rows(self) -> int:

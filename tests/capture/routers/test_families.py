@@ -19,7 +19,7 @@ from bhlog.capture.contract.manifest import Routing
 from bhlog.capture.contract.rule import BhOptions, decide
 from bhlog.capture.observe import observe, route
 from bhlog.capture.patch import RouterPatcher
-from bhlog.capture.routers.family import Router, find_routers
+from bhlog.capture.routers.family import Router, find_routers, supported
 from bhlog.capture.routers.registry import FAMILIES, UNREADABLE
 from tests.capture.families import build, inputs, narrow, output, packages, readme_table, table
 from tests.synthetic import normal_kde
@@ -208,7 +208,8 @@ def test_a_router_that_cannot_be_read_says_why(tmp_path: Path) -> None:
         pass
     assert "feed_forward.router is a Llama4Router" in str(error.value)
     assert "not the chosen experts" in str(error.value)
-    assert all(family.name in str(error.value) for family in FAMILIES.values())
+    assert f"Of the {len(supported())} families" in str(error.value)
+    assert sum(family.name in str(error.value) for family in FAMILIES.values()) < 10
 
 
 def test_every_router_of_the_library_has_a_row() -> None:
