@@ -1,5 +1,6 @@
 """The log of a run, opened for reading: manifest, null model, and folds over its rows."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from bhlog.analysis.condition import TOKEN, Condition, ShardTokens, condition
 from bhlog.analysis.storage import filesystem, reached, read_manifest
 from bhlog.capture.contract.errors import (
+    CorruptKde,
     CorruptShard,
     InvalidOption,
 )
@@ -28,6 +30,7 @@ from bhlog.capture.contract.schema import (
     schema_difference,
     shard_schema,
 )
+from bhlog.capture.contract.table import MOST_BYTES
 
 _MOST_TOKENS = 8  # shards of tokens kept for conditions that ask for their columns
 
@@ -128,14 +131,27 @@ class Log:
 
     @cached_property
     def kde(self) -> KdeModel | None:
-        """The null model in force in the run; None if it has none."""
-        path = f"{self._root}/kde.parquet"
+        """The null model in force in the run; None if it has none.
+
+        Raises:
+            CorruptKde: it cannot be read, or is not the one that the run was routed by.
+        """
+        path, name = f"{self._root}/kde.parquet", f"{self.path}/kde.parquet"
         with reached(self.path):
-            if self._fs.get_file_info(path).type == pafs.FileType.NotFound:
+            info = self._fs.get_file_info(path)
+            if info.type == pafs.FileType.NotFound:
                 return None
+            if info.type != pafs.FileType.File or info.size > MOST_BYTES:
+                raise CorruptKde(f"{name}: no file of at most {MOST_BYTES:,} bytes")
             with self._fs.open_input_stream(path) as stream:
                 data = stream.read()
-        return KdeModel.from_bytes(data, f"{self.path}/kde.parquet")
+        found, expected = hashlib.sha256(data).hexdigest(), self.manifest.routing.kde_sha256
+        if expected is not None and expected != found:
+            raise CorruptKde(
+                f"{name}: sha256 is {found[:12]}..., the manifest says {expected[:12]}...: not the "
+                "null model that the run was routed by; restore the file from a copy"
+            )
+        return KdeModel.from_bytes(data, name)
 
     @cached_property
     def missing(self) -> tuple[str, ...]:
@@ -279,6 +295,7 @@ class Log:
                 ) from error
             if batch is None:
                 return
+            self._check_values(batch, f"routing/{group.shard}")
             if len(there) < len(needed):
                 batch = _filled(batch, "routing", needed)
             if asked is not None:
@@ -349,7 +366,18 @@ class Log:
                 f"{self.path}/tokens/{name}: cannot be read ({str(error).splitlines()[0]}); "
                 "restore the file, or move it away to read the rest"
             ) from error
+        self._check_values(table, f"tokens/{name}")
         return table if len(there) == len(names) else _filled(table, "tokens", names)
+
+    def _check_values(self, rows: pa.RecordBatch | pa.Table, path: str) -> None:
+        """Raise CorruptShard if a value is missing that every row has."""
+        required = {c.name for c in COLUMNS[path.partition("/")[0]] if not c.nullable}
+        for name, column in zip(rows.schema.names, rows.columns, strict=True):
+            if name in required and _has_nulls(column):
+                raise CorruptShard(
+                    f"{self.path}/{path}: column '{name}' lacks values; restore the file, or move "
+                    "it away to read the rest"
+                )
 
     def _shards(self, folder: str) -> tuple[str, ...]:
         return tuple(sorted(name for name in self._names(folder) if SHARD_NAME.fullmatch(name)))
@@ -373,10 +401,20 @@ def _filled(rows: Rows, folder: str, names: list[str]) -> Rows:
     return rows.select(names)
 
 
+def _has_nulls(column: pa.Array | pa.ChunkedArray) -> bool:
+    """Whether a value of a column is null, or one in its lists."""
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    nested = (pa.ListArray, pa.FixedSizeListArray)
+    return any(
+        chunk.null_count or (isinstance(chunk, nested) and chunk.values.null_count)
+        for chunk in chunks
+    )
+
+
 def logits_of(batch: pa.RecordBatch) -> NDArray[np.float32]:
     """(T, E) float32 view of a batch's logits, without a copy."""
     column = batch.column("logits")
-    flat = column.flatten().to_numpy(zero_copy_only=True)
+    flat: Any = np.from_dlpack(column.flatten())  # to_numpy would import pandas
     result: NDArray[np.float32] = flat.reshape(len(column), column.type.list_size)
     return result
 

@@ -8,7 +8,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from bhlog.capture.contract.errors import CorruptManifest, MissingRun, RouterLogError
-from bhlog.capture.contract.manifest import MANIFEST_NAME, Manifest, merge_manifests
+from bhlog.capture.contract.manifest import (
+    MANIFEST_NAME,
+    MOST_MANIFEST_BYTES,
+    Manifest,
+    merge_manifests,
+)
 
 
 def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
@@ -53,7 +58,8 @@ def read_manifest(path: str, fs: pafs.FileSystem, root: str) -> Manifest:
         for name in sorted(n for n in found if n.startswith("run.") and n.endswith(".json")):
             if name == MANIFEST_NAME or name.startswith("run.rank"):
                 with fs.open_input_stream(f"{root}/{name}") as stream:
-                    ranks.append(Manifest.from_json(stream.read(), f"{path}/{name}"))
+                    text = stream.read(MOST_MANIFEST_BYTES + 1)
+                ranks.append(Manifest.from_json(text, f"{path}/{name}"))
     if len({manifest.run_id for manifest in ranks}) > 1:
         raise CorruptManifest(f"{path}: its manifests belong to different runs")
     return merge_manifests(ranks)

@@ -168,14 +168,14 @@ def _write_shards(
                 for batch in log.pieces(group, _COLUMNS, most_rows=most, shard=shard):
                     if stopped.is_set():
                         return
-                    for write_group, options, decisions in zip(
+                    for file, options, decisions in zip(
                         files, settings, decider.decide(batch), strict=True
                     ):
-                        write_group(_table(batch, decisions, options, log))
+                        file.write(_table(batch, decisions, options, log))
                     if scope.progress is not None:
                         scope.progress(batch.num_rows)
-        for part in parts:
-            seal((part / name).with_name(name + ".part"))
+        for file in files:
+            seal(file.path)
 
     # each thread holds a file open for each setting
     threads = min(scope.threads or os.cpu_count() or 1, max(1, _MOST_FILES // len(parts)))

@@ -2,8 +2,10 @@
 
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import IO
@@ -33,32 +35,43 @@ def write_shard(path: Path, groups: Iterable[pa.Table]) -> int:
         groups: a table per row group, at least one, all of one schema. A row group of routing rows
             holds one layer, so that readers skip layers by statistics.
     """
-    part = write_part(path, groups)
-    seal(part)
-    return path.stat().st_size
+    return seal(write_part(path, groups)).stat().st_size
 
 
 def write_part(path: Path, groups: Iterable[pa.Table]) -> Path:
     """Write and sync the shard that is to become `path` under a temporary name; return that."""
     tables = iter(groups)
     first = next(tables)
-    with open_part(path, first.schema) as write:
+    with open_part(path, first.schema) as part:
         for group in chain([first], tables):
-            write(group)
-    return path.with_name(path.name + ".part")
+            part.write(group)
+    return part.path
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A shard that is being written.
+
+    Attributes:
+        path: its temporary name.
+        write: writes the next row group.
+    """
+
+    path: Path
+    write: Callable[[pa.Table], None]
 
 
 @contextmanager
-def open_part(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
-    """A function that writes the next row group of the shard that is to become `path`.
+def open_part(path: Path, schema: pa.Schema) -> Iterator[Part]:
+    """The shard that is to become `path`, to be sealed after the block.
 
     The file has a temporary name, is synced at the end, and removed if anything fails.
     """
-    part = path.with_name(path.name + ".part")
+    part = _part_of(path)
     split = [name for name in _SPLIT if name in schema.names]
     dictionary = [name for name in schema.names if name not in split]
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             with pq.ParquetWriter(
                 file,
                 schema,
@@ -69,7 +82,10 @@ def open_part(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], No
                 write_statistics=dictionary,
                 write_page_checksum=True,
             ) as writer:
-                yield lambda group: writer.write_table(group, row_group_size=max(1, group.num_rows))
+                yield Part(
+                    part,
+                    lambda group: writer.write_table(group, row_group_size=max(1, group.num_rows)),
+                )
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
@@ -77,10 +93,22 @@ def open_part(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], No
         raise
 
 
-def seal(part: Path) -> None:
-    """Give a part its final name: from then on it is a shard, and never touched again."""
-    part.rename(part.with_suffix(""))
-    sync_folder(part.parent)
+def seal(part: Path) -> Path:
+    """Give a part its final name and return that: it is a shard now, and never touched again."""
+    path = final_path(part)
+    part.rename(path)
+    sync_folder(path.parent)
+    return path
+
+
+def final_path(part: Path) -> Path:
+    """What a part is to become."""
+    return part.with_name(part.name.rsplit(".", 2)[0])
+
+
+def _part_of(path: Path) -> Path:
+    """A temporary name of this writer's own: two that write one file do not mix."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
 
 
 def sync_folder(folder: Path) -> None:
@@ -105,17 +133,20 @@ def require_local(path: Path) -> None:
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A file under a temporary name: synced and renamed after the block, gone if it fails.
 
+    Of several that write one file at once, the last to finish wins, whole.
+
     Raises:
         InvalidOption: the path was a URI.
     """
     require_local(path)
-    part = path.with_name(path.name + ".part")
+    part = _part_of(path)
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+        sync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
             part.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from bhlog.capture.contract.errors import (
     RouterLogError,
     RunExists,
 )
-from bhlog.capture.contract.files import require_local, sync_folder
+from bhlog.capture.contract.files import require_local
 from bhlog.capture.contract.manifest import Count, Manifest, ShardEntry, Totals, manifest_name
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.schema import SCHEMA_VERSION, SHARD_NAME
@@ -127,7 +127,6 @@ def _fill(folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int) -> 
         routing = replace(manifest.routing, kde_sha256=kde.sha256)
         manifest = replace(manifest, routing=routing)
     manifest.write(folder, rank)
-    sync_folder(folder)
     return manifest
 
 
@@ -156,7 +155,7 @@ def resume(
             return _fill(folder, mine, kde, rank), Progress()
         raise RouterLogError(f"{path}: no run to resume ({error.strerror})") from error
     _check_same(path, before, manifest, kde)
-    for part in (*folder.glob(f"*/rank{rank:05d}-*.part"), path.with_name(path.name + ".part")):
+    for part in (*folder.glob(f"*/rank{rank:05d}-*.part"), *folder.glob(f"{path.name}*.part")):
         part.unlink(missing_ok=True)
     entries, progress = [], Progress()
     for routing in sorted((folder / "routing").glob(f"rank{rank:05d}-*.parquet")):

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from bhlog.capture.contract.files import seal, write_part
+from bhlog.capture.contract.files import final_path, seal, write_part
 from bhlog.capture.contract.manifest import ShardEntry, Totals
 from bhlog.capture.contract.null.histogram import HistogramAccumulator
 from bhlog.capture.contract.schema import shard_name
@@ -112,7 +112,7 @@ class Sealer:
         except BaseException:
             for part in parts:
                 part.unlink(missing_ok=True)
-                part.with_suffix("").unlink(missing_ok=True)  # half a pair is no shard
+                final_path(part).unlink(missing_ok=True)  # half a pair is no shard
             raise
         if self.histograms is not None and counts is not None:  # one shard at a time comes here
             self.histograms.merge(counts)

@@ -14,7 +14,8 @@ from bhlog.analysis.fold import Scope, fold
 from bhlog.analysis.log import layer_of, logits_of
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract import schema
-from bhlog.capture.contract.errors import CorruptShard, InvalidOption
+from bhlog.capture.contract.errors import CorruptKde, CorruptShard, InvalidOption
+from bhlog.capture.contract.files import write_shard
 from bhlog.capture.contract.manifest import Manifest
 from bhlog.capture.contract.rule import BhOptions
 from bhlog.capture.contract.schema import Column
@@ -224,6 +225,38 @@ def test_a_column_newer_than_the_run_holds_nulls(run, monkeypatch):
     assert first.to_pylist() == [{"mood": None, "layer": 0}] * 4
     assert log.tokens(["mood"])["mood"].null_count == log.tokens(["rank"]).num_rows == 60
     assert log.tokens().schema.names[-1] == "mood"
+
+
+@pytest.mark.parametrize(
+    ("folder", "column", "value"),
+    [
+        ("routing", "logits", None),
+        ("routing", "experts", None),
+        ("routing", "position", None),
+        ("tokens", "phase", None),
+    ],
+)
+def test_a_shard_that_lacks_values_is_corrupt(run, folder, column, value):
+    path = run / folder / "rank00000-00001.parquet"
+    with pq.ParquetFile(path) as shard:
+        groups = [shard.read_row_group(i) for i in range(shard.num_row_groups)]
+    for i, table in enumerate(groups):
+        index, type = table.schema.names.index(column), table.schema.field(column).type
+        values = pa.array([value, *table[column].to_pylist()[1:]], type)
+        groups[i] = table.set_column(index, pa.field(column, type), values)
+    write_shard(path, groups)
+    log = open_log(run)
+    with pytest.raises(
+        CorruptShard, match=rf"{folder}/{path.name}: column '{column}' lacks values"
+    ):
+        list(log.batches(["layer", column])) if folder == "routing" else log.tokens()
+
+
+def test_a_null_model_that_the_run_was_not_routed_by_is_refused(run):
+    assert open_log(run).kde is not None
+    normal_kde((0, 1, 4, 5)).save(run / "kde.parquet")
+    with pytest.raises(CorruptKde, match=r"kde.parquet: sha256 is \w{12}\.\.\., the manifest says"):
+        open_log(run).replay(0.2)
 
 
 @pytest.mark.parametrize("folder", ["routing", "tokens"])

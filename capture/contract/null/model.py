@@ -18,6 +18,7 @@ from bhlog.capture.contract.null.curve import NullCurve as NullCurve
 from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.null.histogram import Histogram, HistogramKey
 from bhlog.capture.contract.null.layer import LayerNull as LayerNull
+from bhlog.capture.contract.table import read_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +224,7 @@ class KdeModel(Mapping[int, LayerNull]):
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file, in hex digits: tells null models apart."""
+        """Of the file, in hex digits: tells null models apart; of a loaded one, as it was read."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def save(self, path: str | Path) -> str:
@@ -250,7 +251,7 @@ class KdeModel(Mapping[int, LayerNull]):
         """
         path = Path(path)
         try:
-            data = path.read_bytes()
+            data = read_bytes(path)
         except OSError as error:
             raise CorruptKde(
                 f"{path}: cannot read a null model ({error.strerror}); "
@@ -262,9 +263,11 @@ class KdeModel(Mapping[int, LayerNull]):
     def from_bytes(cls, data: bytes, name: str) -> "KdeModel":
         """Read a null model file from memory; name says in errors where it came from."""
         try:
-            return cls(*null_file.from_bytes(data))
+            model = cls(*null_file.from_bytes(data))
         except CorruptKde as error:
             raise CorruptKde(f"{name}: {error}") from error
+        vars(model)["sha256"] = hashlib.sha256(data).hexdigest()
+        return model
 
 
 def layer_ranges(layers: Iterable[int]) -> str:

@@ -1,3 +1,5 @@
+import re
+
 import duckdb
 import numpy as np
 import polars as pl
@@ -83,9 +85,21 @@ def test_a_shard_has_its_name_only_once_it_is_whole(run, tmp_path):
     table = pq.read_table(shard_of(run, "tokens"))
     path = tmp_path / "rank00000-00000.parquet"
     part = write_part(path, [table])
-    assert part.name == "rank00000-00000.parquet.part" and not path.exists()
+    assert re.fullmatch(r"rank00000-00000\.parquet\.[0-9a-f]{8}\.part", part.name)
+    assert not path.exists()
     seal(part)
     assert not part.exists() and pq.read_table(path).equals(table)
+
+
+def test_two_that_write_one_shard_do_not_mix_and_the_last_wins_whole(run, tmp_path):
+    table = pq.read_table(shard_of(run, "tokens"))
+    path = tmp_path / "rank00000-00000.parquet"
+    first, second = (write_part(path, [rows]) for rows in (table, table.slice(1)))
+    assert first != second
+    seal(second)
+    seal(first)
+    assert pq.read_table(path).equals(table)
+    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "run"]
 
 
 def test_a_table_that_fails_leaves_no_file(run, tmp_path):

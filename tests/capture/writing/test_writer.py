@@ -42,6 +42,7 @@ def test_rows_come_out_as_they_went_in(run, dtype, padding):
         assert row == {
             "rank": 0, "sequence": s, "position": p, "token_id": 100 * s + p, "phase": "prefill",
             "forward": s, "nll": None if p == 0 else p / 8, "source": f"text {s % 3}",
+                "sample_id": None,
         }  # fmt: skip
     for batch in log.batches(["experts", "weights", "n_selected", "n_rejected", "rank"]):
         for row in batch.to_pylist():
@@ -324,8 +325,7 @@ def test_shards_are_sealed_in_order_though_encoded_side_by_side(run, monkeypatch
         return write_part(path, groups)
 
     def noted(part: Path) -> None:
-        order.append(f"{part.parent.name}/{part.name}")
-        seal(part)
+        order.append(f"{part.parent.name}/{seal(part).name}")
 
     monkeypatch.setattr(module, "write_part", slow_first)
     monkeypatch.setattr(module, "seal", noted)
@@ -334,7 +334,7 @@ def test_shards_are_sealed_in_order_though_encoded_side_by_side(run, monkeypatch
         log_writer.submit(make_block(number))
     log_writer.close()
     pairs = [(n, folder) for n in range(4) for folder in ("tokens", "routing")]
-    assert order == [f"{folder}/rank00000-0000{n}.parquet.part" for n, folder in pairs]
+    assert order == [f"{folder}/rank00000-0000{n}.parquet" for n, folder in pairs]
     assert len(check_run(run)) == 40
 
 

@@ -1,3 +1,9 @@
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -5,8 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from bhlog.capture.contract import table as table_file
 from bhlog.capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch
-from bhlog.capture.contract.null import file as null_file
 from bhlog.capture.contract.null.curve import round_up_to_float32
 from bhlog.capture.contract.null.histogram import Histogram, Trim
 from bhlog.capture.contract.null.model import KdeModel, LayerNull, NullCurve
@@ -314,12 +320,70 @@ def test_a_file_that_claims_more_than_memory_holds_is_refused_before_it_is_read(
 ):
     path = tmp_path / "null.parquet"
     normal_kde([0, 1]).save(path)  # 1,537 grid points in each
-    monkeypatch.setattr(null_file, "_MOST_VALUES", 3000)
-    with pytest.raises(CorruptKde, match=r"null\.parquet: claims to hold [0-9,]+ values"):
+    monkeypatch.setattr(table_file, "MOST_VALUES", 3000)
+    with pytest.raises(
+        CorruptKde, match=r"null\.parquet: not a null model file: claims to hold [0-9,]+ values"
+    ):
         KdeModel.load(path)
-    monkeypatch.setattr(null_file, "_MOST_ROWS", 1)
-    with pytest.raises(CorruptKde, match=r"null\.parquet: claims to hold 2 curves"):
+    monkeypatch.setattr(table_file, "MOST_ROWS", 1)
+    with pytest.raises(
+        CorruptKde, match=r"null\.parquet: not a null model file: claims to hold 2 curves"
+    ):
         KdeModel.load(path)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "null.parquet")
+    with pytest.raises(CorruptKde, match=r"null\.parquet: cannot read a null model \(not a file"):
+        KdeModel.load(tmp_path / "null.parquet")
+
+
+def test_a_file_without_end_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "null.parquet"
+    normal_kde([0]).save(path)
+    monkeypatch.setattr(table_file, "MOST_BYTES", path.stat().st_size - 1)
+    with pytest.raises(CorruptKde, match=r"cannot read a null model \([0-9,]+ bytes; expected"):
+        KdeModel.load(path)
+
+
+def test_other_rows_than_were_written_are_noticed(tmp_path):
+    path = tmp_path / "null.parquet"
+    normal_kde([0, 1]).save(path)
+    table = pq.read_table(path)
+    for column, value in (("bandwidth", 0.2), ("source", ["other"]), ("layer", 9)):
+        values = [value, *table[column].to_pylist()[1:]]
+        index = table.column_names.index(column)
+        field = table.schema.field(column)
+        pq.write_table(table.set_column(index, field, pa.array(values, field.type)), path)
+        with pytest.raises(CorruptKde, match="not those that were written"):
+            KdeModel.load(path)
+    pq.write_table(table, path)  # the same rows in another encoding
+    assert KdeModel.load(path).to_bytes() == normal_kde([0, 1]).to_bytes()
+
+
+def test_a_file_of_before_checksums_reads(tmp_path):
+    table = normal_kde([0, 1]).to_table()
+    metadata = {k: v for k, v in table.schema.metadata.items() if k != b"bhlog.sha256"}
+    assert len(metadata) == len(table.schema.metadata) - 1
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "null.parquet")
+    assert sorted(KdeModel.load(tmp_path / "null.parquet")) == [0, 1]
+
+
+def test_a_loaded_model_is_known_by_the_file_it_was_read_from(tmp_path):
+    path = tmp_path / "null.parquet"
+    assert normal_kde([0]).save(path) == KdeModel.load(path).sha256 == normal_kde([0]).sha256
+    pq.write_table(pq.read_table(path), path)
+    assert KdeModel.load(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_reading_a_null_model_imports_no_pandas():
+    golden = Path(__file__).parents[3] / "data" / "golden_v1" / "kde.parquet"
+    code = (
+        "import sys; from bhlog.capture.contract.null.model import KdeModel;"
+        f"model = KdeModel.load({str(golden)!r}); model.thresholds(0.25, 8); model.sha256;"
+        "sys.exit('pandas' in sys.modules or 'scipy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 PLAIN = model_with_levels().to_bytes()

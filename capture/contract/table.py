@@ -1,0 +1,88 @@
+"""Parquet files of one table beside the log: null models and profiles, bounded and checked.
+
+Such a file carries the sha256 of what its rows hold in its metadata. Files of earlier versions
+have none, and are read as they are.
+"""
+
+import errno
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+MOST_BYTES = 1 << 31  # of a file
+MOST_ROWS = 1 << 20  # a small file can claim more than any memory holds
+MOST_VALUES = 1 << 28  # in a column
+_CHECKSUM = b"bhlog.sha256"
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        OSError: it cannot be read, is no file, or is larger than MOST_BYTES.
+    """
+    size = path.stat().st_size
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a file")
+    if size > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"{size:,} bytes; expected at most {MOST_BYTES:,}")
+    with path.open("rb") as file:
+        return file.read(MOST_BYTES)
+
+
+def with_checksum(table: pa.Table) -> pa.Table:
+    """The table with the checksum of its rows in its metadata."""
+    return table.replace_schema_metadata(
+        {**(table.schema.metadata or {}), _CHECKSUM: checksum(table)}
+    )
+
+
+def read_table(file: pq.ParquetFile, rows: str = "rows") -> pa.Table:
+    """The table of a file whose columns were looked at; its rows go by a name of their own.
+
+    Raises:
+        ValueError: it claims to hold more than fits, or other rows than were written.
+        pa.ArrowException, OSError: it cannot be decoded.
+    """
+    file.scan_contents()  # raises where looking at the footer's columns would end the process
+    footer = file.metadata
+    if footer.num_rows > MOST_ROWS:
+        raise ValueError(f"claims to hold {footer.num_rows:,} {rows}")
+    for group in range(footer.num_row_groups):
+        for column in range(footer.num_columns):
+            values = footer.row_group(group).column(column).num_values
+            if not 0 <= values <= MOST_VALUES // footer.num_row_groups:
+                raise ValueError(f"claims to hold {values:,} values in a column")
+    # one of Arrow's threads would end the process if it let go of the bytes at exit
+    return file.read(use_threads=False)
+
+
+def check_checksum(table: pa.Table) -> None:
+    """Raise ValueError if the rows are not those that were written."""
+    expected = (table.schema.metadata or {}).get(_CHECKSUM)
+    if expected is not None and checksum(table).encode() != expected:
+        raise ValueError("its rows are not those that were written: restore the file from a copy")
+
+
+def checksum(table: pa.Table) -> str:
+    """Sha256 of what the rows and the other metadata say, however the file is encoded."""
+    metadata = {
+        key.decode(): value.decode()
+        for key, value in (table.schema.metadata or {}).items()
+        if key.startswith(b"bhlog.") and key != _CHECKSUM
+    }
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        plain: list[object]
+        if pa.types.is_list(column.type) and not pa.types.is_string(column.type.value_type):
+            plain = column.value_lengths().to_pylist()
+            digest.update(np.from_dlpack(column.flatten()).data)
+        else:
+            plain = column.to_pylist()
+        digest.update(json.dumps([name, plain]).encode())
+    return digest.hexdigest()
