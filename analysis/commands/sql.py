@@ -189,6 +189,7 @@ def _warnings_in_one_line() -> Iterator[None]:
         click.echo(f"bhlog: {message}", err=True)
 
     with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show
         yield
 

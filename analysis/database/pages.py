@@ -8,7 +8,10 @@ with what the footer says of the chunk.
 import zlib
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+
 _PAGE_TYPES = {0: 5, 2: 7, 3: 8}  # data, dictionary, data v2: field of the header that they need
+_WIDTHS = {"INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 _ENCODINGS = {
     0: "PLAIN",
     2: "PLAIN_DICTIONARY",
@@ -31,6 +34,7 @@ class Chunk(NamedTuple):
         n_values: values of all its data pages.
         n_bytes: uncompressed bytes of all its pages, headers included.
         encodings: of its pages, by name.
+        physical_type, compression: of its values and pages, by name.
     """
 
     start: int
@@ -40,6 +44,8 @@ class Chunk(NamedTuple):
     n_values: int
     n_bytes: int
     encodings: tuple[str, ...]
+    physical_type: str
+    compression: str
 
 
 def chunks_of(metadata: Any) -> list[Chunk]:
@@ -61,6 +67,8 @@ def chunks_of(metadata: Any) -> list[Chunk]:
                     column.num_values,
                     column.total_uncompressed_size,
                     column.encodings,
+                    column.physical_type,
+                    column.compression,
                 )
             )
     return sorted(chunks)
@@ -81,13 +89,18 @@ def page_error(data: memoryview, chunk: Chunk) -> str | None:
         except (IndexError, KeyError, TypeError, ValueError, RecursionError):
             return f"page {n_pages} has no readable header"
         end = start + size
-        if min(size, values) < 0 or end > len(data) or encoding not in chunk.encodings:
+        fits = end <= len(data) and 0 <= header[2] <= chunk.n_bytes
+        if min(size, values) < 0 or not fits or encoding not in chunk.encodings:
             return f"page {n_pages} is not what the footer says of its column"
         if crc is not None:
             if zlib.crc32(data[start:end]) != crc & 0xFFFFFFFF:
                 return f"page {n_pages} does not have its checksum"
             n_checked += 1
-        n_values += 0 if header[1] == 2 else values
+        if header[1] == 2:
+            if _dictionary_values(data[start:end], header[2], chunk) != values:
+                return f"page {n_pages} holds another number of values than its header says"
+        else:
+            n_values += values
         n_bytes += start - at + header[2]
         n_pages += 1
         at = end
@@ -96,6 +109,23 @@ def page_error(data: memoryview, chunk: Chunk) -> str | None:
     if 0 < n_checked < n_pages:
         return "some of its pages have a checksum and others none"
     return None if n_checked or not n_pages else ""
+
+
+def _dictionary_values(page: memoryview, n_bytes: int, chunk: Chunk) -> int:
+    """Values of a dictionary page, which the footer does not say; -1 if it cannot be read."""
+    width = _WIDTHS.get(chunk.physical_type)
+    if width is not None:
+        return n_bytes // width if n_bytes % width == 0 else -1
+    try:
+        codec = None if chunk.compression == "UNCOMPRESSED" else pa.Codec(chunk.compression.lower())
+        plain = bytes(page) if codec is None else codec.decompress(page, n_bytes, asbytes=True)
+    except (pa.ArrowException, ValueError, OSError):
+        return -1
+    at = values = 0
+    while at + 4 <= len(plain):
+        at += 4 + int.from_bytes(plain[at : at + 4], "little")
+        values += 1
+    return values if at == len(plain) else -1
 
 
 def _struct(data: memoryview, at: int) -> tuple[dict[int, Any], int]:

@@ -22,12 +22,7 @@ from bhlog.analysis.database.pages import Chunk, chunks_of, page_error
 from bhlog.analysis.log import Log
 from bhlog.analysis.replay.decisions import SCHEMA as DECISIONS
 from bhlog.capture.contract.errors import CorruptShard
-from bhlog.capture.contract.schema import (
-    SHARD_NAME,
-    routing_schema,
-    schema_difference,
-    tokens_schema,
-)
+from bhlog.capture.contract.schema import SHARD_NAME, schema_difference
 
 SCHEME = "bhlog"
 _HELD_BYTES = 256 << 20  # of chunks that are read in parts, over all files
@@ -147,9 +142,10 @@ class _Layout:
                 "name only when complete, so this copy is probably cut short: compare its size "
                 "with the original, or move it away to read the rest."
             ) from error
-        expected = {"routing": routing_schema(log.n_experts), "tokens": tokens_schema()}.get(
-            inside.partition("/")[0], None if inside == "kde.parquet" else DECISIONS
-        )
+        folder = inside.partition("/")[0]
+        expected = DECISIONS if folder == "replay" else None
+        if folder in ("routing", "tokens"):
+            expected = log.schema(folder)
         difference = None if expected is None else schema_difference(schema, expected)
         if difference:
             raise CorruptShard(f"{self.where}: {difference}")

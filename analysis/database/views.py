@@ -1,26 +1,22 @@
-"""The views of opened runs: what each holds and which files it reads."""
+"""The views of opened runs, as SQL over their files: for bhlog's connection and for a shell's."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from bhlog.analysis.database.catalog import VIEWS, meaning
-from bhlog.analysis.database.run_files import SCHEME, RunFiles
+from bhlog.analysis.database.run_files import RunFiles
+from bhlog.analysis.database.runs_table import RUNS, runs_table
 from bhlog.analysis.log import Log
 from bhlog.analysis.replay.decisions import SCHEMA as DECISIONS
-from bhlog.capture.contract.errors import CorruptManifest, CorruptShard
-from bhlog.capture.contract.manifest import Totals
 from bhlog.capture.contract.null.file import KDE_SCHEMA
 from bhlog.capture.contract.null.model import KdeModel
-from bhlog.capture.contract.schema import routing_schema, schema_difference, tokens_schema
+from bhlog.capture.contract.schema import shard_schema
 
 # experts, weights and logits are indexed rather than unnested, so that unused ones are not read.
-SELECTIONS = """
-CREATE VIEW selections AS
+_SELECTIONS = """
 SELECT
     run,
     layer,
@@ -35,22 +31,19 @@ SELECT
     logits[experts[k]::INTEGER + 1] AS logit,
     p_value(logits[experts[k]::INTEGER + 1], layer, experts[k], run) AS p_value,
     rank
-FROM (SELECT *, unnest(range(1, len(experts) + 1)) AS k FROM routing);
+FROM (SELECT *, unnest(range(1, len(experts) + 1)) AS k FROM routing)
 """
 
 _SHARDS = """
 CREATE VIEW shards AS
 SELECT run, folder, parse_filename(path) AS shard, bytes, coalesce(rows, 0) AS rows
 FROM internal.files
-LEFT JOIN (
-    SELECT path, count(*) AS rows
-    FROM (SELECT path FROM internal.routing UNION ALL SELECT path FROM internal.tokens)
-    GROUP BY path
-) AS counted USING (path)
-ORDER BY run, folder, shard;
+LEFT JOIN internal.counted USING (path)
+ORDER BY run, folder, shard
 """
 
-_REPLAYS = pa.schema([pa.field("run", pa.string()), pa.field("replay", pa.string()), *DECISIONS])
+# Where the files of a run lie for read_parquet: given a run and one of its folders or files.
+Places = Callable[[str, str], list[str]]
 
 
 def create_views(
@@ -66,179 +59,148 @@ def create_views(
 
     Raises:
         CorruptShard: the first shard of a run is unreadable or has other columns.
+        CorruptKde: a run's null model is unreadable.
     """
     connection.execute("CREATE SCHEMA internal").fetchall()
-    _create_rows(connection, runs, files, "routing", routing_schema(0))
-    _create_rows(connection, runs, files, "tokens", tokens_schema())
-    connection.execute(SELECTIONS).fetchall()
-    _create_table(connection, "runs", runs_table(runs))
-    _create_kde(connection, runs, kde)
-    _create_replays(connection, files, runs)
+    views = view_queries(runs, lambda run, folder: list(files.listing(run, folder)))
+    # what was read whole and checked, which kde.parquet in a shell is not
+    connection.from_arrow(_kde_table(runs, kde)).create("internal.kde")
+    views["kde"] = "SELECT * FROM internal.kde"
+    schemas = {
+        "routing": shard_schema("routing", 0),
+        "tokens": shard_schema("tokens", 0),
+        "kde": KDE_SCHEMA,
+        "replays": pa.schema([pa.field("replay", pa.string()), *DECISIONS]),
+    }
+    for view, schema in schemas.items():
+        query = views[view] or _no_rows([pa.field("run", pa.string()), *schema])
+        connection.execute(f"CREATE VIEW {view} AS {query}").fetchall()
+    connection.execute(f"CREATE VIEW selections AS {_SELECTIONS}").fetchall()
+    connection.execute(f"CREATE VIEW runs AS {views['runs'] or _no_rows(RUNS)}").fetchall()
     _create_shards(connection, runs, files)
     _comment(connection)
 
 
-def runs_table(runs: Mapping[str, Log]) -> pa.Table:
-    """A row per run: its manifest, flattened.
-
-    Raises:
-        CorruptManifest: a field is not of its kind.
-    """
-    tables = [RUNS.empty_table()]
-    for name, log in runs.items():
-        try:
-            tables.append(pa.Table.from_pylist([_run_row(name, log)], RUNS))
-        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            reason = str(error).splitlines()[0]
-            raise CorruptManifest(
-                f"{log.path}: a field of its manifest is not of its kind ({reason})"
-            ) from error
-    return pa.concat_tables(tables)
-
-
-RUNS = pa.schema(
-    [
-        ("run", pa.string()),
-        ("path", pa.string()),
-        ("run_id", pa.string()),
-        ("created", pa.string()),
-        ("closed", pa.string()),
-        ("model", pa.string()),
-        ("class_name", pa.string()),
-        ("revision", pa.string()),
-        ("dtype", pa.string()),
-        ("layers", pa.list_(pa.uint16())),
-        ("n_experts", pa.uint16()),
-        ("top_k", pa.uint16()),
-        ("norm_topk_prob", pa.bool_()),
-        ("scoring", pa.string()),
-        ("routing", pa.string()),
-        ("alpha", pa.float64()),
-        ("min_k", pa.uint16()),
-        ("max_k", pa.uint16()),
-        ("temperature", pa.float64()),
-        ("renormalize", pa.string()),
-        ("p_values", pa.string()),
-        ("kde_sha256", pa.string()),
-        ("sample_every", pa.uint32()),
-        ("token_ids", pa.bool_()),
-        *((name, pa.int64()) for name in asdict(Totals())),
-        ("error", pa.string()),
-        ("versions", pa.map_(pa.string(), pa.string())),
-    ]
-)
-
-
-def _run_row(name: str, log: Log) -> dict[str, Any]:
-    manifest = log.manifest
-    options = manifest.routing.options
-    chosen = asdict(options) if options else {}
-    if options:
-        chosen["renormalize"] = str(options.renormalize).lower()
-    row = {
-        **asdict(manifest),
-        **asdict(manifest.model),
-        **asdict(manifest.totals),
-        **chosen,
-        "run": name,
-        "path": log.path,
-        "model": manifest.model.name,
-        "routing": manifest.routing.kind,
-        "kde_sha256": manifest.routing.kde_sha256,
-        "versions": list(manifest.versions.items()),
-    }
-    return {column: row.get(column) for column in RUNS.names}
-
-
-def _create_rows(
-    connection: duckdb.DuckDBPyConnection,
-    runs: Mapping[str, Log],
-    files: RunFiles,
-    folder: str,
-    schema: pa.Schema,
-) -> None:
-    """The view `routing` or `tokens`: the shards of every run, with the run's name before them."""
-    relations = []
-    for name, log in runs.items():
-        paths = list(files.listing(name, folder))
-        if paths:
-            log.open_shard(folder, paths[0].rpartition("/")[2])
-            there = _read(connection, paths, log.schema(folder).names, run=name)
-            relations.append(_with_nulls(connection, there, schema))
-    if not relations:
-        relations = [_empty(connection, pa.schema([pa.field("run", pa.string()), *schema]))]
-    _union(relations).create_view(folder)
-
-
-def _with_nulls(
-    connection: duckdb.DuckDBPyConnection, rows: duckdb.DuckDBPyRelation, schema: pa.Schema
-) -> duckdb.DuckDBPyRelation:
-    """The run's name and the schema's columns, NULL in those that the run has not."""
-    missing = [name for name in schema.names if name not in rows.columns]
-    if not missing:
-        return rows
-    empty = _empty(connection, schema)
-    types = dict(zip(empty.columns, empty.types, strict=True))
-    return rows.select(
-        duckdb.ColumnExpression("run"),
-        *(
-            duckdb.ConstantExpression(None).cast(types[name]).alias(name)
-            if name in missing
-            else duckdb.ColumnExpression(name)
-            for name in schema.names
+def view_queries(runs: Mapping[str, Log], places: Places) -> dict[str, str]:
+    """A query for each view that reads files, in one line; "" where there are none."""
+    routing = _union(_rows(name, log, "routing", places) for name, log in runs.items())
+    return {
+        "routing": routing,
+        "selections": " ".join(_SELECTIONS.split()) if routing else "",
+        "tokens": _union(_rows(name, log, "tokens", places) for name, log in runs.items()),
+        "runs": _runs(runs),
+        "kde": _union(_read(name, places(name, "kde.parquet"), KDE_SCHEMA) for name in runs),
+        "replays": _union(
+            _read(name, places(name, "replay"), DECISIONS, "parse_path(filename)[-2] AS replay")
+            for name in runs
         ),
-    )
+    }
 
 
-def _create_table(connection: duckdb.DuckDBPyConnection, name: str, table: pa.Table) -> None:
-    connection.from_arrow(table).create(name)
+def _rows(run: str, log: Log, folder: str, places: Places) -> str:
+    there = log.schema(folder).names
+    return _read(run, places(run, folder), shard_schema(folder, log.n_experts), there=there)
 
 
-def _create_kde(
-    connection: duckdb.DuckDBPyConnection, runs: Mapping[str, Log], kde: KdeModel | None
-) -> None:
-    tables = [pa.schema([pa.field("run", pa.string()), *KDE_SCHEMA]).empty_table()]
-    for name, log in runs.items():
-        model = kde or log.kde
-        if model is not None:
-            rows = model.to_table()
-            tables.append(rows.add_column(0, "run", pa.array([name] * len(rows), pa.string())))
-    _create_table(connection, "kde", pa.concat_tables(tables))
+def _read(
+    run: str,
+    paths: list[str],
+    schema: pa.Schema,
+    first: str | None = None,
+    *,
+    there: Iterable[str] | None = None,
+) -> str:
+    """A SELECT of a schema's columns and no others from files of a run; "" if there are none.
+
+    Args:
+        first: a column before those of the schema, which may use `filename`.
+        there: the columns that the files have, the others are NULL; None: all.
+    """
+    if not paths:
+        return ""
+    there = schema.names if there is None else list(there)
+    columns = [
+        field.name if field.name in there else f"NULL::{sql_type(field.type)} AS {field.name}"
+        for field in schema
+    ]
+    named = [f"{text(run)} AS run", *([first] if first else []), *columns]
+    listed = ", ".join(map(text, paths))
+    options = "hive_partitioning = false" + (", filename = true" if first else "")
+    return f"SELECT {', '.join(named)} FROM read_parquet([{listed}], {options})"
 
 
-def _create_replays(
-    connection: duckdb.DuckDBPyConnection, files: RunFiles, runs: Mapping[str, Log]
-) -> None:
-    relations = []
-    for name, log in runs.items():
-        of_replay: dict[str, list[str]] = {}
-        for path in files.listing(name, "replay"):
-            of_replay.setdefault(path.split("/")[-2], []).append(path)
-        for replay, paths in of_replay.items():
-            inside = paths[0].removeprefix(f"{SCHEME}://{name}/")
-            _check_decisions(log, inside)
-            relations.append(_read(connection, paths, DECISIONS.names, run=name, replay=replay))
-    if not relations:
-        relations = [_empty(connection, _REPLAYS)]
-    _union(relations).create_view("replays")
+def _union(selects: Iterable[str]) -> str:
+    return " UNION ALL ".join(select for select in selects if select)
 
 
-def _check_decisions(log: Log, path: str) -> None:
-    try:
-        found = pq.read_schema(log.open_file(path))
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CorruptShard(f"{log.path}/{path}: cannot be read ({reason}); move it away") from error
-    difference = schema_difference(found, DECISIONS)
-    if difference:
-        raise CorruptShard(f"{log.path}/{path}: {difference}; bhlog replay --out writes others")
+def _no_rows(schema: Iterable[pa.Field]) -> str:
+    columns = ", ".join(f"NULL::{sql_type(field.type)} AS {field.name}" for field in schema)
+    return f"SELECT {columns} WHERE false"
+
+
+def _runs(runs: Mapping[str, Log]) -> str:
+    if not runs:
+        return ""
+    rows = [
+        "(" + ", ".join(_literal(_value(row[column])) for column in RUNS.names) + ")"
+        for row in runs_table(runs).to_pylist()
+    ]
+    columns = ", ".join(f"{field.name}::{sql_type(field.type)} AS {field.name}" for field in RUNS)
+    names = ", ".join(RUNS.names)
+    return f"SELECT {columns} FROM (VALUES {', '.join(rows)}) AS opened ({names})"
+
+
+def _value(value: Any) -> Any:
+    """A value of a row of RUNS; a map, which Arrow gives as pairs, as a dict."""
+    pairs = isinstance(value, list) and bool(value) and isinstance(value[0], tuple)
+    return dict(value) if pairs else value
+
+
+def _literal(value: object) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, bool | int | float):
+        return str(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    if isinstance(value, dict):
+        return f"map({_literal(list(value))}, {_literal(list(value.values()))})"
+    return text(str(value))
+
+
+def text(value: str) -> str:
+    """A text as SQL writes it."""
+    return "'" + value.replace("'", "''") + "'"
+
+
+_TYPES = {
+    pa.int32(): "INTEGER",
+    pa.int64(): "BIGINT",
+    pa.uint16(): "USMALLINT",
+    pa.uint32(): "UINTEGER",
+    pa.float32(): "FLOAT",
+    pa.float64(): "DOUBLE",
+    pa.bool_(): "BOOLEAN",
+    pa.string(): "VARCHAR",
+}
+
+
+def sql_type(data_type: pa.DataType) -> str:
+    """The type that DuckDB reads a column of Parquet as."""
+    if pa.types.is_dictionary(data_type):
+        return sql_type(data_type.value_type)
+    if pa.types.is_map(data_type):
+        return f"MAP({sql_type(data_type.key_type)}, {sql_type(data_type.item_type)})"
+    if pa.types.is_list(data_type) or pa.types.is_fixed_size_list(data_type):
+        return f"{sql_type(data_type.value_type)}[]"
+    return _TYPES[data_type]
 
 
 def _create_shards(
     connection: duckdb.DuckDBPyConnection, runs: Mapping[str, Log], files: RunFiles
 ) -> None:
     """The view `shards`: files, their bytes, and their rows, counted when asked for."""
-    listed: list[dict[str, Any]] = [
+    listed = [
         {"run": name, "folder": folder, "path": path, "bytes": size}
         for name in runs
         for folder in ("routing", "tokens")
@@ -247,18 +209,26 @@ def _create_shards(
     schema = pa.schema(
         [(c, pa.string()) for c in ("run", "folder", "path")] + [("bytes", pa.int64())]
     )
-    _create_table(connection, "internal.files", pa.Table.from_pylist(listed, schema))
-    for folder in ("routing", "tokens"):
-        paths = [row["path"] for row in listed if row["folder"] == folder]
-        relation = (
-            _read(connection, paths, [], path=duckdb.ColumnExpression("filename"))
-            if paths
-            else _empty(connection, pa.schema([("path", pa.string())]))
-        )
-        connection.execute("SET schema = 'internal'").fetchall()  # create_view takes a bare name
-        relation.create_view(folder)
-        connection.execute("SET schema = 'main'").fetchall()
+    connection.from_arrow(pa.Table.from_pylist(listed, schema)).create("internal.files")
+    counts = [
+        f"SELECT filename AS path, count(*) AS rows FROM read_parquet([{', '.join(paths)}], "
+        "hive_partitioning = false, filename = true) GROUP BY filename"
+        for folder in ("routing", "tokens")
+        if (paths := [text(str(row["path"])) for row in listed if row["folder"] == folder])
+    ]
+    none = "SELECT NULL::VARCHAR AS path, NULL::BIGINT AS rows WHERE false"
+    connection.execute(f"CREATE VIEW internal.counted AS {_union(counts) or none}").fetchall()
     connection.execute(_SHARDS).fetchall()
+
+
+def _kde_table(runs: Mapping[str, Log], kde: KdeModel | None) -> pa.Table:
+    tables = [pa.schema([pa.field("run", pa.string()), *KDE_SCHEMA]).empty_table()]
+    for name, log in runs.items():
+        model = kde or log.kde
+        if model is not None:
+            rows = model.to_table()
+            tables.append(rows.add_column(0, "run", pa.array([name] * len(rows), pa.string())))
+    return pa.concat_tables(tables)
 
 
 def _comment(connection: duckdb.DuckDBPyConnection) -> None:
@@ -275,38 +245,3 @@ def _comment(connection: duckdb.DuckDBPyConnection) -> None:
         about = VIEWS[view].replace("'", "''")
         statements.append(f"COMMENT ON {kind} {view} IS '{about}'")
     connection.execute("; ".join(dict.fromkeys(statements))).fetchall()
-
-
-def _read(
-    connection: duckdb.DuckDBPyConnection,
-    paths: list[str],
-    names: list[str],
-    **columns: str | duckdb.Expression,
-) -> duckdb.DuckDBPyRelation:
-    """These columns of Parquet files and no others, after columns that are the same in all rows."""
-    first = [
-        (duckdb.ConstantExpression(value) if isinstance(value, str) else value).alias(name)
-        for name, value in columns.items()
-    ]
-    relation = connection.read_parquet(paths, hive_partitioning=False)
-    return relation.select(*first, *map(duckdb.ColumnExpression, names))
-
-
-def _empty(connection: duckdb.DuckDBPyConnection, schema: pa.Schema) -> duckdb.DuckDBPyRelation:
-    """No rows of these columns, of the types that DuckDB reads from Parquet."""
-    name = f"internal.no_{len(connection.execute('SHOW ALL TABLES').fetchall())}"
-    fields = [
-        pa.field(f.name, pa.list_(f.type.value_type))
-        if pa.types.is_fixed_size_list(f.type)
-        else pa.field(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type)
-        for f in schema
-    ]
-    _create_table(connection, name, pa.schema(fields).empty_table())
-    return connection.table(name)
-
-
-def _union(relations: list[duckdb.DuckDBPyRelation]) -> duckdb.DuckDBPyRelation:
-    whole, *others = relations
-    for other in others:
-        whole = whole.union(other)
-    return whole
