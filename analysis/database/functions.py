@@ -11,9 +11,9 @@
 | top_probability(logits) | the largest weight of the softmax |
 | n_shared(experts, others) | how many experts two selections share |
 
-min_k and max_k are 1 and the number of experts unless given. run tells which run's null model
-counts, and is needed only where runs with different ones are open. NULL in, NULL out; a row without
-a finite logit, on which the rule cannot decide, is NULL too.
+min_k and max_k are those of the run unless given; of a native run 1 and the number of experts. run
+tells which run's null model and bounds count, and is needed only where runs with different ones are
+open. NULL in, NULL out; a row without a finite logit, on which the rule cannot decide, is NULL too.
 """
 
 import inspect
@@ -51,12 +51,15 @@ FUNCTIONS = (
     "n_shared",
 )
 
+_MOST_EXPERTS = 65_535  # n_selected is uint16
+_DENSE_EXPERTS = 4096
+
 # Optional arguments are DuckDB's: functions in Python have a fixed number of them.
 _MACROS = """
-CREATE MACRO bh_count(logits, layer, alpha, min_k := 1, max_k := NULL, run := NULL) AS _bh_count(
+CREATE MACRO bh_count(logits, layer, alpha, min_k := NULL, max_k := NULL, run := NULL) AS _bh_count(
     logits::FLOAT[], run, layer::INTEGER, alpha::DOUBLE, min_k::INTEGER, max_k::INTEGER
 );
-CREATE MACRO bh_experts(logits, layer, alpha, min_k := 1, max_k := NULL, run := NULL) AS
+CREATE MACRO bh_experts(logits, layer, alpha, min_k := NULL, max_k := NULL, run := NULL) AS
 _bh_experts(
     logits::FLOAT[], run, layer::INTEGER, alpha::DOUBLE, min_k::INTEGER, max_k::INTEGER
 );
@@ -120,12 +123,25 @@ class _Rule(NamedTuple):
     run: str | None
     layer: int
     alpha: float
-    min_k: int
+    min_k: int | None
     max_k: int | None
 
-    def bounds(self, n_experts: int) -> tuple[int, int]:
-        options = BhOptions(self.alpha, min_k=self.min_k, max_k=self.max_k)
-        return options.bounds(n_experts)
+    def bounds(self, nulls: Nulls, n_experts: int) -> tuple[int, int]:
+        """Fewest and most experts: those given, in place of the run's.
+
+        Raises:
+            InvalidOption: more experts than a column of the log can name.
+        """
+        if n_experts > _MOST_EXPERTS:
+            raise InvalidOption(
+                f"{n_experts:,} logits in a row; the rule takes at most {_MOST_EXPERTS:,} experts"
+            )
+        low, high = self.min_k, self.max_k
+        if low is None or high is None:
+            run_low, run_high = nulls.bounds(self.run)
+            low = run_low if low is None else low
+            high = run_high if high is None else high
+        return BhOptions(self.alpha, min_k=low, max_k=high).bounds(n_experts)
 
 
 def _bh_count(
@@ -140,7 +156,7 @@ def _bh_count(
     n_selected = np.zeros(len(logits), dtype=np.int32)
     decided = np.zeros(len(logits), dtype=np.bool_)
     for key, rows, x in logit_groups(logits, run, layer, alpha, min_k, max_k):
-        if None in key[1:4]:
+        if None in key[1:3]:
             continue
         decided[rows] = ~no_finite_logit(x)
         n_selected[rows] = _n_selected(nulls, _Rule(*key), x)
@@ -150,7 +166,7 @@ def _bh_count(
 def _n_selected(nulls: Nulls, rule: _Rule, logits: NDArray[np.float32]) -> NDArray[np.integer]:
     """(T,) n_selected of _decisions, without ordering the experts, which takes most of the time."""
     E = logits.shape[1]
-    low, high = rule.bounds(E)
+    low, high = rule.bounds(nulls, E)
     thresholds = nulls.thresholds(rule.run, rule.layer, rule.alpha, E)
     if thresholds.ndim == 2:
         return _decisions(nulls, rule, logits).n_selected
@@ -168,7 +184,7 @@ def _bh_experts(
 ) -> pa.Array:
     lists = ListColumn(logits, np.uint16)
     for key, rows, x in logit_groups(logits, run, layer, alpha, min_k, max_k):
-        if None in key[1:4]:
+        if None in key[1:3]:
             continue
         decisions = _decisions(nulls, _Rule(*key), x)
         lists.put(rows, decisions.order, decisions.n_selected, ~no_finite_logit(x))
@@ -177,7 +193,7 @@ def _bh_experts(
 
 def _decisions(nulls: Nulls, rule: _Rule, logits: NDArray[np.float32]) -> Decisions:
     E = logits.shape[1]
-    low, high = rule.bounds(E)
+    low, high = rule.bounds(nulls, E)
     thresholds = nulls.thresholds(rule.run, rule.layer, rule.alpha, E)
     return nulls.of(rule.run)[rule.layer].decide(logits, thresholds, min_k=low, max_k=high)
 
@@ -222,13 +238,30 @@ def _softmax(_: Nulls, logits: pa.ListArray, temperature: pa.Array) -> pa.Array:
     for (t,), rows, x in logit_groups(logits, temperature):
         if t is None:
             continue
-        if not (np.isfinite(t) and t > 0):
-            raise InvalidOption(f"temperature must be above 0, got {t}")
+        _check_temperature(t, x)
         T, E = x.shape
-        every = np.broadcast_to(np.arange(E, dtype=np.uint16), (T, E))
-        all_chosen = Decisions(every, np.full(T, E, np.uint16), np.zeros(T, np.uint16))
+        every = np.broadcast_to(np.arange(E, dtype=np.int32), (T, E))
+        n, none = np.full(T, E, np.int32), np.zeros(T, np.int32)
+        all_chosen = Decisions(every, n, none)  # type: ignore[arg-type]  # of any number
         lists.put(rows, softmax_weights(x, all_chosen, temperature=t), E)
     return lists.to_arrow()
+
+
+def _check_temperature(temperature: float, logits: NDArray[np.float32]) -> None:
+    """Check that logits / temperature are float32 numbers."""
+    largest = float(np.finfo(np.float32).max)
+    with np.errstate(under="ignore"):
+        zero = temperature <= 0 or (temperature <= largest and not np.float32(temperature))
+    if zero or not temperature <= largest:  # NaN as well
+        raise InvalidOption(
+            f"temperature must be above 0 and finite, as a float32, got {temperature}"
+        )
+    steepest = float(np.abs(logits, where=np.isfinite(logits), out=np.zeros_like(logits)).max())
+    if steepest / float(np.float32(temperature)) > largest:
+        raise InvalidOption(
+            f"temperature {temperature} is too small for a logit of size {steepest:.4g}: "
+            "their quotient is no float32"
+        )
 
 
 def _certainty(_: Nulls, logits: pa.ListArray) -> pa.StructArray:
@@ -246,9 +279,13 @@ def _n_shared(_: Nulls, experts: pa.ListArray, others: pa.ListArray) -> pa.Array
     row, expert = list_elements(experts)
     other_row, other = list_elements(others)
     width = 1 + max(expert.max(initial=0), other.max(initial=0))
-    chosen = np.zeros(len(experts) * width, dtype=np.bool_)
-    chosen[row * width + expert] = True
-    shared = chosen[other_row * width + other]
+    chosen, wanted = row * width + expert, other_row * width + other
+    if width <= _DENSE_EXPERTS:
+        is_chosen = np.zeros(len(experts) * width, dtype=np.bool_)
+        is_chosen[chosen] = True
+        shared = is_chosen[wanted]
+    else:  # memory of what there is, not of what there could be
+        shared = np.isin(wanted, chosen)
     n = np.bincount(other_row[shared], minlength=len(experts))
     missing = pc.or_(experts.is_null(), others.is_null())
     return pa.array(n.astype(np.int32), mask=missing.to_numpy(zero_copy_only=False))

@@ -9,12 +9,16 @@ from numpy.typing import NDArray
 
 
 class ListColumn:
-    """A list column in the making: rows are put in any order, those never put are NULL."""
+    """A list column in the making: rows are put in any order, those never put are NULL.
+
+    What is put is kept as it is, so that one long list costs its own length and no other's.
+    """
 
     def __init__(self, logits: pa.ListArray, dtype: type[np.generic]) -> None:
         self._sizes = np.zeros(len(logits), dtype=np.int64)
         self._put = np.zeros(len(logits), dtype=np.bool_)
-        self._values = np.zeros((len(logits), 0), dtype=dtype)
+        self._dtype = dtype
+        self._pieces: list[tuple[Any, NDArray[Any]]] = []
 
     def put(
         self,
@@ -24,22 +28,22 @@ class ListColumn:
         known: bool | NDArray[np.bool_] = True,
     ) -> None:
         """Set rows to the first `sizes` of (T, K) values, or to NULL where they are not known."""
-        width = values.shape[1]
-        if width > self._values.shape[1]:
-            wider = np.zeros((len(self._sizes), width), dtype=self._values.dtype)
-            wider[:, : self._values.shape[1]] = self._values
-            self._values = wider
-        self._values[rows, :width] = values
         self._sizes[rows] = sizes
         self._put[rows] = known
+        self._pieces.append((rows, values))
 
     def to_arrow(self) -> pa.ListArray:
-        width = self._values.shape[1]
-        inside = np.arange(width) < self._sizes[:, None]
-        values = self._values.ravel() if inside.all() else self._values[inside]
-        offsets = np.concatenate([[0], np.cumsum(self._sizes)]).astype(np.int32)
+        offsets = np.concatenate([[0], np.cumsum(self._sizes)])
+        flat = np.empty(int(offsets[-1]), dtype=self._dtype)
+        for rows, values in self._pieces:
+            place = np.arange(values.shape[1])
+            inside = place < self._sizes[rows][:, None]
+            if isinstance(rows, slice) and inside.all():
+                flat[:] = values.ravel()
+            else:
+                flat[(offsets[:-1][rows][:, None] + place)[inside]] = values[inside]
         return pa.ListArray.from_arrays(
-            pa.array(offsets), pa.array(values), mask=pa.array(~self._put)
+            pa.array(offsets.astype(np.int32)), pa.array(flat), mask=pa.array(~self._put)
         )
 
 

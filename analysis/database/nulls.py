@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bhlog.analysis.log import Log
-from bhlog.capture.contract.errors import KdeMismatch
+from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.model import KdeModel
 
 
@@ -44,6 +44,24 @@ class Nulls:
                 else f"no run '{run}' is open; runs: {', '.join(self.runs)}"
             )
         return kde
+
+    def bounds(self, run: str | None) -> tuple[int, int | None]:
+        """(min_k, max_k) of a run, or for None those that all open runs share; (1, None) if native.
+
+        Raises:
+            InvalidOption: there is no such run, or the runs have different ones.
+        """
+        if run is not None and run not in self.runs:
+            raise InvalidOption(f"no run '{run}' is open; runs: {', '.join(self.runs)}")
+        logs = self.runs.values() if run is None else [self.runs[run]]
+        options = [log.manifest.routing.options for log in logs]
+        bounds = {(o.min_k, o.max_k) if o else (1, None) for o in options} or {(1, None)}
+        if len(bounds) > 1:
+            raise InvalidOption(
+                "the open runs have different bounds: name the run, as in "
+                "bh_count(logits, layer, 0.05, run := run), or give min_k and max_k"
+            )
+        return bounds.pop()
 
     def has(self, run: str) -> bool:
         """Whether there is a null model for a run."""

@@ -1,11 +1,15 @@
+import tracemalloc
+
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.lists import ListColumn, logit_groups
 from bhlog.analysis.log import layer_of, logits_of
 from bhlog.analysis.replay.decide import decider_of
 from bhlog.analysis.run import open_log
@@ -291,3 +295,120 @@ def test_softmax_is_softmax_weights_bit_for_bit(plain):
 def test_bounds_above_the_number_of_experts_are_refused():
     with pytest.raises(InvalidOption):
         BhOptions(0.1, max_k=9).bounds(8)
+
+
+@pytest.mark.parametrize("n_experts", [65_534, 65_535, 65_536])
+def test_lists_about_as_long_as_uint16_counts(database, n_experts):
+    lists = f"list_transform(range({n_experts}), lambda e: (e % 7)::FLOAT)"
+    query = f"SELECT len(softmax({lists})), list_sum(softmax({lists})), router_entropy({lists})"
+    ((length, total, entropy),) = database.sql(query).fetchall()
+    p = np.exp(np.arange(n_experts) % 7.0)
+    p /= p.sum()
+    assert length == n_experts and total == pytest.approx(1, abs=1e-3)
+    assert entropy == pytest.approx(-(p * np.log(p)).sum(), rel=1e-4)
+    message = "65,536 logits in a row; the rule takes at most 65,535 experts"
+    for function in ("bh_count", "bh_experts"):
+        try:
+            list(database.batches(f"SELECT {function}({lists}, 0, 0.1)")[1])
+        except RouterLogError as error:  # or the null model has other experts
+            assert (message in str(error)) == (n_experts > 65_535)
+        else:
+            assert n_experts <= 65_535
+
+
+@pytest.mark.parametrize("most", [4094, 4095, 4096, 65_534, 65_535])
+def test_shared_experts_of_any_number(database, most):
+    query = f"SELECT n_shared([0, {most}, 5], [{most}, 7, 5]), n_shared([{most}], [0])"
+    assert database.sql(query).fetchall() == [(2, 0)]
+
+
+def test_an_expert_beyond_uint16_is_refused(database):
+    for query in ("SELECT n_shared([65536], [1])", "SELECT n_shared([1], [-1])"):
+        with pytest.raises(InvalidOption) as error:
+            list(database.batches(query)[1])
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "right"),
+    [
+        ("1e-46", False),  # 0 as a float32
+        ("7e-46", False),  # rounds to 0
+        ("1.4e-45", False),  # the smallest float32 above 0: 1.0 / it is none
+        ("2.9e-39", False),
+        ("3e-39", True),
+        ("1e-30", True),
+        ("3.4e38", True),
+        ("3.5e38", False),  # infinite as a float32
+        ("0", False),
+        ("-1", False),
+        ("'nan'::DOUBLE", False),
+    ],
+)
+def test_temperature_is_a_float32_above_0(database, temperature, right):
+    query = f"SELECT softmax([0.0, 1.0, 1.0], {temperature}::DOUBLE) AS w"
+    if right:
+        ((weights,),) = database.sql(query).fetchall()
+        assert sum(weights) == pytest.approx(1)
+        return
+    with pytest.raises(InvalidOption, match=r"temperature .* float32"):
+        list(database.batches(query)[1])
+
+
+def test_one_long_list_costs_its_own_length():
+    """Padding every list of a chunk to the longest took 2,048 times as much."""
+    lengths = [3] * 2047 + [100_000]
+    lists = pa.ListArray.from_arrays(
+        pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32()),
+        pa.array(np.arange(sum(lengths), dtype=np.float32)),
+    )
+    tracemalloc.start()
+    column = ListColumn(lists, np.float32)
+    for _, rows, x in logit_groups(lists):
+        column.put(rows, x, x.shape[1])
+    assert column.to_arrow().equals(lists)
+    assert tracemalloc.get_traced_memory()[1] < 30 * 4 * sum(lengths)
+    tracemalloc.stop()
+
+
+def test_bounds_are_those_of_the_run(tmp_path):
+    kde = normal_kde(LAYERS)
+    shared = {"n_sequences": 2, "length": 30, "n_shards": 1, "kde": kde}
+    write_run(tmp_path / "bh", options=BhOptions(0.3, min_k=2, max_k=5), **shared)
+    write_run(tmp_path / "native", **shared)
+    logs = {name: open_log(tmp_path / name) for name in ("bh", "native")}
+    count = "bh_count(logits, layer, 0.3{})"
+    with connect(logs["bh"]) as database:
+        same = f"bool_and({count.format('')} = n_selected)"
+        query = f"SELECT {same}, bool_and(bh_experts(logits, layer, 0.3) = experts) FROM routing"
+        assert database.sql(query).fetchall() == [(True, True)]
+        wider, lower = count.format(", max_k := 16"), count.format(", min_k := 0")
+        query = f"SELECT max({wider}), min({lower}) FROM routing"
+        ((most, fewest),) = database.sql(query).fetchall()
+        assert most > 5 and fewest < 2
+    with connect(logs["native"]) as database:
+        query = f"SELECT bool_and({count.format('')} = {count.format(', 1, 16')}) FROM routing"
+        assert database.sql(query).fetchall() == [(True,)]
+    with connect(list(logs.values())) as database:
+        with pytest.raises(InvalidOption, match="different bounds: name the run"):
+            list(database.batches(f"SELECT {count.format('')} FROM routing")[1])
+        query = f"SELECT run, max({count.format(', run := run')}) FROM routing GROUP BY run"
+        found = dict(database.sql(query).fetchall())
+        assert found["bh"] == 5 < found["native"]
+        assert database.sql(f"SELECT max({count.format(', 1, 4')}) FROM routing").fetchall()
+
+
+def test_a_replay_and_bh_count_answer_the_same(tmp_path):
+    kde = normal_kde(LAYERS)
+    options = BhOptions(0.3, min_k=2, max_k=5)
+    for name, routing in (("bh", options), ("native", None)):
+        log = open_log(
+            write_run(tmp_path / name, options=routing, kde=kde, n_sequences=2, n_shards=1)
+        )
+        for alpha in (0.05, 0.3, 0.6):
+            replayed = log.replay(alpha).filter(pl.col("layer").is_not_null())
+            with connect(log) as database:
+                mean = "SELECT avg(bh_count(logits, layer, $a)) FROM routing"
+                query = f"{mean} GROUP BY layer ORDER BY layer"
+                counted = [mean for (mean,) in database.sql(query, {"a": alpha}).fetchall()]
+            assert counted == pytest.approx(replayed["mean_experts"].to_list())
