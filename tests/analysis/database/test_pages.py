@@ -10,7 +10,7 @@ import pytest
 from bhlog.analysis.cli import main
 from bhlog.analysis.database.database import connect
 from bhlog.analysis.database.pages import chunks_of, page_error
-from bhlog.analysis.log import open_log
+from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import CorruptShard
 from tests.synthetic import write_run
 

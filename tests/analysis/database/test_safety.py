@@ -262,7 +262,7 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_uses_is_not(t
     spill = tmp_path / "spill"
     spill.mkdir()
     script = (
-        "import sys, time; from bhlog.analysis.log import open_log\n"
+        "import sys, time; from bhlog.analysis.run import open_log\n"
         "from bhlog.analysis.database.database import connect\n"
         "database = connect(open_log(sys.argv[1]), temp_dir=sys.argv[2])\n"
         "print('open', flush=True); time.sleep(60)"
