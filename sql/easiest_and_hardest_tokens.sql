@@ -1,6 +1,8 @@
 -- easiest_and_hardest_tokens.sql
 -- Which tokens get the most experts and which the fewest, and what stands around them?
 --
+-- before and after end where a neighbour was not logged, as under --sample-every.
+--
 -- Reads   routing (one row per run, token and layer), tokens (one row per run and token)
 -- Needs   token ids
 -- Param   $top integer = 10  this many of each kind per run
@@ -27,6 +29,20 @@ extreme AS (
     ) <= $top
 ),
 
+numbered AS (
+    SELECT
+        *,
+        row_number() OVER (PARTITION BY run, rank, sequence ORDER BY position) AS number
+    FROM tokens
+    SEMI JOIN extreme USING (run, rank, sequence)
+),
+
+placed AS (
+    SELECT e.*, number
+    FROM extreme AS e
+    JOIN numbered USING (run, rank, sequence, position)
+),
+
 neighbour AS (
     SELECT
         e.run,
@@ -38,10 +54,11 @@ neighbour AS (
         list(t.token_id ORDER BY t.position) FILTER (WHERE t.position > e.position) AS after,
         any_value(t.token_id) FILTER (WHERE t.position = e.position) AS token_id,
         any_value(t.nll) FILTER (WHERE t.position = e.position) AS nll
-    FROM extreme AS e
-    JOIN tokens AS t
+    FROM placed AS e
+    JOIN numbered AS t
         ON (t.run, t.rank, t.sequence) = (e.run, e.rank, e.sequence)
-        AND t.position::BIGINT BETWEEN e.position - $around::BIGINT AND e.position + $around::BIGINT
+        AND t.number BETWEEN e.number - $around::BIGINT AND e.number + $around::BIGINT
+        AND t.number - e.number = t.position::BIGINT - e.position::BIGINT
     GROUP BY ALL
 )
 

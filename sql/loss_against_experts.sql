@@ -2,7 +2,8 @@
 -- Do tokens that are hard to predict get more experts?
 --
 -- nll is the token's own loss, in nats: how unexpected it was when it was read. next_nll is the loss
--- of the token after it, which its experts help to predict.
+-- of the token after it, which its experts help to predict: of the one at the next position, and NULL
+-- where that one was not logged, as under --sample-every.
 --
 -- Reads   routing (one row per run, token and layer), tokens (one row per run and token)
 -- Needs   losses
@@ -16,8 +17,11 @@ WITH loss AS (
         sequence,
         position,
         nll,
-        lead(nll) OVER (PARTITION BY run, rank, sequence ORDER BY position) AS next_nll
+        CASE
+            WHEN lead(position) OVER in_order = position + 1 THEN lead(nll) OVER in_order
+        END AS next_nll
     FROM tokens
+    WINDOW in_order AS (PARTITION BY run, rank, sequence ORDER BY position)
 ),
 
 decision AS (

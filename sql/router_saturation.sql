@@ -8,6 +8,7 @@
 --
 -- Reads   routing (one row per run, token and layer), runs (one row per run)
 -- Needs   two runs
+-- Needs   the same text
 -- Param   $run text = NULL  the run of checkpoint t, by default the first one opened
 -- Param   $last text = NULL  the run of checkpoint T, by default the last one opened
 -- Returns one row per layer: tokens (in both runs), saturation, by_chance (for experts drawn at

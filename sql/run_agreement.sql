@@ -3,6 +3,7 @@
 --
 -- Reads   routing (one row per run, token and layer), runs (one row per run)
 -- Needs   two runs
+-- Needs   the same text
 -- Param   $first text = NULL  a run, by default the first one opened
 -- Param   $second text = NULL  another, by default the last one opened
 -- Returns one row per layer: tokens (in both runs), first_experts and second_experts (mean experts

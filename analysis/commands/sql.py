@@ -165,7 +165,7 @@ def sql(
             click.echo(command_line(database.runs))
             return
         if question is not None:
-            question.check(database)
+            question.check(database, parameters)
             query = question.text
         if query is None and not sys.stdin.isatty():
             query = sys.stdin.read()

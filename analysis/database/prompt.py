@@ -156,7 +156,7 @@ def _answer(database: Database, line: str, result_format: str, max_rows: int) ->
     elif command == ".query" and words:
         question = find_question(words[0])
         values = question.values(pairs(words[1:]))
-        question.check(database)
+        question.check(database, values)
         _show(database, question.text, values, result_format, max_rows)
     else:
         raise InvalidOption(f"no command '{line}'; commands: {', '.join(COMMANDS)}")

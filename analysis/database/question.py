@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bhlog.analysis.texts import TOKEN, other_texts
 from bhlog.capture.contract.errors import InvalidOption
 
 if TYPE_CHECKING:
@@ -53,12 +54,27 @@ def _not_two_alike(database: "Database", run: str) -> str | None:
     return None
 
 
+def _other_text(database: "Database", runs: list[str]) -> InvalidOption | None:
+    """The error of runs that do not hold the same tokens, each compared with the first."""
+    first = runs[0] if runs else ""
+    for other in runs[1:]:
+        ((both, unlike),) = database.sql(
+            f"SELECT count(*), count(*) FILTER (WHERE a.token_id <> b.token_id) FROM tokens AS a "
+            f"JOIN tokens AS b USING ({', '.join(TOKEN)}) WHERE a.run = $first AND b.run = $other",
+            {"first": first, "other": other},
+        ).fetchall()
+        if unlike or (not both and database.rows(first) and database.rows(other)):
+            return other_texts(database.runs[first].path, database.runs[other].path)
+    return None
+
+
 # What a header may ask for on a line "Needs": gives what a run lacks, or None.
 NEEDS: dict[str, Callable[["Database", str], str | None]] = {
     "token ids": _no_token_ids,
     "sources": _no_sources,
     "losses": _no_losses,
     "two runs": _not_two_alike,
+    "the same text": lambda database, run: None,  # of runs together: see Question.check
 }
 
 _PARAMETER = re.compile(
@@ -122,8 +138,11 @@ class Question:
     parameters: tuple[Parameter, ...]
     text: str
 
-    def check(self, database: "Database") -> None:
+    def check(self, database: "Database", values: Mapping[str, Any] | None = None) -> None:
         """Check that the opened runs have what the question needs.
+
+        Args:
+            values: of the parameters, which may name the two runs that are compared.
 
         Raises:
             InvalidOption: a run lacks it, in a line that says which.
@@ -133,6 +152,17 @@ class Question:
                 reason = NEEDS[need](database, run)
                 if reason:
                     raise InvalidOption(f"{self.name}: {reason}")
+        if "the same text" in self.needs:
+            error = _other_text(database, self._compared(database, values or {}))
+            if error is not None:
+                raise error
+
+    def _compared(self, database: "Database", values: Mapping[str, Any]) -> list[str]:
+        """The two runs that the parameters name, by default the first and the last one opened."""
+        opened = list(database.runs)
+        given = [values.get(p.name) for p in self.parameters if p.type == "text"]
+        named = [run or opened[-at] for at, run in enumerate(given)]
+        return [run for run in named if run in database.runs]
 
     def values(self, given: Mapping[str, str]) -> dict[str, Any]:
         """A value for each parameter: the given texts, defaults for the others.

@@ -10,9 +10,10 @@ import pyarrow as pa
 from bhlog.analysis.fold import PIECE_LOGITS, WHOLE, Scope, sampled
 from bhlog.analysis.log import Log
 from bhlog.analysis.replay.decide import Decider, decider_of
+from bhlog.analysis.texts import TOKEN, other_texts
 from bhlog.capture.contract.errors import InvalidOption
 
-_TOKEN = ["rank", "sequence", "position"]
+_TOKEN = list(TOKEN)
 _EMPTY = pl.DataFrame(
     schema={
         "rank": pl.UInt16,
@@ -99,7 +100,7 @@ def _matched(
             theirs = pl.concat([theirs, piece])
         both = mine.join(theirs, on=_TOKEN, suffix="_actual")
         if both.filter(pl.col("token_id") != pl.col("token_id_actual")).height:
-            raise InvalidOption(f"{native.path} and {rerun.path} hold other texts")
+            raise other_texts(native.path, rerun.path)
         if both.height:
             yield both
             mine = mine.join(both, on=_TOKEN, how="anti")

@@ -18,13 +18,10 @@ from bhlog.capture.contract.errors import InvalidOption
 COMPRESSION_LEVEL = 1  # zstd; higher levels gain little on BYTE_STREAM_SPLIT logits
 
 
-# columns of many different values: their bytes are split into streams, which zstd then packs
-_SPLIT = {
-    "logits": "logits.list.element",
-    "weights": "weights.list.element",
-    "experts": "experts.list.element",
-    "token_id": "token_id",
-}
+# floats of many different values: their bytes are split into streams, which zstd then packs; not
+# integers, which readers such as DuckDB 1 do not know in this encoding
+_SPLIT = {"logits": "logits.list.element", "weights": "weights.list.element"}
+_NO_STATISTICS = (*_SPLIT, "experts", "token_id")
 
 
 def write_shard(path: Path, groups: Iterable[pa.Table]) -> int:
@@ -69,7 +66,10 @@ def open_part(path: Path, schema: pa.Schema) -> Iterator[Part]:
     """
     part = _part_of(path)
     split = [name for name in _SPLIT if name in schema.names]
-    dictionary = [name for name in schema.names if name not in split]
+    dictionary = [name for name in schema.names if name not in split and name != "experts"]
+    if "experts" in schema.names:
+        dictionary.append("experts.list.element")
+    statistics = [name for name in schema.names if name not in _NO_STATISTICS]
     try:
         with part.open("xb") as file:
             with pq.ParquetWriter(
@@ -79,7 +79,7 @@ def open_part(path: Path, schema: pa.Schema) -> Iterator[Part]:
                 compression_level=COMPRESSION_LEVEL,
                 use_dictionary=dictionary,
                 column_encoding={_SPLIT[name]: "BYTE_STREAM_SPLIT" for name in split},
-                write_statistics=dictionary,
+                write_statistics=statistics,
                 write_page_checksum=True,
             ) as writer:
                 yield Part(

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import polars as pl
 import pytest
 
 from bhlog.analysis.database.catalog import VIEWS, meaning
@@ -365,3 +366,34 @@ def test_what_is_no_run_is_refused(tmp_path):
         connect(open_log(tmp_path / "demo"), temp_dir=tmp_path / "nothing")
     with pytest.raises(InvalidOption):
         connect(open_log(tmp_path / "demo"), memory_limit="much")
+
+
+@pytest.mark.parametrize("kind", ["polars", "lazy", "pandas", "arrow", "batch"])
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_a_table_of_the_callers_can_be_joined(run, kind, unsafe):
+    frame = pl.DataFrame({"position": [0, 3], "label": ["first", "fourth"]})
+    table = {
+        "polars": frame,
+        "lazy": frame.lazy(),
+        "pandas": frame.to_pandas(),
+        "arrow": frame.to_arrow(),
+        "batch": frame.to_arrow().combine_chunks().to_batches()[0],
+    }[kind]
+    query = "SELECT label, count(*) FROM routing JOIN df USING (position) WHERE layer = $layer "
+    with connect(open_log(run), unsafe=unsafe) as database:
+        relation = database.sql(query + "GROUP BY label ORDER BY label", {"df": table, "layer": 1})
+        assert relation.fetchall() == [("first", 4), ("fourth", 4)]
+    found = open_log(run).sql(query + "GROUP BY label ORDER BY label", df=table, layer=1)
+    del table
+    assert found.fetchall() == [("first", 4), ("fourth", 4)]
+
+
+def test_a_table_of_the_callers_is_seen_by_its_own_query_alone(database):
+    frame = pl.DataFrame({"x": [1]})
+    assert database.sql("FROM df", {"df": frame}).fetchall() == [(1,)]
+    with pytest.raises(InvalidOption, match="no table 'df'"):
+        database.sql("FROM df")
+    with pytest.raises(InvalidOption, match="'routing' is a view of the run"):
+        database.sql("FROM routing", {"routing": frame})
+    with pytest.raises(InvalidOption, match="no table 'frame'"):  # nor is a variable by its name
+        database.sql("FROM frame")

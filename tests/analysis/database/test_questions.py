@@ -5,6 +5,8 @@ from collections import Counter, defaultdict
 from itertools import combinations
 from statistics import correlation, mean, median_low, pstdev
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from bhlog.analysis.database.catalog import VIEWS
@@ -12,6 +14,7 @@ from bhlog.analysis.database.database import connect
 from bhlog.analysis.database.question import find_question, questions
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.files import write_shard
 from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run
 
@@ -52,7 +55,7 @@ def rows(runs):
     for log in runs:
         names = ("rank", "sequence", "position")
         tokens = {tuple(t[n] for n in names): t for t in log.tokens().to_pylist()}
-        columns = [*names, "layer", "token_id", "phase", "logits", "experts", "weights"]
+        columns = [*names, "layer", "token_id", "phase", "logits", "experts", "weights", "forward"]
         for batch in log.batches([*columns, "n_selected", "n_rejected"]):
             for row in batch.to_pylist():
                 token = tokens[tuple(row[n] for n in names)]
@@ -64,8 +67,8 @@ def rows(runs):
 
 def ask(database, name, **params):
     question = find_question(name)
-    question.check(database)
     values = question.values({key: str(value) for key, value in params.items()})
+    question.check(database, values)
     return database.sql(question.text, values).pl().to_dicts()
 
 
@@ -548,6 +551,84 @@ def test_experts_by_source(database, rows):
     assert close(found, expected)
     pairs = {(r["first"], r["second"]) for r in ask(database, "experts_by_source", top=1000)}
     assert pairs == {("code", "docs"), ("code", "mail"), ("docs", "mail")}
+
+
+def test_distinct_experts(database, rows):
+    expected = []
+    for (run, layer), whole in grouped(rows, "run", "layer").items():
+        share = {e: n / len(whole) for e, n in loads(whole).items()}
+        forwards = grouped(whole, "rank", "forward").values()
+        sizes = defaultdict(list)
+        for forward in forwards:
+            sizes[len(forward)].append(len(loads(forward)))
+        for tokens, distinct in sorted(sizes.items()):
+            expected.append(
+                {
+                    "run": run,
+                    "layer": layer,
+                    "tokens": tokens,
+                    "forwards": len(distinct),
+                    "mean_distinct": mean(distinct),
+                    "min_distinct": min(distinct),
+                    "max_distinct": max(distinct),
+                    "share": mean(distinct) / E,
+                    "independent": sum(1 - (1 - p) ** tokens for p in share.values()),
+                }
+            )
+    assert close(ask(database, "distinct_experts"), expected)
+    decoded = ask(database, "distinct_experts", phase="decode", layer=2)
+    assert {row["run"] for row in decoded} == {"a"} and len({row["tokens"] for row in decoded}) > 0
+    assert all(
+        row["min_distinct"] <= row["mean_distinct"] <= row["max_distinct"] for row in decoded
+    )
+
+
+def sampled(folder, every):
+    """A copy of a run as it is with --sample-every: the tokens at its multiples alone."""
+    whole = write_run(folder, layers=LAYERS, n_experts=E, n_sequences=4, length=24, n_shards=2)
+    for path in [*whole.glob("routing/*"), *whole.glob("tokens/*")]:
+        table = pq.read_table(path)
+        groups = [
+            group.filter(pc.equal(pc.bit_wise_and(group["position"], every - 1), 0))
+            for group in (
+                pq.ParquetFile(path).read_row_group(i).cast(table.schema)
+                for i in range(pq.read_metadata(path).num_row_groups)
+            )
+        ]
+        write_shard(path, groups)
+    return whole
+
+
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_a_sampled_log_pairs_no_token_with_one_that_does_not_follow_it(tmp_path, every):
+    run = sampled(tmp_path / "demo", every)
+    with connect(open_log(run)) as database:
+        lost = ask(database, "loss_against_experts")
+        assert lost and all((row["mean_next_nll"] is None) == (every > 1) for row in lost)
+        assert all((row["next_correlation"] is None) for row in lost)
+        for row in ask(database, "easiest_and_hardest_tokens", around=3):
+            before, after = row["before"] or [], row["after"] or []
+            place = row["position"]
+            if every > 1:
+                assert not before and not after
+            else:
+                assert (len(before), len(after)) == (min(3, place), min(3, 23 - place))
+
+
+@pytest.mark.parametrize("name", ["run_agreement", "router_saturation"])
+def test_runs_of_other_texts_are_not_compared(tmp_path, name):
+    shared = {"layers": LAYERS, "n_experts": E, "n_sequences": 2, "length": 6, "n_shards": 1}
+    for run, seed in (("a", 0), ("other", 1), ("b", 0)):
+        write_run(tmp_path / run, seed=seed, **shared)
+    logs = [open_log(tmp_path / run) for run in ("a", "other", "b")]
+    with connect(logs) as database:
+        assert len(ask(database, name)) == len(LAYERS)  # the first and the last one
+        names = {"run_agreement": "second", "router_saturation": "last"}
+        with pytest.raises(InvalidOption, match="hold other texts") as error:
+            ask(database, name, **{names[name]: "other"})
+        assert "\n" not in str(error.value) and str(logs[1].path) in str(error.value)
+    with connect(logs[:2]) as database, pytest.raises(InvalidOption, match="hold other texts"):
+        ask(database, name)
 
 
 @pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)
