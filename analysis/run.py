@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyRelation
 
     from bhlog.analysis.database.database import Database
+    from bhlog.analysis.figures.drawing import Image
     from bhlog.analysis.replay.policy import Policy
     from bhlog.analysis.sweep.profile import Profile
 
@@ -204,23 +205,39 @@ class Run(Log):
         *,
         kde: Named | None = None,
         alpha: float | None = None,
+        min_k: int | None = None,
+        max_k: int | None = None,
+        image: "Image" = "png",
+        data: bool = False,
         left_out: Callable[[str, str], object] | None = None,
         progress: Progress | None = None,
     ) -> list[Path]:
-        """Draw figures as PNG files; return their paths.
+        """Draw figures into files; return their paths.
 
         Args:
             figures: names, as bhlog plot --list has them; None draws all that the run can show.
             out: folder of the files; None is `figures` in the run's folder.
             kde: null model for p-values; None takes the run's own, or its empirical p-values.
             alpha: BH level to show; None takes the run's own, or 0.05 for a native run.
+            min_k, max_k: where figures decide anew; None is as in the run.
+            image: "png", "svg" or "pdf".
+            data: whether the numbers behind each figure are written beside it too, as CSV.
             left_out: called with the name of a figure that the run cannot show, and why.
             progress: called with 1 after each figure.
         """
         from bhlog.analysis.figures.drawing import draw_figures
 
         return draw_figures(
-            self, figures, out, kde=_named(kde), alpha=alpha, left_out=left_out, progress=progress
+            self,
+            figures,
+            out,
+            kde=kde,
+            alpha=alpha,
+            bounds=Bounds(min_k, max_k),
+            image=image,
+            data=data,
+            left_out=left_out,
+            progress=progress,
         )
 
     def verify(self, *, replay: bool = False, progress: Progress | None = None) -> pl.DataFrame:

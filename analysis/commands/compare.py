@@ -1,6 +1,7 @@
 """`bhlog compare`: policies over one log, side by side."""
 
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -116,7 +117,7 @@ def compare(
     if experts is not None:
         _note_misses(frame.filter(pl.col("layer").is_null()), experts)
     if figure is not None:
-        _draw(log, policies, null, figure, bounds, scope)
+        _draw(log, policies, null, kde, figure, bounds, scope)
 
 
 def _policies(
@@ -222,12 +223,27 @@ def _draw(
     log: "Log",
     policies: "list[Policy]",
     null: "KdeModel | None",
+    kde: str | None,
     figure: str,
     bounds: "Bounds",
     scope: "Scope",
 ) -> None:
-    from bhlog.analysis.figures.cost import draw_comparison
+    from bhlog.analysis.figures.about import bound_words, null_words, run_words
+    from bhlog.analysis.figures.gallery.policies import Compared
     from bhlog.analysis.replay.cost_curves import cost_curves
+    from bhlog.analysis.replay.settings import bounds_of
+    from bhlog.capture.contract.null.model import layer_ranges
 
     curves = cost_curves(log, policies, kde=null, bounds=bounds, scope=scope)
-    write_figure(draw_comparison(curves, title=f"Policies at equal cost: {log.name}"), figure)
+    low, high = bounds_of(log, bounds).resolve(log.n_experts)
+    known, name = null or log.kde, Path(kde).name if kde else "the run's own"
+    about = [
+        *run_words(log),
+        "no null model" if known is None else null_words(known, name),
+        bound_words(low, high, log.n_experts),
+    ]
+    if scope.layers is not None:
+        about.append(f"layers {layer_ranges(scope.layers)}")
+    if scope.where is not None:
+        about.append(f"rows where {scope.where}")
+    write_figure("policies", "policies", Compared(curves, tuple(about)), figure)

@@ -145,9 +145,10 @@ def show(
     model = load_null(file)
     output.write(curves_frame(model, alpha, n_experts), title=file)
     if figure:
-        from bhlog.analysis.null.figures import tail_page
+        from bhlog.analysis.figures.gallery.tails import Tails
 
-        write_figure(tail_page({file: model}), figure)
+        subject = Tails(((file, model),), alpha=alpha, n_experts=n_experts)
+        write_figure("tails", "tails", subject, figure)
 
 
 @kde.command("import", epilog="\b\nexample:\n  bhlog kde import old/kde_models --out null.parquet")

@@ -1,5 +1,6 @@
 """`bhlog kde compare` and `bhlog kde check`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -22,12 +23,8 @@ if TYPE_CHECKING:
     from bhlog.analysis.fold import Scope
     from bhlog.capture.contract.rule import Bounds
 
-CHECK_FIGURES = (
-    "qq",
-    "histogram",
-    "experts",
-    "ranks",
-)  # names of bhlog.analysis.null.figures.CHECKS
+# names of figures("check") in bhlog.analysis.figures.registry
+CHECK_FIGURES = ("qq", "histogram", "experts", "ranks")
 
 
 @click.command(
@@ -100,9 +97,13 @@ def compare(
         )
     output.write(frame, title=f"a: {a}   b: {b}   alpha {alpha}")
     if figure:
-        from bhlog.analysis.null.figures import tail_page
+        from bhlog.analysis.figures.about import run_words
+        from bhlog.analysis.figures.gallery.tails import Tails
 
-        write_figure(tail_page({a: first, b: second}), figure)
+        about = () if log is None else run_words(log)
+        size = n_experts or (log.n_experts if log else None)
+        tails = Tails(((a, first), (b, second)), about, alpha if known else None, size)
+        write_figure("tails", "tails", tails, figure)
 
 
 @click.command(
@@ -117,9 +118,7 @@ def compare(
 @click.option(
     "--draw",
     type=click.Choice(CHECK_FIGURES),
-    default="qq",
-    show_default=True,
-    help="What the figure shows, a panel a layer.",
+    help="What the figure shows, a panel a layer (default: qq).",
 )
 @scope_options
 @output_options()
@@ -128,7 +127,7 @@ def check(
     run: str,
     by_expert: bool,
     figure: str | None,
-    draw: str,
+    draw: str | None,
     scope: "Scope",
     output: Output,
 ) -> None:
@@ -143,6 +142,8 @@ def check(
     from bhlog.analysis.null.calibration import check as check_model
     from bhlog.analysis.null.calibration import check_frame, expert_frame
 
+    if draw and not figure:
+        raise click.UsageError(f"--draw {draw} needs a file: --figure FILE")
     check_figure(figure)
     model, log = load_null(file), open_run(run)
     total = sum(group.rows for group in log.row_groups(scope.layers))
@@ -151,6 +152,9 @@ def check(
     frame = expert_frame(checks) if by_expert else check_frame(checks)
     output.write(frame, title=f"{file} on {run}")
     if figure:
-        from bhlog.analysis.null.figures import check_page
+        from bhlog.analysis.figures.about import null_words, run_words
+        from bhlog.analysis.figures.gallery.checks import Checked
 
-        write_figure(check_page(checks, draw), figure)
+        about = (*run_words(log), null_words(model, Path(file).name), "no alpha: all p-values")
+        checked = Checked(checks, about, log.manifest.model.top_k)
+        write_figure("check", draw or "qq", checked, figure)

@@ -92,9 +92,9 @@ def policy_names() -> Iterable[tuple[str, str]]:
 
 def figure_names() -> Iterable[tuple[str, str]]:
     """Figures of a run."""
-    from bhlog.analysis.figures.drawing import FIGURES
+    from bhlog.analysis.figures.registry import figures
 
-    return ((name, kind.shows) for name, kind in FIGURES.items())
+    return ((name, kind.shows) for name, kind in figures().items())
 
 
 def question_names() -> Iterable[tuple[str, str]]:

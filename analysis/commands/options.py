@@ -301,9 +301,11 @@ def check_figure(figure: str | None) -> None:
         make_room(figure)
 
 
-def write_figure(page: Any, figure: str) -> None:
-    """Save a page and say so on stderr."""
+def write_figure(of: Any, name: str, subject: Any, figure: str) -> None:
+    """Draw a registered figure of a subject into a file, and say so on stderr."""
     from bhlog.analysis.figures.file import save_figure
+    from bhlog.analysis.figures.page import draw_page
+    from bhlog.analysis.figures.registry import find_figure
 
-    save_figure(page, figure)
+    save_figure(draw_page(find_figure(name, of), subject), figure)
     click.echo(f"wrote {figure}", err=True)

@@ -1,15 +1,28 @@
 """`bhlog plot`: draw a run's figures."""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from bhlog.analysis.bar import progress_bar
 from bhlog.analysis.commands.kinds import FIGURE, OUT_FOLDER, RUN
-from bhlog.analysis.commands.options import Output, kde_option, open_run, output_options
+from bhlog.analysis.commands.options import (
+    Output,
+    bounds_options,
+    kde_option,
+    open_run,
+    output_options,
+)
+
+if TYPE_CHECKING:
+    from bhlog.analysis.figures.drawing import Image
+    from bhlog.capture.contract.rule import Bounds
 
 
 @click.command(
     epilog="\b\nexamples:\n  bhlog plot runs/demo/bh-0.3\n"
     "  bhlog plot runs/demo/native sweep --kde runs/demo/null.parquet --out figures\n"
+    "  bhlog plot runs/demo/bh-0.3 --image pdf --data\n"
     "  bhlog plot --list"
 )
 @click.argument("run", required=False, type=RUN)
@@ -18,8 +31,16 @@ from bhlog.analysis.commands.options import Output, kde_option, open_run, output
     "--out",
     type=OUT_FOLDER,
     metavar="DIR",
-    help="Where the PNG files go (default: RUN/figures).",
+    help="Where the files go (default: RUN/figures).",
 )
+@click.option(
+    "--image",
+    type=click.Choice(("png", "svg", "pdf")),
+    default="png",
+    show_default=True,
+    help="Format of the files.",
+)
+@click.option("--data", is_flag=True, help="Also write the numbers behind each figure, as CSV.")
 @kde_option
 @click.option(
     "--alpha",
@@ -27,29 +48,34 @@ from bhlog.analysis.commands.options import Output, kde_option, open_run, output
     metavar="A",
     help="BH level that p-values are held against (default: the run's own; 0.05 if native).",
 )
+@bounds_options()
 @click.option("--list", "listing", is_flag=True, help="List the figures.")
 @output_options("--table")
 def plot(
     run: str | None,
     figures: tuple[str, ...],
     out: str | None,
+    image: "Image",
+    data: bool,
     kde: str | None,
     alpha: float | None,
+    bounds: "Bounds",
     listing: bool,
     output: Output,
 ) -> None:
-    """Draw figures of a run as PNG files; without FIGURE, all that the run can show.
+    """Draw figures of a run; without FIGURE, all that the run can show.
 
-    Counts are of all rows; p-values of a random sample of rows.
+    Counts are of all rows, as logged; p-values of a random sample of rows.
     """
     import polars as pl
 
-    from bhlog.analysis.figures.drawing import FIGURES
+    from bhlog.analysis.figures import registry
 
+    known = registry.figures()
     if listing:
         rows = [
             {"figure": name, "shows": kind.shows, "needs": kind.needs or None}
-            for name, kind in FIGURES.items()
+            for name, kind in known.items()
         ]
         output.write(pl.DataFrame(rows))
         return
@@ -57,12 +83,15 @@ def plot(
         raise click.UsageError("name the run to draw, or --list")
     log = open_run(run)
     left_out: dict[str, list[str]] = {}  # figures by reason
-    with progress_bar("plot", len(figures) or len(FIGURES), unit="figures") as advance:
+    with progress_bar("plot", len(figures) or len(known), unit="figures") as advance:
         paths = log.plot(
             figures or None,
             out,
             kde=kde,
             alpha=alpha,
+            **vars(bounds),
+            image=image,
+            data=data,
             left_out=lambda name, why: left_out.setdefault(why, []).append(name),
             progress=advance,
         )

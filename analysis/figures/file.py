@@ -2,26 +2,25 @@
 
 from pathlib import Path
 
+import matplotlib as mpl
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
+from bhlog.analysis.figures.style import STYLE
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.files import whole_file
 
 
-def save_figure(figure: Figure, path: str | Path, *, dpi: float | None = None) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure, whole or not at all; the file's suffix gives the format.
-
-    Args:
-        dpi: dots an inch; None for the figure's own.
 
     Raises:
         InvalidOption: the file cannot be written there.
     """
     path = Path(path)
     try:
-        with whole_file(path) as file:
-            figure.savefig(file, format=path.suffix.lstrip(".").lower(), dpi=dpi or "figure")
+        with whole_file(path) as file, mpl.rc_context(STYLE.settings):
+            figure.savefig(file, format=path.suffix.lstrip(".").lower())
     except OSError as error:
         raise InvalidOption(f"{path}: cannot be written ({error.strerror})") from error
     return path

@@ -5,7 +5,7 @@ from click.shell_completion import BashComplete
 
 from bhlog.analysis.cli import bhlog
 from bhlog.analysis.database.question import questions
-from bhlog.analysis.figures.drawing import FIGURES
+from bhlog.analysis.figures.registry import figures
 from bhlog.analysis.replay.registry import families
 
 
@@ -53,7 +53,7 @@ def test_paths_are_completed_by_the_shell(arguments, kind):
 def test_names_are_completed_by_bhlog():
     assert names("sql", "a", "--query") == [question.name for question in questions()]
     assert names("sql", "a", "--query", word="experts_per") == ["experts_per_token"]
-    assert names("plot", "a") == list(FIGURES)
+    assert names("plot", "a") == list(figures())
     assert names("plot", "a", "step_up", word="exp") == ["expert_heatmap", "experts_histogram"]
     assert names("compare", "a", "--policy") == [f"{name}:" for name in families()]
     assert "routing" in names("sql", "--describe", word="ro")

@@ -3,7 +3,7 @@
 import pytest
 
 from bhlog.analysis.cli import main
-from bhlog.analysis.figures.drawing import FIGURES
+from bhlog.analysis.figures.registry import figures
 from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run
 
@@ -61,10 +61,24 @@ def test_another_null_model_may_be_a_file_or_that_of_a_run(run, native, tmp_path
         assert (tmp_path / "p_values.png").stat().st_size > 5000
 
 
+def test_bhlog_plot_takes_a_format_and_writes_the_numbers(run, tmp_path, capsys):
+    code, out, err = call(
+        capsys, "plot", run, "sweep", "--image", "svg", "--data", "--alpha", "0.1", "--max-k", "3",
+        "--out", tmp_path, "--format", "csv",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert out.splitlines() == ["figure", f"{tmp_path}/sweep.svg", f"{tmp_path}/sweep.csv"]
+    text = (tmp_path / "sweep.svg").read_text()
+    assert "alpha 0.1" in text and "alpha 0.3" not in text and "max_k 3" in text
+    header, *rows = (tmp_path / "sweep.csv").read_text().splitlines()
+    assert header == "layer,alpha,mean_experts"
+    assert max(float(row.split(",")[2]) for row in rows) <= 3
+
+
 def test_bhlog_plot_lists_figures_without_a_run(capsys):
     code, out, _ = call(capsys, "plot", "--list")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()[1:]] == list(FIGURES)
+    assert [line.split()[0] for line in out.splitlines()[1:]] == list(figures())
     assert call(capsys, "plot")[0] == 2
 
 
@@ -76,6 +90,7 @@ def test_bhlog_plot_lists_figures_without_a_run(capsys):
         ["RUN", "--kde", "nothing.parquet"],
         ["RUN", "--kde", "RUN/run.json"],
         ["RUN", "--alpha", "0"],
+        ["RUN", "--min-k", "9", "--max-k", "2"],
         ["RUN", "--out", "/dev/null/figures"],
     ],
 )

@@ -1,12 +1,8 @@
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from scipy.stats import beta, ks_2samp, kstest, norm, wasserstein_distance
 
-from bhlog.analysis.commands.kde_calibration import CHECK_FIGURES
-from bhlog.analysis.figures.file import check_figure_name
 from bhlog.analysis.fold import Scope
-from bhlog.analysis.null import figures as kde_figures
 from bhlog.analysis.null.calibration import PValues, check, check_frame, expert_frame
 from bhlog.analysis.null.comparison import compare
 from bhlog.analysis.null.estimate import FitOptions, fit_kde
@@ -181,63 +177,3 @@ def test_what_cannot_be_compared_is_refused(normal_log):
     few = KdeModel({0: LayerNull(0, by_expert[0].curves[:4])})
     with pytest.raises(KdeMismatch, match="4 experts in the first null model, 16 in the second"):
         compare(few, by_expert)
-
-
-@pytest.fixture(scope="module")
-def checks(normal_log):
-    return check(fit_kde(normal_log), normal_log)
-
-
-@pytest.mark.parametrize("n", [1, 3, 16, 48])
-def test_a_page_has_a_panel_per_layer(n):
-    drawn = []
-    page = kde_figures.layer_page(
-        range(n), lambda layer, axes: drawn.append(layer) or axes, x="x", y="y", title="title"
-    )
-    assert drawn == list(range(n))
-    shown = [axes for axes in page.axes if axes.get_visible()]
-    assert [axes.get_title() for axes in shown] == [f"layer {i}" for i in range(n)]
-    # panels stay large enough to read: at least 1.2 inches each way, on a page 15 inches wide
-    assert page.get_figwidth() <= 15
-    columns = shown[0].get_gridspec().ncols
-    assert page.get_figwidth() / columns >= 1.2
-
-
-def test_every_page_of_a_check_shows_what_was_found(checks):
-    assert tuple(kde_figures.CHECKS) == CHECK_FIGURES
-    for draw in CHECK_FIGURES:
-        page = kde_figures.check_page(checks, draw)
-        assert [axes.get_title() for axes in page.axes] == ["layer 0", "layer 3"]
-        assert page.get_supxlabel() and page.get_supylabel()
-    axes = kde_figures.plot_qq(checks[0], Figure().subplots())
-    assert len(axes.lines) == E + 2  # experts, all of them, uniform
-    axes = kde_figures.plot_ranks(checks[0], Figure().subplots())
-    assert [line.get_label() for line in axes.lines] == [
-        *(f"k = {k}" for k in (1, 2, 4, 8)),
-        "uniform",
-    ]
-    axes = kde_figures.plot_experts(checks[0], Figure().subplots())
-    popularity, share = axes.lines[0].get_data()
-    assert np.array_equal(popularity, checks[0].popularity)
-    assert share[2] == checks[0].by_expert[2].share_below(0.05)
-    axes = kde_figures.plot_histogram(checks[0], Figure().subplots())
-    density = axes.patches[0].get_data().values
-    assert density.sum() == pytest.approx(len(density), rel=1e-3)  # half a lump lies beyond 1
-    assert density[0] == pytest.approx(32 * checks[0].trimmed.share_below(1 / 32))
-
-
-def test_pages_of_tails_show_layers_that_all_models_have():
-    page = kde_figures.tail_page({"a" * 50: null_normal(), "b.parquet": normal_kde([3, 4])})
-    assert [axes.get_title() for axes in page.axes] == ["layer 3"]
-    labels = [text.get_text() for text in page.legends[0].get_texts()]
-    assert labels == ["…" + "a" * 31, "b.parquet"]
-
-
-def test_tails_are_drawn_for_pooled_and_expert_nulls(normal_log):
-    figure = Figure()
-    axes = figure.subplots()
-    kde_figures.plot_tail(null_normal()[0], axes)
-    kde_figures.plot_tail(fit_kde(normal_log, FitOptions(null="expert"))[0], axes)
-    assert len(axes.lines) == 1 + E
-    with pytest.raises(InvalidOption, match=r"figures end in one of .*\.png"):
-        check_figure_name("page.doc")

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from matplotlib.colors import same_color
 
-from bhlog.analysis.figures.cost import draw_comparison
+from bhlog.analysis.figures.gallery.policies import Compared
+from bhlog.analysis.figures.page import draw_page
+from bhlog.analysis.figures.registry import find_figure
+from bhlog.analysis.figures.style import Style
 from bhlog.analysis.replay.cost_curves import CostCurve, CostCurves, Mark
 
 TEXTS = ("bh:0.3", "by:0.9", "hc:0.5", "hc+:0.5", "storey:0.3", "threshold:0.02", "topp:0.5", "a:1")
@@ -23,9 +26,14 @@ def curves_of(n):
     return CostCurves(native, tuple(curves), tuple(marks), 12.0, 1234, False)
 
 
+def draw_comparison(curves, dpi=40):
+    subject = Compared(curves, ("run a", "model b", "null c"))
+    return draw_page(find_figure("policies", "policies"), subject, Style(dpi=dpi))
+
+
 @pytest.mark.parametrize("n", range(1, 9))
 def test_one_to_eight_policies_are_told_apart_and_fit_the_page(n):
-    figure = draw_comparison(curves_of(n), title="a run")
+    figure = draw_comparison(curves_of(n))
     figure.canvas.draw()
     left, right = figure.axes
     lines = [line for line in left.lines if line.get_marker() == "None"]
@@ -45,7 +53,7 @@ def test_one_to_eight_policies_are_told_apart_and_fit_the_page(n):
 
 
 def test_dots_lie_on_the_curve_of_their_colour():
-    figure = draw_comparison(curves_of(7), title="a run")
+    figure = draw_comparison(curves_of(7))
     for axes in figure.axes:
         lines = [line for line in axes.lines if line.get_marker() == "None"]
         dots = [line for line in axes.lines if line.get_marker() == "o"]
@@ -58,17 +66,19 @@ def test_dots_lie_on_the_curve_of_their_colour():
 
 
 def test_axes_say_what_they_show_and_in_what_unit():
-    figure = draw_comparison(curves_of(2), title="Policies at equal cost: run")
+    figure = draw_comparison(curves_of(2))
     left, right = figure.axes
     assert left.get_xlabel() == right.get_xlabel() == "mean experts per token"
     assert left.get_ylabel() == "router probability kept"
     assert right.get_ylabel() == "kept beyond top-k (percentage points)"
     assert left.get_xlim() == right.get_xlim() == (0, 12)
     assert "a sample of 1,234 rows" in figure.get_suptitle()
+    assert "Policies at equal cost\nrun a · model b · null c" in figure.get_suptitle()
+    assert "dots: topk:4, bh:0.3, by:0.9" in figure.get_suptitle()
     gain = right.lines[2].get_ydata()  # after the line of top-k and the curve of bh
     assert gain == pytest.approx(-2 * KEPT)
 
 
 def test_the_gain_axis_holds_what_is_shown():
-    low, high = draw_comparison(curves_of(8), title="a run").axes[1].get_ylim()
+    low, high = draw_comparison(curves_of(8)).axes[1].get_ylim()
     assert low < -100 * 0.14 * KEPT[11] < low + 4 and 0 < high < 2

@@ -1,0 +1,121 @@
+"""Cost curves: what each policy keeps at each cost, and how that differs from top-k."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from bhlog.analysis.figures.registry import Numbers, figure, tidy
+from bhlog.analysis.figures.style import CYCLE, GREY
+from bhlog.analysis.replay.cost_curves import CostCurve, CostCurves
+
+KEPT = "router probability kept"
+GAIN = "kept beyond top-k (percentage points)"
+
+Look = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """Policies compared over a run.
+
+    Attributes:
+        curves: of their families.
+        about: the run, its model, the null model and the bounds.
+    """
+
+    curves: CostCurves
+    about: tuple[str, ...]
+
+
+def costs(compared: Compared) -> Numbers:
+    """Points of every curve, and the policies on them (policy null: a point of the curve)."""
+    curves = compared.curves
+    parts = []
+    for curve in (curves.native, *curves.curves):
+        points = _measured(curves.native, curve.mean_experts, curve.probability_kept)
+        parts.append(points.with_columns(curve=pl.lit(curve.label), policy=pl.lit(None, pl.String)))
+    for mark in curves.marks:
+        point = _measured(
+            curves.native, np.array([mark.mean_experts]), np.array([mark.probability_kept])
+        )
+        parts.append(point.with_columns(curve=pl.lit(mark.label), policy=pl.lit(mark.text)))
+    frame = pl.concat(parts).sort("measure", descending=True, maintain_order=True)
+    rows = f"{curves.rows:,} rows" if curves.whole else f"a sample of {curves.rows:,} rows"
+    policies = ", ".join(mark.text for mark in curves.marks)
+    about = (*compared.about, f"from {rows}", f"dots: {policies}")
+    facts = {"most_experts": curves.most_experts}
+    return Numbers("Policies at equal cost", about, frame, facts)
+
+
+def _measured(
+    native: CostCurve, mean_experts: NDArray[np.float64], kept: NDArray[np.float64]
+) -> pl.DataFrame:
+    """Probability kept, and its percentage points beyond top-k at the same mean.
+
+    Between two whole numbers of experts, top-k stands for a mixture of both; beyond its ends the
+    gain is NaN.
+    """
+    gain = 100 * (kept - native.at(mean_experts))
+    return pl.concat(
+        [
+            tidy(measure=KEPT, mean_experts=mean_experts, value=kept),
+            tidy(measure=GAIN, mean_experts=mean_experts, value=gain),
+        ]
+    )
+
+
+@figure(
+    "policies",
+    shows="probability kept against experts, a curve a policy",
+    of="policies",
+    data=costs,
+    size=(10, 5.4),
+    panel="measure",
+    columns=2,
+)
+def plot_policies(axes: Axes, frame: pl.DataFrame, *, most_experts: float) -> Axes:
+    """One measure against mean experts per token: a curve a family, a dot a policy.
+
+    Args:
+        frame: measure, curve (top-k first), policy (null: a point of the curve), mean_experts,
+            value.
+        most_experts: where the axis ends.
+    """
+    points = frame.filter(pl.col("policy").is_null())
+    marks = frame.filter(pl.col("policy").is_not_null())
+    looks = _looks(points["curve"].unique(maintain_order=True).to_list())
+    for (label,), curve in points.group_by("curve", maintain_order=True):
+        axes.plot(curve["mean_experts"], curve["value"], label=label, **looks[str(label)])
+    for label, x, y in marks.select("curve", "mean_experts", "value").iter_rows():
+        color = looks[label]["color"]
+        axes.plot([x], [y], "o", color=color, ms=7, mec="white", mew=1, zorder=4)
+    axes.set(xlabel="mean experts per token", ylabel=frame["measure"][0], xlim=(0, most_experts))
+    if frame["measure"][0] == KEPT:
+        axes.set_ylim(0, 1)
+    else:
+        shown = frame.filter(pl.col("mean_experts") <= most_experts)["value"].to_numpy()
+        low, high = np.nanmin(shown, initial=0.0), np.nanmax(shown, initial=0.0)
+        room = 0.08 * max(high - low, 0.1)
+        axes.set_ylim(low - room, high + room)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return axes
+
+
+def _looks(labels: list[str]) -> dict[str, Look]:
+    """Colour, line style and width by curve; wider below, so that no curve hides another."""
+    native, *others = labels
+    looks: dict[str, Look] = {native: {"color": GREY, "ls": "-", "lw": 1.5}}
+    n = len(others)
+    for i, label in enumerate(others):
+        looks[label] = {
+            "color": CYCLE[i % len(CYCLE)],
+            "ls": ("-", (0, (4, 1.5)))[i % 2],
+            "lw": 1.3 + 1.7 * (n - 1 - i) / max(1, n - 1),
+        }
+    return looks
