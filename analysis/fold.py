@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -142,7 +142,7 @@ def fold(
 
 def in_order(
     work: Callable[[T], R], items: Iterable[T], threads: int, stopped: threading.Event
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """What work gives for each item, in their order, from several threads; few results wait.
 
     Args:
