@@ -3,8 +3,9 @@
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self, TypeVar
 
@@ -34,6 +35,8 @@ class Accumulator(Protocol):
 
 
 A = TypeVar("A", bound=Accumulator)
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -131,19 +134,34 @@ def fold(
         return part
 
     total = make()
+    with closing(in_order(work, _stretches(groups, 8 * threads), threads, stopped)) as parts:
+        for part in parts:
+            total.merge(part)
+    return total
+
+
+def in_order(
+    work: Callable[[T], R], items: Iterable[T], threads: int, stopped: threading.Event
+) -> Generator[R, None, None]:
+    """What work gives for each item, in their order, from several threads; few results wait.
+
+    Args:
+        stopped: set when no more is wanted: after an error, or when the generator is closed.
+    """
     with ThreadPoolExecutor(threads) as pool:
-        jobs: deque[Future[A]] = deque()
+        jobs: deque[Future[R]] = deque()
         try:
-            for stretch in _stretches(groups, 8 * threads):
-                jobs.append(pool.submit(work, stretch))
+            for item in items:
+                jobs.append(pool.submit(work, item))
                 if len(jobs) == 2 * threads:
-                    total.merge(jobs.popleft().result())
+                    yield jobs.popleft().result()
             while jobs:
-                total.merge(jobs.popleft().result())
+                yield jobs.popleft().result()
         except BaseException:
             stopped.set()
+            for job in jobs:
+                job.cancel()
             raise
-    return total
 
 
 def sampled(batch: pa.RecordBatch, share: float) -> NDArray[np.bool_]:

@@ -11,6 +11,7 @@ import polars as pl
 from bhlog.analysis.fold import Progress, Scope
 from bhlog.analysis.log import Log
 from bhlog.analysis.nulls import Named, load_null, null_model
+from bhlog.analysis.replay.settings import settings_of
 from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import Bounds, Renormalize
@@ -69,7 +70,6 @@ class Run(Log):
         """
         from bhlog.analysis.replay.comparison import replay
         from bhlog.analysis.replay.decisions import write_decisions
-        from bhlog.analysis.replay.settings import settings_of
 
         scope, null = Scope(**rows), _named(kde)
         settings = settings_of(

@@ -1,23 +1,23 @@
 """Verification: is a run whole, and does it keep what the log promises?"""
 
 import hashlib
+import os
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-import numpy as np
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from bhlog.analysis.fold import Progress
+from bhlog.analysis.fold import Progress, in_order
 from bhlog.analysis.log import Log
-from bhlog.analysis.verify.identity import Identity, identity_of
+from bhlog.analysis.verify.pair import Pair, checked, rank_and_number
 from bhlog.analysis.verify.replayed import verify_replay
-from bhlog.analysis.verify.rows import expert_problems
-from bhlog.capture.contract.errors import CorruptKde, CorruptShard, InvalidOption, KdeMismatch
-from bhlog.capture.contract.manifest import MANIFEST_NAME, manifest_name
-from bhlog.capture.contract.schema import SHARD_NAME, routing_schema, tokens_schema
+from bhlog.capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch
+from bhlog.capture.contract.manifest import MANIFEST_NAME, ShardEntry, manifest_name
+from bhlog.capture.contract.schema import SHARD_NAME
 
 FOLDERS = ("routing", "tokens")
 _KNOWN_FOLDERS = (*FOLDERS, "figures", "replay")
@@ -43,9 +43,9 @@ class Finding:
 def verify(log: Log, progress: Progress | None = None) -> list[Finding]:
     """Check a run's files against each other and against what the log promises.
 
-    Reads every page of every shard, with checksums; holds the tokens of one shard and one row group
-    at a time. A run that is open, or whose capture was killed, is whole as far as it goes: what is
-    missing is a warning.
+    Reads every page of every shard, with checksums, several pairs of shards at once; a thread holds
+    the tokens of one shard and one row group. A run that is open, or whose capture was killed, is
+    whole as far as it goes: what is missing is a warning.
     """
     return [*_manifest(log), *_files(log), *_null_model(log), *_shards(log, progress)]
 
@@ -152,7 +152,7 @@ def _numbers(log: Log, found: set[str], files: dict[str, int]) -> Iterator[Findi
             )
     numbers: dict[int, set[int]] = {}
     for name in found | {shard.name for shard in log.manifest.shards}:
-        rank, number = _rank_and_number(name)
+        rank, number = rank_and_number(name)
         numbers.setdefault(rank, set()).add(number)
     for rank, mine in sorted(numbers.items()):
         if rank >= log.manifest.ranks and manifest_name(rank) not in files:
@@ -221,32 +221,21 @@ def _shards(log: Log, progress: Progress | None) -> Iterator[Finding]:
     listed = {shard.name: shard for shard in log.manifest.shards}
     # by rank, since each counts its sequences from 0: digest of a pair's tokens -> its name
     seen: dict[tuple[int, bytes], str] = {}
-    by_logit = _orders_by_logit(log)
+    names = sorted({*log.shards, *log.token_shards})
+    stopped = threading.Event()
+    check = partial(checked, log, _orders_by_logit(log), progress, stopped)
     rows = tokens = nonfinite = n_whole = broken = 0
-    for name in sorted({*log.shards, *log.token_shards}):
-        pair = _Pair(log, name, by_logit=by_logit)
-        try:
-            pair.check(progress)
-        except CorruptShard as error:
-            pair.problems.append(("shards", str(error)))
-        rank, _ = _rank_and_number(name)
-        twin = seen.setdefault((rank, pair.digest), name) if pair.digest else name
-        if twin != name:
-            pair.problems.append(("rows", f"holds the same tokens as {twin}"))
-        entry = listed.get(name)
-        if entry is not None and not pair.problems and pair.counts != (entry.rows, entry.tokens):
-            detail = (
-                f"{pair.rows:,} rows of {pair.tokens:,} tokens, the manifest says {entry.rows:,} "
-                f"of {entry.tokens:,}"
-            )
-            pair.problems.append(("totals", detail))
-        for check, problem in pair.problems:
-            yield Finding(check, "error", name, problem)
-        for problem in pair.remarks:
-            yield Finding("rows", "warning", name, problem)
-        n_whole += pair.whole
-        broken += bool(pair.problems)
-        rows, tokens, nonfinite = rows + pair.rows, tokens + pair.tokens, nonfinite + pair.nonfinite
+    with closing(in_order(check, names, os.cpu_count() or 1, stopped)) as pairs:
+        for pair in pairs:
+            rank, _ = rank_and_number(pair.name)
+            twin = seen.setdefault((rank, pair.digest), pair.name) if pair.digest else pair.name
+            if twin != pair.name:
+                pair.problems.append(("rows", f"holds the same tokens as {twin}"))
+            yield from _told(pair, listed.get(pair.name))
+            n_whole += pair.whole
+            broken += bool(pair.problems)
+            rows, tokens = rows + pair.rows, tokens + pair.tokens
+            nonfinite += pair.nonfinite
     if broken:
         detail = f"{n_whole:,} whole, {broken:,} not: see the errors above"
         yield Finding("shards", "warning", log.path, detail)
@@ -254,6 +243,20 @@ def _shards(log: Log, progress: Progress | None) -> Iterator[Finding]:
         detail = f"{_pairs(n_whole)}: {rows:,} rows of {tokens:,} tokens, every page read"
         yield Finding("shards", "ok", log.path, detail)
         yield from _totals(log, rows, tokens, nonfinite)
+
+
+def _told(pair: Pair, entry: ShardEntry | None) -> Iterator[Finding]:
+    """What is wrong with a pair, and with what the manifest says of it."""
+    if entry is not None and not pair.problems and pair.counts != (entry.rows, entry.tokens):
+        detail = (
+            f"{pair.rows:,} rows of {pair.tokens:,} tokens, the manifest says {entry.rows:,} "
+            f"of {entry.tokens:,}"
+        )
+        pair.problems.append(("totals", detail))
+    for check, problem in pair.problems:
+        yield Finding(check, "error", pair.name, problem)
+    for problem in pair.remarks:
+        yield Finding("rows", "warning", pair.name, problem)
 
 
 def _totals(log: Log, rows: int, tokens: int, nonfinite: int) -> Iterator[Finding]:
@@ -269,122 +272,6 @@ def _totals(log: Log, rows: int, tokens: int, nonfinite: int) -> Iterator[Findin
     if found == expected:
         detail = f"{rows:,} rows, {tokens:,} tokens, {nonfinite:,} rows with a NaN or infinity"
         yield Finding("totals", "ok", MANIFEST_NAME, detail)
-
-
-class _Pair:
-    """A routing shard beside its tokens shard, and what is wrong with them.
-
-    Attributes:
-        rows, tokens, nonfinite: counted in the files.
-        problems: (check, detail) of each error.
-        remarks: warnings on rows.
-        digest: of the identity of its tokens; None before they are read.
-    """
-
-    def __init__(self, log: Log, name: str, *, by_logit: bool) -> None:
-        self.log, self.name, self.by_logit = log, name, by_logit
-        self.rows = self.tokens = self.nonfinite = 0
-        self.problems: list[tuple[str, str]] = []
-        self.remarks: list[str] = []
-        self.digest: bytes | None = None
-
-    @property
-    def whole(self) -> bool:
-        """Whether both files are there and nothing is wrong with them."""
-        log = self.log
-        return self.name in log.shards and self.name in log.token_shards and not self.problems
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        return self.rows, self.tokens
-
-    def check(self, progress: Progress | None) -> None:
-        """Read both files through; what one of them lacks is told by the check of files.
-
-        Raises:
-            CorruptShard: a file cannot be read.
-        """
-        tokens = None
-        if self.name in self.log.token_shards:
-            tokens = self._check_tokens()
-        if self.name in self.log.shards:
-            self._check_routing(tokens, progress)
-
-    def _check_tokens(self) -> Identity:
-        self._check_schema(self.log.open_shard("tokens", self.name), tokens_schema())
-        table = self.log.read_tokens(self.name)
-        identity = identity_of(table)
-        self.tokens = table.num_rows
-        self.digest = identity.digest() if table.num_rows else None
-        self._check_identity("tokens", table, identity)
-        twice = identity.repeated()
-        if twice is not None:
-            self._row_error(f"tokens: {twice} is there twice")
-        elif identity.revisits():
-            self.remarks.append(
-                f"{identity.revisits():,} positions of a sequence were run more than once"
-            )
-        return identity
-
-    def _check_routing(self, tokens: Identity | None, progress: Progress | None) -> None:
-        shard = self.log.open_shard("routing", self.name)
-        self._check_schema(shard, routing_schema(self.log.n_experts))
-        groups = self.log.groups_of(self.name, shard)
-        layers = sorted({group.layer for group in groups})
-        if tuple(layers) != self.log.layers:
-            found, expected = (", ".join(map(str, ls)) for ls in (layers, self.log.layers))
-            self._row_error(f"layers {found}; the manifest says {expected}")
-        for layer in layers:
-            parts = []
-            for group in groups:
-                if group.layer != layer:
-                    continue
-                batch = self.log.read(group, routing_schema(1).names, shard=shard)
-                part = identity_of(batch)
-                parts.append(part)
-                self._check_identity(f"layer {layer}", batch, part)
-                problems, nonfinite = expert_problems(self.log, batch, by_logit=self.by_logit)
-                for row, problem in problems:
-                    self._row_error(f"layer {layer}: {part.words(row)}: {problem}")
-                self.rows += batch.num_rows
-                self.nonfinite += nonfinite
-                if progress is not None:
-                    progress(batch.num_rows)
-            difference = None if tokens is None else Identity.join(parts).difference(tokens)
-            if difference is not None:
-                self._row_error(f"layer {layer}: {difference}")
-
-    def _check_schema(self, shard: pq.ParquetFile, expected: pa.Schema) -> None:
-        found = shard.schema_arrow
-        extra = sorted(set(found.names) - set(expected.names))
-        if extra:
-            self.remarks.append(f"columns that the schema does not have: {', '.join(extra)}")
-        version = (found.metadata or {}).get(b"bhlog.schema_version", b"none").decode()
-        expected_version = self.log.manifest.schema_version
-        if version != str(expected_version):
-            detail = f"schema version {version}, expected {expected_version}"
-            self.problems.append(("shards", detail))
-
-    def _check_identity(
-        self, where: str, table: pa.Table | pa.RecordBatch, identity: Identity
-    ) -> None:
-        rank, _ = _rank_and_number(self.name)
-        ranks = np.unique(table.column("rank").to_numpy())
-        if table.num_rows and ranks.tolist() != [rank]:
-            self._row_error(f"{where}: rows of rank {ranks.tolist()}, the name says {rank}")
-        if identity.unknown_phases:
-            self._row_error(f"{where}: unknown phase {identity.unknown_phases[0]!r}")
-        if not self.log.manifest.token_ids and (identity.token_id >= 0).any():
-            self._row_error(f"{where}: has token ids, the manifest says they are withheld")
-
-    def _row_error(self, problem: str) -> None:
-        self.problems.append(("rows", problem))
-
-
-def _rank_and_number(name: str) -> tuple[int, int]:
-    match = SHARD_NAME.fullmatch(name)
-    assert match is not None
-    return int(match["rank"]), int(match["number"])
 
 
 def _pairs(n: int) -> str:

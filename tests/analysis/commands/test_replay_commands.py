@@ -116,7 +116,7 @@ def test_sweep_prints_the_default_alphas_and_the_target(bhlog):
     rows = json.loads(bhlog("sweep", "bh", "--target-experts", "3", "--format", "json")[1])
     assert [row["layer"] for row in rows] == [0, 2, None]
     assert all(3 <= row["mean_experts"] < 3.2 for row in rows)
-    replayed = bhlog("replay", "bh", "--alpha", rows[-1]["alpha"], "--max-k", 8, "--format", "json")
+    replayed = bhlog("replay", "bh", "--alpha", rows[-1]["alpha"], "--format", "json")
     assert json.loads(replayed[1])[-1]["mean_experts"] == pytest.approx(rows[-1]["mean_experts"])
 
 
@@ -143,11 +143,9 @@ def test_a_saved_profile_answers_without_the_log(bhlog, tmp_path):
 def test_several_runs_and_profiles_count_together(bhlog, tmp_path):
     saved = tmp_path / "other.profile"
     bhlog("sweep", "other", "--save", saved)
-    together = json.loads(bhlog("sweep", "bh", saved, "--alpha", "0.3", "--format", "json")[1])
-    parts = [
-        json.loads(bhlog("sweep", run, "--alpha", "0.3", "--format", "json")[1])[0]["overall"]
-        for run in ("bh", "other")
-    ]
+    options = ["--alpha", "0.3", "--min-k", "1", "--max-k", "8", "--format", "json"]
+    together = json.loads(bhlog("sweep", "bh", saved, *options)[1])
+    parts = [json.loads(bhlog("sweep", run, *options)[1])[0]["overall"] for run in ("bh", "other")]
     assert together[0]["overall"] == pytest.approx(sum(parts) / 2)
 
 

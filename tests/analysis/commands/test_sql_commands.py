@@ -175,11 +175,12 @@ def test_the_shell_command_opens_the_same_views(bhlog):
 
 def test_memory_threads_and_folder_are_set(bhlog, tmp_path):
     query = "SELECT current_setting('threads') AS t, current_setting('memory_limit') AS m"
-    code, out, _ = bhlog(
-        "bh", query, "--threads", 1, "--memory-limit", "512MB", "--temp-dir", tmp_path,
+    code, out, err = bhlog(
+        "bh", query, "--threads", 1, "--memory-limit", "512MB", "--temp-dir", tmp_path, "--unsafe",
         "--format", "csv",
     )  # fmt: skip
-    assert code == 0 and out.splitlines()[1].startswith("1,488")  # MiB
+    assert code == 0, err
+    assert out.splitlines()[1].startswith("1,488")  # MiB
     assert list(tmp_path.iterdir()) == []
 
 

@@ -51,9 +51,8 @@ def test_the_seed_snippet_runs_as_it_stands(demo, tmp_path):
 
 
 def test_the_json_log_ranks_p_values_within_the_whole_batch(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "bhlog.capture.apps.notebook.logger.MOST_JSON_DECISIONS", 40
-    )  # 10 tokens, 4 layers
+    # 10 tokens, 4 layers
+    monkeypatch.setattr("bhlog.capture.apps.notebook.told.MOST_JSON_DECISIONS", 40)
     logger = BHRoutingLogger(tmp_path, "json", log_every_n=3)
     with OLMoERouterPatcher(demo.model) as patcher, pytest.warns(UserWarning, match="no null"):
         patcher.patch_with_bh(alpha=0.3, logger=logger)

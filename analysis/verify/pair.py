@@ -1,0 +1,154 @@
+"""Pair: a routing shard beside its tokens shard, checked row by row."""
+
+import threading
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bhlog.analysis.fold import Progress
+from bhlog.analysis.log import Log
+from bhlog.analysis.verify.identity import Identity, identity_of
+from bhlog.analysis.verify.rows import expert_problems
+from bhlog.capture.contract.errors import CorruptShard
+from bhlog.capture.contract.schema import SHARD_NAME, routing_schema, tokens_schema
+
+
+class Pair:
+    """A routing shard beside its tokens shard, and what is wrong with them.
+
+    Attributes:
+        rows, tokens, nonfinite: counted in the files.
+        problems: (check, detail) of each error.
+        remarks: warnings on rows.
+        digest: of the identity of its tokens; None before they are read.
+    """
+
+    def __init__(self, log: Log, name: str, *, by_logit: bool) -> None:
+        self.log, self.name, self.by_logit = log, name, by_logit
+        self.rows = self.tokens = self.nonfinite = 0
+        self.problems: list[tuple[str, str]] = []
+        self.remarks: list[str] = []
+        self.digest: bytes | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether both files are there and nothing is wrong with them."""
+        log = self.log
+        return self.name in log.shards and self.name in log.token_shards and not self.problems
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        return self.rows, self.tokens
+
+    def check(self, progress: Progress | None, stopped: threading.Event) -> None:
+        """Read both files through; what one of them lacks is told by the check of files.
+
+        Args:
+            stopped: set when nobody waits for it any more.
+
+        Raises:
+            CorruptShard: a file cannot be read.
+        """
+        tokens = None
+        if self.name in self.log.token_shards:
+            tokens = self._check_tokens()
+        if self.name in self.log.shards:
+            self._check_routing(tokens, progress, stopped)
+
+    def _check_tokens(self) -> Identity:
+        self._check_schema(self.log.open_shard("tokens", self.name), tokens_schema())
+        table = self.log.read_tokens(self.name)
+        identity = identity_of(table)
+        self.tokens = table.num_rows
+        self.digest = identity.digest() if table.num_rows else None
+        self._check_identity("tokens", table, identity)
+        twice = identity.repeated()
+        if twice is not None:
+            self._row_error(f"tokens: {twice} is there twice")
+        elif identity.revisits():
+            self.remarks.append(
+                f"{identity.revisits():,} positions of a sequence were run more than once"
+            )
+        return identity
+
+    def _check_routing(
+        self, tokens: Identity | None, progress: Progress | None, stopped: threading.Event
+    ) -> None:
+        shard = self.log.open_shard("routing", self.name)
+        self._check_schema(shard, routing_schema(self.log.n_experts))
+        groups = self.log.groups_of(self.name, shard)
+        layers = sorted({group.layer for group in groups})
+        if tuple(layers) != self.log.layers:
+            found, expected = (", ".join(map(str, ls)) for ls in (layers, self.log.layers))
+            self._row_error(f"layers {found}; the manifest says {expected}")
+        for layer in layers:
+            parts = []
+            for group in groups:
+                if group.layer != layer:
+                    continue
+                if stopped.is_set():
+                    return
+                batch = self.log.read(group, routing_schema(1).names, shard=shard)
+                part = identity_of(batch)
+                parts.append(part)
+                self._check_identity(f"layer {layer}", batch, part)
+                problems, nonfinite = expert_problems(self.log, batch, by_logit=self.by_logit)
+                for row, problem in problems:
+                    self._row_error(f"layer {layer}: {part.words(row)}: {problem}")
+                self.rows += batch.num_rows
+                self.nonfinite += nonfinite
+                if progress is not None:
+                    progress(batch.num_rows)
+            difference = None if tokens is None else Identity.join(parts).difference(tokens)
+            if difference is not None:
+                self._row_error(f"layer {layer}: {difference}")
+
+    def _check_schema(self, shard: pq.ParquetFile, expected: pa.Schema) -> None:
+        found = shard.schema_arrow
+        extra = sorted(set(found.names) - set(expected.names))
+        if extra:
+            self.remarks.append(f"columns that the schema does not have: {', '.join(extra)}")
+        version = (found.metadata or {}).get(b"bhlog.schema_version", b"none").decode()
+        expected_version = self.log.manifest.schema_version
+        if version != str(expected_version):
+            detail = f"schema version {version}, expected {expected_version}"
+            self.problems.append(("shards", detail))
+
+    def _check_identity(
+        self, where: str, table: pa.Table | pa.RecordBatch, identity: Identity
+    ) -> None:
+        rank, _ = rank_and_number(self.name)
+        ranks = np.unique(table.column("rank").to_numpy())
+        if table.num_rows and ranks.tolist() != [rank]:
+            self._row_error(f"{where}: rows of rank {ranks.tolist()}, the name says {rank}")
+        if identity.unknown_phases:
+            self._row_error(f"{where}: unknown phase {identity.unknown_phases[0]!r}")
+        if not self.log.manifest.token_ids and (identity.token_id >= 0).any():
+            self._row_error(f"{where}: has token ids, the manifest says they are withheld")
+
+    def _row_error(self, problem: str) -> None:
+        self.problems.append(("rows", problem))
+
+
+def checked(
+    log: Log, by_logit: bool, progress: Progress | None, stopped: threading.Event, name: str
+) -> Pair:
+    """The pair of this name, read through.
+
+    Args:
+        by_logit: whether experts must come in order of falling logit.
+    """
+    pair = Pair(log, name, by_logit=by_logit)
+    try:
+        pair.check(progress, stopped)
+    except CorruptShard as error:
+        pair.problems.append(("shards", str(error)))
+    return pair
+
+
+def rank_and_number(name: str) -> tuple[int, int]:
+    """The rank and the number in a shard's name."""
+    match = SHARD_NAME.fullmatch(name)
+    assert match is not None
+    return int(match["rank"]), int(match["number"])
