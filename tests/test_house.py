@@ -24,6 +24,7 @@ NOT_YET = [
     "no_module_is_named_like_its_folder",
     "at_most_two_file_names_are_shared",
     "a_file_has_at_most_400_lines",
+    "both_packages_stay_under_22_000_lines",
 ]
 
 
