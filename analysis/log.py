@@ -1,11 +1,9 @@
 """The log of a run, opened for reading: manifest, null model, and folds over its rows."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +25,8 @@ from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.schema import (
     COLUMNS,
     SHARD_NAME,
+    filled,
+    lacking,
     schema_difference,
     shard_schema,
 )
@@ -145,13 +145,7 @@ class Log:
                 raise CorruptKde(f"{name}: no file of at most {MOST_BYTES:,} bytes")
             with self._fs.open_input_stream(path) as stream:
                 data = stream.read()
-        found, expected = hashlib.sha256(data).hexdigest(), self.manifest.routing.kde_sha256
-        if expected is not None and expected != found:
-            raise CorruptKde(
-                f"{name}: sha256 is {found[:12]}..., the manifest says {expected[:12]}...: not the "
-                "null model that the run was routed by; restore the file from a copy"
-            )
-        return KdeModel.from_bytes(data, name)
+        return KdeModel.from_bytes(data, name, sha256=self.manifest.routing.kde_sha256)
 
     @cached_property
     def missing(self) -> tuple[str, ...]:
@@ -297,7 +291,7 @@ class Log:
                 return
             self._check_values(batch, f"routing/{group.shard}")
             if len(there) < len(needed):
-                batch = _filled(batch, "routing", needed)
+                batch = filled(batch, "routing", needed)
             if asked is not None:
                 tokens = self._beside(group.shard, asked)
                 batch = batch.filter(asked.matches(batch, tokens)).select(list(columns))
@@ -367,17 +361,16 @@ class Log:
                 "restore the file, or move it away to read the rest"
             ) from error
         self._check_values(table, f"tokens/{name}")
-        return table if len(there) == len(names) else _filled(table, "tokens", names)
+        return table if len(there) == len(names) else filled(table, "tokens", names)
 
     def _check_values(self, rows: pa.RecordBatch | pa.Table, path: str) -> None:
         """Raise CorruptShard if a value is missing that every row has."""
-        required = {c.name for c in COLUMNS[path.partition("/")[0]] if not c.nullable}
-        for name, column in zip(rows.schema.names, rows.columns, strict=True):
-            if name in required and _has_nulls(column):
-                raise CorruptShard(
-                    f"{self.path}/{path}: column '{name}' lacks values; restore the file, or move "
-                    "it away to read the rest"
-                )
+        name = lacking(rows, path.partition("/")[0])
+        if name is not None:
+            raise CorruptShard(
+                f"{self.path}/{path}: column '{name}' lacks values; restore the file, or move it "
+                "away to read the rest"
+            )
 
     def _shards(self, folder: str) -> tuple[str, ...]:
         return tuple(sorted(name for name in self._names(folder) if SHARD_NAME.fullmatch(name)))
@@ -390,33 +383,11 @@ class Log:
             return [info.base_name for info in self._fs.get_file_info(selector)]
 
 
-Rows = TypeVar("Rows", pa.RecordBatch, pa.Table)
-
-
-def _filled(rows: Rows, folder: str, names: list[str]) -> Rows:
-    """These columns of rows, with nulls in those that are newer than their run."""
-    for column in COLUMNS[folder]:
-        if column.name in names and column.name not in rows.schema.names:
-            rows = rows.append_column(column.field(0), pa.nulls(len(rows), column.type))
-    return rows.select(names)
-
-
-def _has_nulls(column: pa.Array | pa.ChunkedArray) -> bool:
-    """Whether a value of a column is null, or one in its lists."""
-    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    nested = (pa.ListArray, pa.FixedSizeListArray)
-    return any(
-        chunk.null_count or (isinstance(chunk, nested) and chunk.values.null_count)
-        for chunk in chunks
-    )
-
-
 def logits_of(batch: pa.RecordBatch) -> NDArray[np.float32]:
     """(T, E) float32 view of a batch's logits, without a copy."""
     column = batch.column("logits")
-    flat: Any = np.from_dlpack(column.flatten())  # to_numpy would import pandas
-    result: NDArray[np.float32] = flat.reshape(len(column), column.type.list_size)
-    return result
+    flat = np.from_dlpack(column.flatten())  # to_numpy would import pandas
+    return flat.view(np.float32).reshape(len(column), column.type.list_size)
 
 
 def layer_of(batch: pa.RecordBatch) -> int:

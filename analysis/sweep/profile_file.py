@@ -13,7 +13,8 @@
 
 Beside the version, the metadata holds the bounds of the runs as JSON: {"min_k": 2, "max_k": null},
 where null is 1 or all experts, or null alone if they differ between the runs. An older file lacks
-them: 1 and all experts.
+them: 1 and all experts. It also holds `bhlog.sha256` of what the rows say, which reading compares,
+as in null model files.
 """
 
 import json
@@ -26,10 +27,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from bhlog.capture.contract.errors import CorruptProfile, InvalidOption
+from bhlog.capture.contract.errors import CorruptProfile, InvalidOption, RouterLogError, one_line
 from bhlog.capture.contract.files import whole_file
 from bhlog.capture.contract.rule import Bounds
 from bhlog.capture.contract.schema import list_type
+from bhlog.capture.contract.table import check_checksum, read_bytes, read_table, with_checksum
 
 PROFILE_SCHEMA_VERSION = 1
 
@@ -94,7 +96,8 @@ def write(path: str | Path, facts: Facts, counts: Counts, kept: Counts | None) -
     )
     try:
         with whole_file(path) as file:
-            pq.write_table(pa.Table.from_pylist(rows, schema=schema), file, compression="zstd")
+            table = with_checksum(pa.Table.from_pylist(rows, schema=schema))
+            pq.write_table(table, file, compression="zstd")
     except OSError as error:
         raise InvalidOption(f"{path}: cannot write a profile ({error.strerror})") from error
 
@@ -106,16 +109,16 @@ def read(path: str | Path) -> tuple[Facts, Counts, Counts | None, dict[int, int]
         CorruptProfile: it is not there, or not a profile file.
     """
     try:
-        with pq.ParquetFile(pa.BufferReader(Path(path).read_bytes())) as file:
-            # one of Arrow's threads would end the process if it let go of the bytes at exit
-            table = file.read(use_threads=False)
+        with pq.ParquetFile(pa.BufferReader(read_bytes(Path(path)))) as file:
+            table = read_table(file)
     except OSError as error:
         raise CorruptProfile(
             f"{path}: cannot read a profile ({error.strerror or error}); "
             "make one with: bhlog sweep RUN --save FILE"
         ) from error
-    except pa.ArrowException as error:
-        raise CorruptProfile(f"{path}: not a profile file: {str(error).splitlines()[0]}") from error
+    except (pa.ArrowException, ValueError) as error:
+        reason = one_line(str(error).splitlines()[0])
+        raise CorruptProfile(f"{path}: not a profile file: {reason}") from error
     metadata = table.schema.metadata or {}
     version = metadata.get(_VERSION, b"").decode(errors="replace")
     if table.schema.remove_metadata() != SCHEMA:
@@ -129,9 +132,11 @@ def read(path: str | Path) -> tuple[Facts, Counts, Counts | None, dict[int, int]
             f"{PROFILE_SCHEMA_VERSION}; make it anew with: bhlog sweep RUN --save FILE"
         )
     try:
-        return _parts(table, _bounds(metadata))
-    except (CorruptProfile, InvalidOption) as error:
+        parts = _parts(table, _bounds(metadata))
+        check_checksum(table)
+    except (RouterLogError, ValueError) as error:
         raise CorruptProfile(f"{path}: {error}") from error
+    return parts
 
 
 def _bounds(metadata: dict[bytes, bytes]) -> Bounds | None:
@@ -170,7 +175,7 @@ def _matrices(table: pa.Table, column: str, n_rows: int, n_columns: int) -> Coun
     """The lists of a column as matrices, by layer."""
     found = {}
     for layer, values in zip(table["layer"].to_pylist(), table[column], strict=True):
-        flat = values.values.to_numpy()
+        flat = np.from_dlpack(values.values).view(np.int64)
         if len(flat) != n_rows * n_columns:
             raise CorruptProfile(
                 f"layer {layer}: {len(flat)} {column}, expected {n_rows} ranks x {n_columns}"

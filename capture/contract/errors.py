@@ -1,4 +1,27 @@
-"""Errors a user can meet: each says where, what was found, what was expected and what to do."""
+"""Errors a user can meet: each says where, what was found, what was expected and what to do.
+
+One class for each reaction that a caller could have:
+
+RouterLogError              tell the user: its text is one line
+    InvalidOption           give another value; a ValueError, too
+    MissingExtra            install the extra that it names; an ImportError, too
+    MissingRun              look elsewhere; a FileNotFoundError, too
+    RunExists               choose another folder; a FileExistsError, too
+    EmptyText               give other texts
+    KdeMismatch             give another null model, or fit one
+    UnsupportedModel        take another model, or describe its router
+    UnknownIdentity         give the model what tells its tokens apart
+    AlreadyPatched          undo the other patch first
+    WriterFailed            make room, and resume: what was sealed is whole
+    Corrupt                 restore the file from a copy, or do without it
+        CorruptManifest
+            NewerLog        update bhlog
+        CorruptShard
+        CorruptRun
+        CorruptKde
+        CorruptProfile
+        UnsafePickle        ask who made it
+"""
 
 
 class RouterLogError(Exception):
@@ -17,27 +40,31 @@ class RunExists(RouterLogError, FileExistsError):
     """The folder already holds a run, which capture never overwrites."""
 
 
-class CorruptManifest(RouterLogError):
-    """run.json cannot be read as a manifest of a known schema version."""
+class Corrupt(RouterLogError):
+    """A file is damaged, or not what it should be."""
+
+
+class CorruptManifest(Corrupt):
+    """run.json cannot be read as a manifest, or says what cannot be."""
 
 
 class NewerLog(CorruptManifest):
     """A newer major version of bhlog wrote the run."""
 
 
-class CorruptShard(RouterLogError):
+class CorruptShard(Corrupt):
     """A shard is cut short, unreadable, or has other columns than its schema version says."""
 
 
-class CorruptRun(RouterLogError):
+class CorruptRun(Corrupt):
     """Files of a run are damaged, missing or at odds with one another; verify listed them."""
 
 
-class CorruptKde(RouterLogError):
+class CorruptKde(Corrupt):
     """A null model file cannot be read or breaks an invariant of the null model."""
 
 
-class CorruptProfile(RouterLogError):
+class CorruptProfile(Corrupt):
     """A profile file cannot be read or breaks an invariant of a profile."""
 
 
@@ -45,7 +72,7 @@ class KdeMismatch(RouterLogError):
     """The null model does not cover the layers or experts it is used for, or is not there."""
 
 
-class UnsafePickle(RouterLogError):
+class UnsafePickle(Corrupt):
     """A pickle names something other than numpy arrays; nothing of it was run."""
 
 

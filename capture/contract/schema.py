@@ -12,6 +12,7 @@ newer one wrote is refused.
 
 import re
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -160,3 +161,30 @@ def schema_difference(found: pa.Schema, expected: pa.Schema) -> str | None:
         if found.field(index).type != field.type:
             return f"column '{field.name}' is {found.field(index).type}, expected {field.type}"
     return None
+
+
+Rows = TypeVar("Rows", pa.RecordBatch, pa.Table)
+
+
+def filled(rows: Rows, folder: str, names: list[str]) -> Rows:
+    """These columns of rows of a shard, with nulls in those that are newer than their run."""
+    for column in COLUMNS[folder]:
+        if column.name in names and column.name not in rows.schema.names:
+            rows = rows.append_column(column.field(0), pa.nulls(len(rows), column.type))
+    return rows.select(names)
+
+
+def lacking(rows: pa.RecordBatch | pa.Table, folder: str) -> str | None:
+    """The first column of a shard's rows that lacks a value that every row has; None if none."""
+    required = {column.name for column in COLUMNS[folder] if not column.nullable}
+    for name, column in zip(rows.schema.names, rows.columns, strict=True):
+        chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+        if name in required and any(map(_has_nulls, chunks)):
+            return str(name)
+    return None
+
+
+def _has_nulls(values: pa.Array) -> bool:
+    """Whether a value is null, or one in its lists."""
+    nested = isinstance(values, pa.ListArray | pa.FixedSizeListArray)
+    return bool(values.null_count or (nested and values.values.null_count))

@@ -260,13 +260,27 @@ class KdeModel(Mapping[int, LayerNull]):
         return cls.from_bytes(data, str(path))
 
     @classmethod
-    def from_bytes(cls, data: bytes, name: str) -> "KdeModel":
-        """Read a null model file from memory; name says in errors where it came from."""
+    def from_bytes(cls, data: bytes, name: str, *, sha256: str | None = None) -> "KdeModel":
+        """Read a null model file from memory.
+
+        Args:
+            name: says in errors where it came from.
+            sha256: what a run's manifest says that the file's is; None says nothing.
+
+        Raises:
+            CorruptKde: it is another file, not a null model file, or breaks an invariant.
+        """
+        found = hashlib.sha256(data).hexdigest()
+        if sha256 not in (None, found):
+            raise CorruptKde(
+                f"{name}: sha256 is {found[:12]}..., the manifest says {str(sha256)[:12]}...: not "
+                "the null model that the run was routed by; restore the file from a copy"
+            )
         try:
             model = cls(*null_file.from_bytes(data))
         except CorruptKde as error:
             raise CorruptKde(f"{name}: {error}") from error
-        vars(model)["sha256"] = hashlib.sha256(data).hexdigest()
+        vars(model)["sha256"] = found
         return model
 
 

@@ -11,6 +11,7 @@ import pytest
 from bhlog.analysis.database.database import connect
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import CorruptKde, CorruptManifest, CorruptShard, RouterLogError
+from bhlog.capture.contract.table import with_checksum
 from tests.synthetic import normal_kde, write_run
 
 QUERIES = (
@@ -214,6 +215,6 @@ def test_a_null_model_that_breaks_its_rules_is_refused(run, change):
 
 def test_a_null_model_of_other_layers_is_said_when_it_is_needed(run):
     path = run / "kde.parquet"
-    pq.write_table(column("layer", [7, 8, 9])(pq.read_table(path)), path)
+    pq.write_table(with_checksum(column("layer", [7, 8, 9])(pq.read_table(path))), path)
     lines = {str(error) for error in ask_all(run)}
     assert lines and all("the null model has layers 7-9, but not" in line for line in lines)

@@ -15,6 +15,7 @@ from bhlog.analysis.sweep.profiling import profile_log
 from bhlog.capture.contract.errors import CorruptProfile, InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.model import KdeModel, LayerNull
 from bhlog.capture.contract.rule import BhOptions, Bounds
+from bhlog.capture.contract.table import with_checksum
 from tests.synthetic import normal_kde, normal_null, write_run
 
 LAYERS = (0, 1, 3)
@@ -177,7 +178,7 @@ def changed(table, **columns):
     for name, values in columns.items():
         at = table.column_names.index(name)
         table = table.set_column(at, table.schema.field(name), pa.array(values, table[name].type))
-    return table
+    return with_checksum(table)
 
 
 DAMAGE = {
@@ -206,6 +207,19 @@ def test_a_damaged_file_is_one_clear_error(run, tmp_path, message):
     pq.write_table(DAMAGE[message](pq.read_table(path)), path)
     with pytest.raises(CorruptProfile, match=f"^{path}: .*{message}"):
         Profile.load(path)
+
+
+def test_other_rows_than_were_written_are_noticed(profile, tmp_path):
+    path = tmp_path / "profile.parquet"
+    profile.save(path)
+    table = pq.read_table(path)
+    where = pa.array(["position < 3"] * len(table))
+    pq.write_table(table.set_column(table.schema.names.index("where"), "where", where), path)
+    with pytest.raises(CorruptProfile, match="not those that were written"):
+        Profile.load(path)
+    plain = {k: v for k, v in table.schema.metadata.items() if k != b"bhlog.sha256"}
+    pq.write_table(table.replace_schema_metadata(plain), path)  # of before checksums
+    assert Profile.load(path).alphas.tolist() == profile.alphas.tolist()
 
 
 def test_a_file_that_is_no_profile_is_an_error(run, tmp_path):
@@ -267,7 +281,8 @@ def test_an_older_file_has_no_bounds(bounded, tmp_path):
     path = tmp_path / "p"
     bounded.save(path)
     table = pq.read_table(path)
-    older = {key: value for key, value in table.schema.metadata.items() if b"bounds" not in key}
+    version = b"bhlog.profile_schema_version"
+    older = {version: table.schema.metadata[version]}
     pq.write_table(table.replace_schema_metadata(older), path)
     assert Profile.load(path).bounds == Bounds()
     assert Profile.load(path).mean_experts(0.3) == bounded.mean_experts(0.3, min_k=1, max_k=16)
