@@ -55,7 +55,7 @@ COMMANDS = {
     ),
     "plot": (
         "bhlog.analysis.commands.plot:plot",
-        "Draw figures of a run as PNG files; without FIGURE, all that...",
+        "Draw figures of a run; without FIGURE, all that the run can...",
     ),
 }
 
