@@ -126,7 +126,7 @@ def alpha_for(model: Any, kde: Any, mean: float, max_k: int, ids: torch.Tensor) 
 
 def experts_table(model: Any, kde: Any, ids: torch.Tensor, *, rounds: int) -> dict[str, Any]:
     """Milliseconds of a prefill by experts a token, in modes that take turns."""
-    counts = (1, 2, 4, 8, 16, 32)
+    counts = (1, 2, 4, 8, 16, 32, 40)
     modes: dict[str, Callable[[], Any]] = {
         f"transformers top-{k}": lambda k=k: native(model, k, ours=False) for k in (8, 4, 2, 1)
     }
