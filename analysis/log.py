@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from bhlog.analysis.condition import TOKEN, Condition, ShardTokens, condition
 from bhlog.analysis.storage import filesystem, reached, read_manifest
+from bhlog.capture.contract.checksum import MOST_BYTES
 from bhlog.capture.contract.errors import (
     CorruptKde,
     CorruptShard,
@@ -30,7 +31,6 @@ from bhlog.capture.contract.schema import (
     schema_difference,
     shard_schema,
 )
-from bhlog.capture.contract.table import MOST_BYTES
 
 _MOST_TOKENS = 8  # shards of tokens kept for conditions that ask for their columns
 

@@ -27,11 +27,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from bhlog.capture.contract.checksum import check_checksum, read_bytes, read_table, with_checksum
 from bhlog.capture.contract.errors import CorruptProfile, InvalidOption, RouterLogError, one_line
 from bhlog.capture.contract.files import whole_file
 from bhlog.capture.contract.rule import Bounds
 from bhlog.capture.contract.schema import list_type
-from bhlog.capture.contract.table import check_checksum, read_bytes, read_table, with_checksum
 
 PROFILE_SCHEMA_VERSION = 1
 

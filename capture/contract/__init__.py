@@ -1,4 +1,4 @@
 """What capture and analysis share: schema, manifest, null model file, decision rule, shards.
 
-Needs numpy and pyarrow alone.
+Needs numpy, pyarrow and msgspec; scipy inside the functions that fit.
 """

@@ -26,12 +26,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bhlog.capture.contract.checksum import check_checksum, read_table, with_checksum
 from bhlog.capture.contract.errors import CorruptKde, one_line
 from bhlog.capture.contract.null.curve import NullCurve
 from bhlog.capture.contract.null.histogram import BIN_WIDTH, LARGEST_LOGIT, Histogram, Trim
 from bhlog.capture.contract.null.layer import LayerNull
 from bhlog.capture.contract.schema import list_type, schema_difference
-from bhlog.capture.contract.table import check_checksum, read_table, with_checksum
 
 KDE_SCHEMA_VERSION = 1
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
+from bhlog.capture.contract.checksum import read_bytes
 from bhlog.capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch
 from bhlog.capture.contract.files import whole_file
 from bhlog.capture.contract.null import file as null_file
@@ -18,7 +19,6 @@ from bhlog.capture.contract.null.curve import NullCurve as NullCurve
 from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.null.histogram import Histogram, HistogramKey
 from bhlog.capture.contract.null.layer import LayerNull as LayerNull
-from bhlog.capture.contract.table import read_bytes
 
 
 @dataclass(frozen=True, eq=False)

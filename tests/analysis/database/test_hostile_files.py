@@ -10,8 +10,8 @@ import pytest
 
 from bhlog.analysis.database.database import connect
 from bhlog.analysis.run import open_log
+from bhlog.capture.contract.checksum import with_checksum
 from bhlog.capture.contract.errors import CorruptKde, CorruptManifest, CorruptShard, RouterLogError
-from bhlog.capture.contract.table import with_checksum
 from tests.synthetic import normal_kde, write_run
 
 QUERIES = (

@@ -12,10 +12,10 @@ from bhlog.analysis.fold import Scope
 from bhlog.analysis.run import open_log
 from bhlog.analysis.sweep.profile import GRID, Profile
 from bhlog.analysis.sweep.profiling import profile_log
+from bhlog.capture.contract.checksum import with_checksum
 from bhlog.capture.contract.errors import CorruptProfile, InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.model import KdeModel, LayerNull
 from bhlog.capture.contract.rule import BhOptions, Bounds
-from bhlog.capture.contract.table import with_checksum
 from tests.synthetic import normal_kde, normal_null, write_run
 
 LAYERS = (0, 1, 3)

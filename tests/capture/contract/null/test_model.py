@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bhlog.capture.contract import table as table_file
+from bhlog.capture.contract import checksum as table_file
 from bhlog.capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.curve import round_up_to_float32
 from bhlog.capture.contract.null.histogram import Histogram, Trim
