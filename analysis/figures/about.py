@@ -63,7 +63,7 @@ def title_lines(title: str, about: Sequence[str], most: int) -> str:
             lines.append(line)
             line = ""
         line = f"{line} · {part}" if line else part
-    return "\n".join([*lines, line] if line else lines)
+    return "\n".join(piece for whole in (*lines, line) for piece in wrap(whole, most))
 
 
 def _model_name(name: str) -> str:

@@ -122,6 +122,11 @@ def test_check_prints_layers_or_experts_and_draws(bhlog, place, draw):
     assert len(rows(out)) == 16
 
 
+def test_a_choice_of_what_to_draw_needs_a_file(bhlog):
+    code, out, err = bhlog("check", "a.parquet", "b", "--draw", "ranks")
+    assert (code, out) == (2, "") and "--draw ranks needs a file: --figure FILE" in err
+
+
 def test_import_and_export(bhlog, place):
     old = place / "old"
     old.mkdir()

@@ -64,6 +64,13 @@ NOTEBOOK = (
     "passing_rate",
 )
 LAYERS = (0, 1, 5)
+LOGGED = (
+    "expert_heatmap",
+    "experts_histogram",
+    "mean_experts",
+    "n_selected_by_position",
+    "sources",
+)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +174,9 @@ def test_a_native_run_without_a_null_model_leaves_p_values_out_and_says_why(nati
     reasons = {}
     paths = draw_figures(open_log(native), out=tmp_path, left_out=reasons.__setitem__)
     names = [path.stem for path in paths]
-    assert names == ["expert_heatmap", "experts_histogram", "mean_experts"]
+    assert names == [
+        "expert_heatmap", "experts_histogram", "mean_experts", "n_selected_by_position",
+    ]  # fmt: skip
     assert set(names) | set(reasons) == set(FIGURES)
     assert "bhlog kde fit" in reasons["step_up"]
     assert "fewer than two sources" in reasons["sources"]
@@ -505,6 +514,30 @@ def test_the_sweep_keeps_the_bounds_asked_for(run):
     assert low.min() >= 2 and low.max() <= 3
 
 
+def test_experts_by_position_are_what_a_count_of_rows_gives(run):
+    numbers = find_figure("n_selected_by_position").data(RunData(open_log(run)))
+    places = numbers.frame.select("first", "last").unique(maintain_order=True).rows()
+    assert places[:8] == [*((i, i) for i in range(7)), (7, 8)] and places[-1][1] >= 19
+    everywhere = []
+    for layer in LAYERS:
+        rows = rows_of(run, layer)
+        everywhere += rows
+        for first, last, n, mean in (
+            numbers.frame.filter(pl.col("layer") == layer)
+            .select("first", "last", "rows", "mean_experts")
+            .iter_rows()
+        ):
+            mine = [row["n_selected"] for row in rows if first <= row["position"] <= last]
+            assert (n, mean) == (len(mine), pytest.approx(np.mean(mine)))
+    overall = numbers.frame.filter(pl.col("layer").is_null())
+    assert overall["rows"].sum() == len(everywhere)
+    mine = [row["n_selected"] for row in everywhere if 7 <= row["position"] <= 8]
+    assert overall["mean_experts"][7] == pytest.approx(np.mean(mine))
+    drawn = find_figure("n_selected_by_position").plot(axes(), numbers.frame, **numbers.facts)
+    assert [line.get_label() for line in drawn.lines[-2:]] == ["all layers", "native top-8"]
+    assert drawn.lines[0].get_xdata()[0] == 1  # the first position
+
+
 def test_every_title_names_run_model_null_and_alpha(run, native):
     log = open_log(run)
     for data, null, alpha in (
@@ -515,7 +548,7 @@ def test_every_title_names_run_model_null_and_alpha(run, native):
             title = kind.data(data)
             about = " · ".join(title.about)
             assert about.startswith("run run · model synthetic · null ")
-            logged = name in ("expert_heatmap", "experts_histogram", "mean_experts", "sources")
+            logged = name in LOGGED
             assert (null if not logged else "null the run's own (trim 0:0)") in about
             assert f"alpha {alpha if not logged else '0.3'}" in about
     numbers = find_figure("mean_experts").data(RunData(open_log(native)))
