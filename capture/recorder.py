@@ -168,6 +168,7 @@ class Recorder:
         forwards = [record.forward for record in records]
         rows = [f.rows for f in forwards]
         sequences = np.concatenate([f.sequences for f in forwards])
+        parents = np.concatenate([f.parents for f in forwards])
         widths = np.repeat(
             [f.keep.shape[1] for f in forwards], [len(f.sequences) for f in forwards]
         )
@@ -178,6 +179,7 @@ class Recorder:
                 sequence=np.repeat(sequences, widths),
                 forward=np.repeat(np.array([f.number for f in forwards], dtype=np.uint32), rows),
                 phase=np.repeat(np.array([f.phase for f in forwards], dtype=np.int8), rows),
+                parent=np.repeat(parents, widths),
                 texts={column: _texts(column, forwards, widths) for column in TEXT_COLUMNS},
                 rejected=sum(record.rejected for record in records),
             )

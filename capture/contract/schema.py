@@ -17,7 +17,7 @@ from typing import TypeVar
 import pyarrow as pa
 
 MAJOR_VERSION = 1
-SCHEMA_VERSION = 2  # 2: tokens.sample_id; the manifest says whether logits were logged
+SCHEMA_VERSION = 2  # 2: tokens.sample_id and parent; the manifest says whether logits were logged
 PHASES = ("prefill", "decode")
 
 SHARD_NAME = re.compile(r"rank(?P<rank>\d{5})-(?P<number>\d{5,})\.parquet")
@@ -76,7 +76,12 @@ _POSITION = Column("position", pa.uint32(), "place in the sequence, from 0, padd
 _TOKEN_ID = Column(
     "token_id", pa.int32(), "id that went in; NULL where ids were withheld", nullable=True
 )
-_PHASES = Column("phase", _PHASE, "prefill or decode")
+_PHASES = Column(
+    "phase",
+    _PHASE,
+    "decode: chosen, by generate or one at a time, and fed over a cache; prefill: given, as a "
+    "prompt or a part of one, or read again without a cache",
+)
 _FORWARD = Column("forward", pa.uint32(), "number of the forward pass in its process")
 _RANK = Column("rank", pa.uint16(), "process that logged the row")
 
@@ -118,6 +123,14 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
             "sample_id",
             TEXT,
             "id that the caller gave the sequence; NULL where none",
+            since=2,
+            nullable=True,
+        ),
+        Column(
+            "parent",
+            pa.uint32(),
+            "sequence that this one left and whose earlier positions are its own too, as a beam "
+            "does; NULL where it is whole",
             since=2,
             nullable=True,
         ),

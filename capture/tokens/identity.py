@@ -195,6 +195,7 @@ class Tracker:
         return Forward(
             number=number,
             sequences=stream.sequences,
+            parents=stream.parents,
             texts=stream.texts,
             # the caller may write its next token into the same tensor
             token_ids=None if token_ids is None else token_ids.clone(),
@@ -250,6 +251,8 @@ class Tracker:
         columns = past_columns(mask, batch, start, device)
         return Stream(
             sequences=self._numbers(batch),
+            parents=np.full(batch, -1),
+            begun=np.full(batch, start),
             texts={column: _by_row(names, batch) for column, names in texts.items()},
             columns=columns,
             length=start,
@@ -290,7 +293,9 @@ class Tracker:
             if self.on_cut is not None:
                 self.on_cut(stream, length)
         else:  # what was logged stays; what follows is another continuation of the same start
-            stream.sequences = self._numbers(len(stream.sequences))
+            B = len(stream.sequences)
+            stream.leave(self._numbers(B), np.ones(B, dtype=bool), np.arange(B))
+            stream.begun[:] = length
         stream.cut(length)
 
     def _reorder(self, stream: Stream, rows: list[int]) -> None:

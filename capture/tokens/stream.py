@@ -16,6 +16,8 @@ class Stream:
 
     Attributes:
         sequences: (B,) uint32, the sequence number of each row.
+        parents: (B,) int64, the sequence that each row left, -1 if it is whole.
+        begun: (B,) int64, the column at which each row's sequence begins.
         texts: by text column of the log, (B,) what each row has there, "" for unknown.
         columns: (B, capacity) bool on the model's device, which columns hold a logged token; the
             first `length` count, the others are padding or follow the end of a sequence.
@@ -28,6 +30,8 @@ class Stream:
     """
 
     sequences: NDArray[np.uint32]
+    parents: NDArray[np.int64]
+    begun: NDArray[np.int64]
     texts: dict[str, tuple[str, ...]]
     columns: Tensor
     length: int
@@ -56,10 +60,11 @@ class Stream:
         self.tokens = self.columns[:, :length].sum(dim=1)
         self.ends = torch.where(self.ends > length, NEVER, self.ends)
 
-    def reorder(self, rows: list[int], sequences: NDArray[np.uint32]) -> None:
-        """Row i continues what row rows[i] was, under the number sequences[i]."""
+    def reorder(self, rows: list[int], numbers: NDArray[np.uint32]) -> None:
+        """Row i continues what row rows[i] was; numbers[i] is its own if it forks from it."""
         index = torch.tensor(rows, device=self.columns.device)
-        self.sequences = sequences
+        forks = numbers != self.sequences[rows]
+        self.leave(numbers, forks, np.array(rows))
         self.texts = {
             column: tuple(names[row] for row in rows) for column, names in self.texts.items()
         }
@@ -68,6 +73,19 @@ class Stream:
         if self.last_logits is not None:
             self.last_logits = self.last_logits[index.to(self.last_logits.device)]
 
+    def leave(
+        self, numbers: NDArray[np.uint32], forks: NDArray[np.bool_], rows: NDArray[np.int64]
+    ) -> None:
+        """Row i becomes sequence numbers[i]; where it forks, what row rows[i] was is its parent.
+
+        A sequence that has no columns yet is nobody's parent: its own is.
+        """
+        whole = self.length > self.begun[rows]
+        origins = np.where(whole, self.sequences[rows].astype(np.int64), self.parents[rows])
+        self.parents = np.where(forks, origins, self.parents[rows])
+        self.begun = np.where(forks, self.length, self.begun[rows])
+        self.sequences = numbers
+
 
 @dataclass(eq=False)
 class Forward:
@@ -75,7 +93,7 @@ class Forward:
 
     Attributes:
         number: forwards are numbered from 0.
-        sequences, texts: see Stream.
+        sequences, parents, texts: see Stream.
         token_ids: (B, S) int64, a copy; None when the model was given embeddings.
         positions: (B, S) int64, in the sequence, padding not counted.
         keep: (B, S) bool; False for padding and for what follows a row's end of sequence.
@@ -94,6 +112,7 @@ class Forward:
 
     number: int
     sequences: NDArray[np.uint32]
+    parents: NDArray[np.int64]
     texts: dict[str, tuple[str, ...]]
     token_ids: Tensor | None
     positions: Tensor

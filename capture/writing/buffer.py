@@ -53,6 +53,7 @@ class Block:
         layers: (L,) decoder layers.
         sequence, forward: (R,) uint32.
         phase: (R,) int8 index into PHASES.
+        parent: (R,) int64 sequence that the row's own left, -1 for none; None if none did.
         texts: of TEXT_COLUMNS, those that are known.
         rejected: tokens of rejected drafts among the rows, which are not kept.
     """
@@ -62,6 +63,7 @@ class Block:
     sequence: NDArray[np.uint32]
     forward: NDArray[np.uint32]
     phase: NDArray[np.int8]
+    parent: NDArray[np.int64] | None = None
     texts: Mapping[str, Texts] = field(default_factory=dict)
     rejected: int = 0
 
@@ -122,6 +124,7 @@ class Buffer:
             "position": tensors["position"].numpy()[rows].astype(np.uint32),
             "phase": block.phase[rows],
             "forward": block.forward[rows],
+            "parent": np.full(len(rows), -1) if block.parent is None else block.parent[rows],
             "token_id": np.full(len(rows), _NO_TOKEN_ID, dtype=np.int32),
             "nll": np.full(len(rows), np.nan, dtype=np.float32),
         }
@@ -165,10 +168,12 @@ class Buffer:
     def tokens_table(self, metadata: dict[str, str]) -> pa.Table:
         """Rows of the tokens shard; `metadata` goes into its footer."""
         columns = self._columns()
-        nll, schema = columns["nll"], tokens_schema(self.version)
+        nll, parent = columns["nll"], columns["parent"]
+        schema = tokens_schema(self.version)
         arrays = {
             **self._identity_arrays(columns),
             "nll": pa.array(nll, mask=np.isnan(nll)),
+            "parent": pa.array(parent.astype(np.uint32), mask=parent < 0),
         }
         for column in TEXT_COLUMNS:
             codes, names = columns[column], list(self._names.get(column, ()))

@@ -631,6 +631,26 @@ def test_runs_of_other_texts_are_not_compared(tmp_path, name):
         ask(database, name)
 
 
+def test_whole_sequences(database, runs):
+    """Without forks they are what is logged; test_generation.py asks it of beams."""
+    truth = [
+        {
+            "run": log.name,
+            **{name: row[name] for name in ("rank", "sequence", "position", "token_id")},
+        }
+        for log in runs
+        for row in log.tokens().to_pylist()
+    ]
+    truth.sort(key=lambda row: [row[name] for name in ("run", "rank", "sequence", "position")])
+    found = ask(database, "whole_sequences")
+    assert [{name: row[name] for name in truth[0]} for row in found] == truth
+    assert all(row["logged_as"] == row["sequence"] for row in found)
+    one = ask(database, "whole_sequences", sequence=truth[0]["sequence"], rank=0)
+    assert one == [
+        row for row in found if (row["rank"], row["sequence"]) == (0, truth[0]["sequence"])
+    ]
+
+
 @pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)
 def test_every_question_says_what_it_reads_and_returns_and_is_tested(question):
     assert question.title.endswith("?")

@@ -24,6 +24,7 @@ from tests.capture.tiny import (
     observed,
     past,
     read,
+    rows_of,
     tiny_model,
 )
 
@@ -449,3 +450,72 @@ def test_a_generation_that_knows_its_end_one_step_late(model, run, monkeypatch):
     logged = read(run)
     assert logged.manifest.totals.forwards == 5
     assert fed(logged) == [output[0, :6].tolist(), output[1, :8].tolist()]
+
+
+def whole(run: Any) -> list[list[int]]:
+    """Every sequence from its first token on: its own rows after those of the sequences it left."""
+    rows = rows_of(run, "tokens")
+    own: dict[int, dict[int, int]] = {}
+    parent: dict[int, int | None] = {}
+    for row in rows:
+        own.setdefault(row["sequence"], {})[row["position"]] = row["token_id"]
+        assert parent.setdefault(row["sequence"], row["parent"]) == row["parent"]
+
+    def before(number: int | None, until: int) -> dict[int, int]:
+        if number is None:
+            return {}
+        mine = {p: token for p, token in own[number].items() if p < until}
+        return before(parent[number], min([until, *own[number]])) | mine
+
+    texts = [before(number, 10**9) for number in sorted(own)]
+    for text in texts:
+        assert sorted(text) == list(range(len(text)))
+    return [[text[p] for p in range(len(text))] for text in texts]
+
+
+@pytest.mark.parametrize("cache", [None, STATIC])
+def test_a_sequence_that_beams_returned_is_read_whole_through_its_parents(model, run, cache):
+    ids, mask = batch([5, 3], left=True)
+    with observed(model, run):
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=9,
+            num_beams=4,
+            num_return_sequences=4,
+            do_sample=False,
+            cache_implementation=cache,
+        )
+    texts = whole(run)
+    assert {row["parent"] for row in rows_of(run, "tokens")} != {None}
+    returned = generated(output, mask.repeat_interleave(4, 0), {EOS})
+    for row in returned:
+        row = row[:-1] if row[-1] == EOS else row  # beam search does not feed it
+        assert any(text[: len(row)] == row for text in texts)
+    pytest.importorskip("duckdb", reason="the question is of the other half")
+    from bhlog.analysis.database.question import find_question
+    from bhlog.analysis.run import open_log
+
+    question, found = find_question("whole_sequences"), dict[int, list[int]]()
+    asked = open_log(run).sql(question.text, **question.values({}))
+    for row in asked.pl().to_dicts():
+        found.setdefault(row["sequence"], []).append(row["token_id"])
+    assert list(found.values()) == texts
+
+
+def test_forks_of_a_cache_by_hand_name_the_sequence_they_left(model, run):
+    ids, _ = batch([4])
+    with observed(model, run):
+        cache = DynamicCache(config=model.config)
+        model(ids, **past(cache))
+        cache.batch_repeat_interleave(2)  # 0, and 1 that leaves it
+        cache.reorder_cache(torch.tensor([1, 1]))  # 1, and 2 that leaves it: 1 has no row yet
+        model(torch.tensor([[5], [6]]), **past(cache))
+        model(torch.tensor([[7], [8]]), **past(cache))
+        cache.crop(4 - cache.get_seq_length())  # back to the start: 3 and 4
+        model(torch.tensor([[9], [10]]), **past(cache))
+    parents = {row["sequence"]: row["parent"] for row in rows_of(run, "tokens")}
+    assert parents == {0: None, 1: 0, 2: 0, 3: 1, 4: 2}
+    start = ids[0].tolist()
+    ends = [[], [5, 7], [6, 8], [9], [10]]
+    assert whole(run) == [start + end for end in ends]
