@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.schema import COLUMNS
 
@@ -110,7 +111,7 @@ class ShardTokens:
 
     def beside(self, rows: pa.RecordBatch) -> pl.DataFrame:
         """The columns asked for, row by row; nulls for rows whose token is not in the shard."""
-        keys = [rows.column(name).to_numpy() for name in TOKEN]
+        keys = [values_of(rows.column(name)) for name in TOKEN]
         if not rows.num_rows:
             return self._frame.select(self._asked).clear()
         # rows of a layer are in the order of the tokens, as capture writes them

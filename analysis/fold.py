@@ -14,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from bhlog.analysis.log import Log, RowGroup
+from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.errors import InvalidOption
 
 Progress = Callable[[int], None]  # called with the number of rows just read
@@ -171,7 +172,7 @@ def sampled(batch: pa.RecordBatch, share: float) -> NDArray[np.bool_]:
         Steele, Lea and Flood (2014), OOPSLA: the finalizer of SplitMix64.
     """
     rank, sequence, position = (
-        batch.column(name).to_numpy().astype(np.uint64) for name in ("rank", "sequence", "position")
+        values_of(batch.column(name)).astype(np.uint64) for name in ("rank", "sequence", "position")
     )
     mixed = np.zeros(len(rank), dtype=np.uint64)
     for part in (rank, sequence, position):

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from bhlog.analysis.condition import TOKEN, Condition, ShardTokens, condition
 from bhlog.analysis.storage import filesystem, reached, read_manifest
+from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.checksum import MOST_BYTES
 from bhlog.capture.contract.errors import (
     CorruptKde,
@@ -386,7 +387,7 @@ class Log:
 def logits_of(batch: pa.RecordBatch) -> NDArray[np.float32]:
     """(T, E) float32 view of a batch's logits, without a copy."""
     column = batch.column("logits")
-    flat = np.from_dlpack(column.flatten())  # to_numpy would import pandas
+    flat = values_of(column.flatten())
     return flat.view(np.float32).reshape(len(column), column.type.list_size)
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from bhlog.analysis.fold import Progress, Scope, fold
 from bhlog.analysis.log import Log, layer_of
+from bhlog.capture.contract.arrays import values_of
 
 
 class ExpertLoad:
@@ -126,11 +127,11 @@ def _sources_of(
 
 def _keys(table: pa.Table | pa.RecordBatch) -> NDArray[np.uint64]:
     """(T,) one number for each (sequence, position)."""
-    sequence = table.column("sequence").to_numpy().astype(np.uint64)
-    keys: NDArray[np.uint64] = (sequence << np.uint64(32)) | table.column("position").to_numpy()
+    sequence = values_of(table.column("sequence")).astype(np.uint64)
+    keys: NDArray[np.uint64] = (sequence << np.uint64(32)) | values_of(table.column("position"))
     return keys
 
 
 def _counted(values: pa.Array, size: int) -> NDArray[np.int64]:
     """How often each of 0..size-1 occurs."""
-    return np.bincount(values.to_numpy(zero_copy_only=False), minlength=size)[:size]
+    return np.bincount(values_of(values), minlength=size)[:size]

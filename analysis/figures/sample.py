@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from bhlog.analysis.log import Log, logits_of
 from bhlog.analysis.replay.decide import COLUMNS, decider_of, p_values_of
 from bhlog.analysis.spread import draw, groups_by_layer, quotas, spread
+from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions
 
@@ -72,8 +73,8 @@ def sample_rows(
             (decisions,) = decider.decide(batch)
             p = p_values_of(batch, None if null is None else null[layer])
             part = (
-                batch.column("sequence").to_numpy(),
-                batch.column("position").to_numpy(),
+                values_of(batch.column("sequence")),
+                values_of(batch.column("position")),
                 logits_of(batch),
                 p,
                 decisions.n_rejected,
@@ -97,7 +98,7 @@ def _drawn(
     """Rows drawn at random: `quota` of them, or whole forwards that hold at least as many."""
     if not whole_forwards:
         return batch.take(pa.array(draw(batch.num_rows, quota, rng)))
-    forward = batch.column("forward").to_numpy()
+    forward = values_of(batch.column("forward"))
     numbers, rows = np.unique(forward, return_counts=True)
     order = rng.permutation(len(numbers))
     enough = int(np.searchsorted(np.cumsum(rows[order]), quota)) + 1

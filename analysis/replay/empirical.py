@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from bhlog.analysis.condition import condition_columns
 from bhlog.analysis.fold import Scope
 from bhlog.analysis.log import Log, RowGroup, logits_of
+from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.rule import empirical_p_values
 
@@ -107,6 +108,6 @@ def _twice(log: Log, groups: Sequence[RowGroup]) -> int | None:
 
 def _forwards(batch: pa.RecordBatch) -> NDArray[np.int64]:
     """(T,) which forward of which rank each row is of: rank << 32 | forward."""
-    forward = batch.column("forward").to_numpy().astype(np.int64)
-    number: NDArray[np.int64] = batch.column("rank").to_numpy().astype(np.int64) << 32 | forward
+    forward = values_of(batch.column("forward")).astype(np.int64)
+    number: NDArray[np.int64] = values_of(batch.column("rank")).astype(np.int64) << 32 | forward
     return number

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from bhlog.analysis.kernels.choice import choose_rows, step_up
 from bhlog.analysis.kernels.places import NOWHERE, threshold_places
+from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.errors import CorruptShard, KdeMismatch
 from bhlog.capture.contract.null.layer import LayerNull
 from bhlog.capture.contract.rule import finite_keys, no_finite_logit, p_value_order
@@ -47,8 +48,8 @@ class Rows:
             logged = pa.ListArray.from_arrays(starts, pa.array([], pa.uint16()))
         self.logits = logits
         self.null = null
-        self.logged_starts = logged.offsets.to_numpy()
-        self.logged_experts = logged.values.to_numpy()
+        self.logged_starts = values_of(logged.offsets)
+        self.logged_experts = values_of(logged.values)
         self.cuts = np.full(len(logits), NOWHERE, dtype=np.int32)
         self._given_p = p
         self._thresholds = {} if thresholds is None else thresholds

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.checksum import check_checksum, read_bytes, read_table, with_checksum
 from bhlog.capture.contract.errors import CorruptProfile, InvalidOption, RouterLogError, one_line
 from bhlog.capture.contract.files import whole_file
@@ -175,7 +176,7 @@ def _matrices(table: pa.Table, column: str, n_rows: int, n_columns: int) -> Coun
     """The lists of a column as matrices, by layer."""
     found = {}
     for layer, values in zip(table["layer"].to_pylist(), table[column], strict=True):
-        flat = np.from_dlpack(values.values).view(np.int64)
+        flat = values_of(values.values).view(np.int64)
         if len(flat) != n_rows * n_columns:
             raise CorruptProfile(
                 f"layer {layer}: {len(flat)} {column}, expected {n_rows} ranks x {n_columns}"

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.schema import PHASES
 
 
@@ -102,11 +103,11 @@ def identity_of(table: pa.Table | pa.RecordBatch) -> Identity:
         phase = pa.DictionaryArray.from_arrays(pa.array([], pa.int8()), pa.array([], pa.string()))
     names = phase.dictionary.to_pylist()
     codes = np.array([*(PHASES.index(n) if n in PHASES else -1 for n in names), -1])
-    index = phase.indices.fill_null(-1).to_numpy().astype(np.int64)
+    index = values_of(phase.indices.fill_null(-1)).astype(np.int64)
     return Identity(
-        sequence=table.column("sequence").to_numpy().astype(np.int64),
-        position=table.column("position").to_numpy().astype(np.int64),
-        forward=table.column("forward").to_numpy().astype(np.int64),
+        sequence=values_of(table.column("sequence")).astype(np.int64),
+        position=values_of(table.column("position")).astype(np.int64),
+        forward=values_of(table.column("forward")).astype(np.int64),
         token_id=np.asarray(table.column("token_id").fill_null(-1)).astype(np.int64),
         phase=codes[index],
         unknown_phases=tuple(n for n in names if n not in PHASES),

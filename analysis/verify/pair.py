@@ -10,6 +10,7 @@ from bhlog.analysis.fold import Progress
 from bhlog.analysis.log import Log
 from bhlog.analysis.verify.identity import Identity, identity_of
 from bhlog.analysis.verify.rows import expert_problems
+from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.errors import CorruptShard
 from bhlog.capture.contract.schema import SHARD_NAME, routing_schema, tokens_schema
 
@@ -119,7 +120,7 @@ class Pair:
         self, where: str, table: pa.Table | pa.RecordBatch, identity: Identity
     ) -> None:
         rank, _ = rank_and_number(self.name)
-        ranks = np.unique(table.column("rank").to_numpy())
+        ranks = np.unique(values_of(table.column("rank")))
         if table.num_rows and ranks.tolist() != [rank]:
             self._row_error(f"{where}: rows of rank {ranks.tolist()}, the name says {rank}")
         if identity.unknown_phases:

@@ -11,6 +11,7 @@ from bhlog.analysis.fold import Progress, Scope, fold
 from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.analysis.replay.decide import COLUMNS, Decider, decider_of
 from bhlog.analysis.verify.rows import padded_experts
+from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.rule import finite_keys
 
 
@@ -52,7 +53,7 @@ class _Comparison:
         self.layers: dict[int, tuple[int, int, str | None]] = {}
 
     def update(self, batch: pa.RecordBatch) -> None:
-        n = batch.column("n_selected").to_numpy()
+        n = values_of(batch.column("n_selected"))
         logged = padded_experts(batch.column("experts"), self.width(batch))
         if self.decider is None:
             wrong = self._native(batch, logged)
@@ -61,7 +62,7 @@ class _Comparison:
             slots = np.arange(logged.shape[1]) < n[:, None]
             wrong = (
                 (mine.n_selected != n)
-                | (mine.n_rejected != batch.column("n_rejected").to_numpy())
+                | (mine.n_rejected != values_of(batch.column("n_rejected")))
                 | ((mine.order[:, : logged.shape[1]] != logged) & slots).any(axis=1)
             )
         first = None
@@ -76,7 +77,7 @@ class _Comparison:
 
     def width(self, batch: pa.RecordBatch) -> int:
         """Slots for the widest row of a batch."""
-        return int(batch.column("n_selected").to_numpy().max(initial=1))
+        return int(values_of(batch.column("n_selected")).max(initial=1))
 
     def _native(self, batch: pa.RecordBatch, logged: NDArray[np.uint16]) -> NDArray[np.bool_]:
         keys = finite_keys(logits_of(batch))

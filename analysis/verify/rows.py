@@ -7,6 +7,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from bhlog.analysis.log import Log, logits_of
+from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.rule import finite_keys, no_finite_logit
 
 
@@ -37,9 +38,11 @@ def _checks(
     """(T,) bool of wrong rows, and what is wrong with them."""
     E, T = log.n_experts, batch.num_rows
     experts = batch.column("experts")
-    n = batch.column("n_selected").to_numpy().astype(np.int64)
+    n: NDArray[np.int64] = values_of(batch.column("n_selected")).astype(np.int64)
+    lengths: NDArray[np.int64]
+    weights: NDArray[np.int64]
     lengths, weights = (
-        batch.column(name).value_lengths().to_numpy().astype(np.int64)
+        values_of(batch.column(name).value_lengths()).astype(np.int64)
         for name in ("experts", "weights")
     )
     yield n != lengths, "n_selected is not the number of experts"
@@ -76,7 +79,7 @@ def _valid(column: pa.Array) -> NDArray[np.bool_]:
 
 def padded_experts(experts: pa.ListArray, width: int) -> NDArray[np.uint16]:
     """(T, width) uint16: the lists of a column side by side, 0 beyond their ends."""
-    lengths = experts.value_lengths().to_numpy(zero_copy_only=False)
+    lengths = values_of(experts.value_lengths())
     result = np.zeros((len(experts), width), dtype=np.uint16)
-    result[np.arange(width) < lengths[:, None]] = experts.flatten().to_numpy()
+    result[np.arange(width) < lengths[:, None]] = values_of(experts.flatten())
     return result

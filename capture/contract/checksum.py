@@ -9,9 +9,10 @@ import hashlib
 import json
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from bhlog.capture.contract.arrays import values_of
 
 MOST_BYTES = 1 << 31  # of a file
 MOST_ROWS = 1 << 20  # a small file can claim more than any memory holds
@@ -81,7 +82,7 @@ def checksum(table: pa.Table) -> str:
         plain: list[object]
         if pa.types.is_list(column.type) and not pa.types.is_string(column.type.value_type):
             plain = column.value_lengths().to_pylist()
-            digest.update(np.from_dlpack(column.flatten()).data)
+            digest.update(values_of(column.flatten()).data)
         else:
             plain = column.to_pylist()
         digest.update(json.dumps([name, plain]).encode())

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.errors import CorruptShard
 from bhlog.capture.contract.null.histogram import HistogramAccumulator
 
@@ -39,5 +40,5 @@ def count_shard(path: Path, counts: HistogramAccumulator) -> None:
 def _count(table: pa.Table, counts: HistogramAccumulator) -> None:
     """Count the rows of a table that holds one layer."""
     for chunk in table["logits"].chunks:
-        flat: NDArray[np.float32] = chunk.flatten().to_numpy()
+        flat: NDArray[np.float32] = values_of(chunk.flatten())
         counts.update(table["layer"][0].as_py(), flat.reshape(len(chunk), -1))

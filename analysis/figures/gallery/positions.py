@@ -16,6 +16,7 @@ from bhlog.analysis.figures.run_data import RunData
 from bhlog.analysis.figures.style import BLACK, ORDERED
 from bhlog.analysis.fold import fold
 from bhlog.analysis.log import layer_of
+from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.errors import InvalidOption
 
 A_DOUBLING = 4  # places, between a position and twice that; each of the first few has its own
@@ -38,9 +39,9 @@ class PositionCounts:
 
     def update(self, batch: pa.RecordBatch) -> None:
         layer = self._index[layer_of(batch)]
-        position = batch.column("position").to_numpy().astype(np.int64)
+        position = values_of(batch.column("position")).astype(np.int64)
         place = np.searchsorted(EDGES, position, side="right") - 1
-        n_selected = batch.column("n_selected").to_numpy().astype(np.int64)
+        n_selected = values_of(batch.column("n_selected")).astype(np.int64)
         np.add.at(self.rows[layer], place, 1)
         np.add.at(self.experts[layer], place, n_selected)
 

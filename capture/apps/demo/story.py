@@ -15,6 +15,7 @@ from bhlog.analysis.output import write
 from bhlog.analysis.run import Run, open_log
 from bhlog.analysis.verify.replayed import verify_replay
 from bhlog.capture.apps.demo.corpus import Page, held_out_documents, training_documents
+from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.errors import RunExists
 from bhlog.capture.contract.manifest import MANIFEST_NAME, Routing
 from bhlog.capture.contract.null.fit import FitOptions
@@ -137,7 +138,7 @@ def _what_if(native: Run, reruns: dict[float, Run], kde: KdeModel) -> pl.DataFra
 
 def _mean_experts(log: Run) -> float:
     """Experts per token that a run used, over all layers."""
-    counts = [batch.column("n_selected").to_numpy() for batch in log.batches(["n_selected"])]
+    counts = [values_of(batch.column("n_selected")) for batch in log.batches(["n_selected"])]
     return float(sum(n.sum() for n in counts) / sum(len(n) for n in counts))
 
 

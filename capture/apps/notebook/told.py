@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from bhlog.analysis.log import Log, layer_of
 from bhlog.analysis.replay.decide import p_values_of
+from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.null.model import KdeModel
 
 MOST_JSON_DECISIONS = 10_000  # the JSON log is for reading; the run holds every decision
@@ -52,7 +53,7 @@ def summary_of(log: Log) -> dict[str, Any]:
     p_values = _Moments()
     columns = ["layer", "logits", "n_selected", "forward", "rank"]
     for batch in log.batches(columns):
-        counts += np.bincount(batch.column("n_selected").to_numpy(), minlength=E + 1)
+        counts += np.bincount(values_of(batch.column("n_selected")), minlength=E + 1)
         p = _p_values(batch, log.kde, options is not None)
         if p is not None:
             p_values.add(p)
@@ -127,7 +128,7 @@ def _first_tokens(
     bh = log.manifest.routing.options is not None
     for batch in log.batches(columns):
         layer = layer_of(batch) if batch.num_rows else log.layers[0]
-        kept = np.flatnonzero(batch.column("position").to_numpy() % every == 0)[: missing[layer]]
+        kept = np.flatnonzero(values_of(batch.column("position")) % every == 0)[: missing[layer]]
         if len(kept):
             p = _p_values(batch, log.kde, bh)
             yield batch.take(pa.array(kept)), None if p is None else p[kept]

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.checksum import check_checksum, read_table, with_checksum
 from bhlog.capture.contract.errors import CorruptKde, one_line
 from bhlog.capture.contract.null.curve import NullCurve
@@ -190,7 +191,7 @@ def _read_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
     for i, row in enumerate(plain):
         lists = {name: table[name][i] for name in _ARRAYS}
         arrays = {
-            name: np.from_dlpack(values.values) if values.is_valid else None
+            name: values_of(values.values) if values.is_valid else None
             for name, values in lists.items()
         }
         yield {**row, **arrays, "source": tuple(row["source"])}
