@@ -27,7 +27,7 @@ def count_shard(path: Path, counts: HistogramAccumulator) -> None:
         CorruptShard: it cannot be read.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for group in range(file.num_row_groups):  # a row group holds one layer
                 _count(file.read_row_group(group, columns=["layer", "logits"]), counts)
     except (pa.ArrowException, OSError) as error:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -159,8 +160,10 @@ def test_a_shard_that_cannot_be_counted_is_named(tmp_path):
     writer.submit(make_block(0, tokens=500))
     writer.close()
     path = run / "routing" / "rank00000-00000.parquet"
+    group = pq.read_metadata(path).row_group(0)
+    (logits,) = (c for c in map(group.column, range(12)) if c.path_in_schema.startswith("logits"))
     data = bytearray(path.read_bytes())
-    data[100:3000] = bytes(2900)
+    data[logits.data_page_offset + logits.total_compressed_size - 1] ^= 1
     path.write_bytes(data)
     with pytest.raises(CorruptShard, match="cannot count in the null model"):
         new_writer(run, INFO, Routing(), resume=True, fit=KdeFit(tmp_path / "null.parquet"))
@@ -170,6 +173,7 @@ def test_the_last_of_two_ranks_merges_what_both_counted(tmp_path, monkeypatch):
     out, run = tmp_path / "null.parquet", tmp_path / "run"
     (tmp_path / "null.parquet.rank00001.npz").write_bytes(b"of an earlier launch")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("BHLOG_LAUNCH", "of two ranks")
     fit, writers = KdeFit(out, null="expert"), []
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
