@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from bhlog.analysis.kernels.critical import BUCKETS, count_critical, make_guide
+from bhlog.analysis.kernels.first_alphas import BUCKETS, count_critical, make_guide
 from bhlog.analysis.kernels.places import threshold_places
 from bhlog.analysis.kernels.sorting import network
 
