@@ -132,18 +132,19 @@ def _struct(data: memoryview, at: int) -> tuple[dict[int, Any], int]:
     """(fields by number, the place after it) of a struct in Thrift's compact protocol."""
     fields: dict[int, Any] = {}
     number = 0
-    while True:
-        byte = data[at]
+    while byte := data[at]:
         at += 1
-        if byte == 0:
-            return fields, at
         kind = byte & 15
-        if byte >> 4:
+        if byte > 15:
             number += byte >> 4
         else:
             number, at = _integer(data, at)
         if kind in (5, 6):  # i32, i64: all integers of a page header
-            fields[number], at = _integer(data, at)
+            value = data[at]
+            if value < 128:  # most are of one byte, and there are many headers
+                fields[number], at = (value >> 1) ^ -(value & 1), at + 1
+            else:
+                fields[number], at = _integer(data, at)
         elif kind == 12:
             fields[number], at = _struct(data, at)
         elif kind == 8:  # binary: smallest and largest values
@@ -155,6 +156,7 @@ def _struct(data: memoryview, at: int) -> tuple[dict[int, Any], int]:
             fields[number] = kind == 1
         else:
             raise ValueError(f"type {kind}")
+    return fields, at + 1
 
 
 def _integer(data: memoryview, at: int) -> tuple[int, int]:
