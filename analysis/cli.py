@@ -55,7 +55,7 @@ COMMANDS = {
     ),
     "plot": (
         "bhlog.analysis.commands.plot:plot",
-        "Draw figures of a run; without FIGURE, all that the run can...",
+        "Draw figures of a run; without FIGURE, all that it can show.",
     ),
 }
 

@@ -63,7 +63,7 @@ def plot(
     listing: bool,
     output: Output,
 ) -> None:
-    """Draw figures of a run; without FIGURE, all that the run can show.
+    """Draw figures of a run; without FIGURE, all that it can show.
 
     Counts are of all rows, as logged; p-values of a random sample of rows.
     """
