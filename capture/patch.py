@@ -22,7 +22,7 @@ from bhlog.capture.routers.expert_code import (
     take,
     warn_of_cost,
 )
-from bhlog.capture.routers.family import Router, find_routers, model_info
+from bhlog.capture.routers.family import Router, model_info
 from bhlog.capture.routers.routing import (
     TorchNull,
     empirical_order,
@@ -30,6 +30,7 @@ from bhlog.capture.routers.routing import (
     select,
     weigh,
 )
+from bhlog.capture.routers.search import find_routers
 from bhlog.capture.routers.stats import LayerStats
 from bhlog.capture.tokens.identity import Tracker
 from bhlog.capture.writing.writer import RunWriter

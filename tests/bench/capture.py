@@ -36,7 +36,7 @@ from bhlog.capture.contract.rule import BhOptions
 from bhlog.capture.observe import observe, route
 from bhlog.capture.patch import RouterPatcher
 from bhlog.capture.routers.expert_code import take
-from bhlog.capture.routers.family import find_routers
+from bhlog.capture.routers.search import find_routers
 from bhlog.capture.writing.writer import WriterOptions
 from tests.synthetic import normal_kde
 

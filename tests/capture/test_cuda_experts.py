@@ -11,7 +11,7 @@ from bhlog.capture.changes import Changes
 from bhlog.capture.kernels.loading import experts_kernel
 from bhlog.capture.observe import route
 from bhlog.capture.routers.expert_code import take
-from bhlog.capture.routers.family import find_routers
+from bhlog.capture.routers.search import find_routers
 from tests.capture.pairs import make_case, slow_experts
 from tests.synthetic import normal_kde
 

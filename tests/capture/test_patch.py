@@ -21,7 +21,7 @@ from bhlog.capture.contract.errors import (
 from bhlog.capture.contract.rule import decide, softmax_weights
 from bhlog.capture.forwards import Forwards
 from bhlog.capture.observe import observe, route
-from bhlog.capture.routers.family import find_routers
+from bhlog.capture.routers.search import find_routers
 from tests.capture.tiny import (
     EXPERTS,
     LAYERS,

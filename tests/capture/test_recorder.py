@@ -8,7 +8,7 @@ from torch import Tensor
 
 import bhlog
 from bhlog.capture.contract.errors import UnknownIdentity
-from bhlog.capture.routers.family import find_routers
+from bhlog.capture.routers.search import find_routers
 from bhlog.capture.writing.writer import WriterOptions
 from tests.capture.tiny import (
     CACHE,

@@ -163,7 +163,7 @@ FAMILIES = {
 def routed(family, folder, renormalize):
     torch = pytest.importorskip("torch", reason="a routed model needs torch")
     from bhlog.capture.observe import route
-    from bhlog.capture.routers.family import find_routers
+    from bhlog.capture.routers.search import find_routers
     from tests.capture.families import build, inputs
 
     model = build(family)

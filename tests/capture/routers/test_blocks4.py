@@ -13,7 +13,7 @@ from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import UnsupportedModel
 from bhlog.capture.contract.rule import decide, softmax_weights
 from bhlog.capture.observe import observe, route
-from bhlog.capture.routers.family import find_routers
+from bhlog.capture.routers.search import find_routers
 from tests.capture.tiny import TRANSFORMERS_4, batch, observed, read, real_tokens
 from tests.synthetic import normal_kde
 

@@ -16,7 +16,7 @@ from bhlog.analysis.verify.facts import facts_of
 from bhlog.capture.changes import Changes
 from bhlog.capture.observe import observe, route
 from bhlog.capture.routers.expert_code import COMPUTED, NAME, SKIPPED, in_torch, obstacle, take
-from bhlog.capture.routers.family import find_routers
+from bhlog.capture.routers.search import find_routers
 from tests.capture.pairs import make_case, slow_experts
 from tests.capture.tiny import EXPERTS, LAYERS, TRANSFORMERS_4, batch, tiny_model
 from tests.synthetic import normal_kde

@@ -19,8 +19,9 @@ from bhlog.capture.contract.manifest import Routing
 from bhlog.capture.contract.rule import BhOptions, decide
 from bhlog.capture.observe import observe, route
 from bhlog.capture.patch import RouterPatcher
-from bhlog.capture.routers.family import Router, find_routers, supported
+from bhlog.capture.routers.family import Router
 from bhlog.capture.routers.registry import FAMILIES, UNREADABLE
+from bhlog.capture.routers.search import find_routers, supported
 from tests.capture.families import build, inputs, narrow, output, packages, readme_table, table
 from tests.synthetic import normal_kde
 

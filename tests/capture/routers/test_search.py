@@ -10,7 +10,7 @@ from transformers import OlmoeForCausalLM
 
 from bhlog.capture.contract.errors import UnsupportedModel
 from bhlog.capture.observe import observe, route
-from bhlog.capture.routers.family import find_routers
+from bhlog.capture.routers.search import find_routers
 from tests.capture.tiny import (
     EXPERTS,
     LAYERS,
@@ -200,11 +200,11 @@ def test_a_router_without_what_its_family_has_is_refused_in_one_line():
 
 
 def test_an_unknown_model_is_told_the_nearest_families_and_how_to_add_one():
-    class OlmoeTopKRouters(nn.Module):
+    class OlmoeNextForCausalLM(nn.Module):
         pass
 
     with pytest.raises(UnsupportedModel) as error:
-        find_routers(nn.ModuleList([OlmoeTopKRouters()]))
+        find_routers(OlmoeNextForCausalLM())
     said = str(error.value)
     assert "nearest are " in said and "OLMoE" in said and "registry.register" in said
     assert len(said) < 500 and "\n" not in said
