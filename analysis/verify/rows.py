@@ -38,9 +38,7 @@ def _checks(
     """(T,) bool of wrong rows, and what is wrong with them."""
     E, T = log.n_experts, batch.num_rows
     experts = batch.column("experts")
-    n: NDArray[np.int64] = values_of(batch.column("n_selected")).astype(np.int64)
-    lengths: NDArray[np.int64]
-    weights: NDArray[np.int64]
+    n = values_of(batch.column("n_selected")).astype(np.int64)
     lengths, weights = (
         values_of(batch.column(name).value_lengths()).astype(np.int64)
         for name in ("experts", "weights")
@@ -53,7 +51,8 @@ def _checks(
     beyond = ((logged >= E) & used).any(axis=1)
     yield beyond, f"an expert is not below {E}"
     filled = np.sort(np.where(used, logged, E + 0x10000 + np.arange(width)), axis=1)
-    yield (np.diff(filled, axis=1) == 0).any(axis=1), "an expert is there twice"
+    twice = np.any(np.diff(filled, axis=1) == 0, axis=1)
+    yield np.asarray(twice), "an expert is there twice"
     options, rejected = log.manifest.routing.options, batch.column("n_rejected")
     if options is None:
         yield _valid(rejected), "n_rejected under native routing, expected null"
@@ -70,7 +69,7 @@ def _checks(
         safe = np.where(used & (logged < E), logged, 0)
         chosen = keys[np.arange(T)[:, None], safe]
         rises = (chosen[:, 1:] > chosen[:, :-1]) & used[:, 1:]
-        yield rises.any(axis=1), "experts are not in order of falling logit"
+        yield np.asarray(rises.any(axis=1)), "experts are not in order of falling logit"
 
 
 def _valid(column: pa.Array) -> NDArray[np.bool_]:
