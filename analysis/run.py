@@ -20,7 +20,7 @@ from bhlog.capture.contract.rule import Bounds, Renormalize
 if TYPE_CHECKING:
     from duckdb import DuckDBPyRelation
 
-    from bhlog.analysis.database.database import Database
+    from bhlog.analysis.database.connection import Database
     from bhlog.analysis.figures.drawing import Image
     from bhlog.analysis.replay.policy import Policy
     from bhlog.analysis.sweep.profile import Profile
@@ -255,7 +255,7 @@ class Run(Log):
 
     @cached_property
     def _database(self) -> "Database":
-        from bhlog.analysis.database.database import connect
+        from bhlog.analysis.database.connection import connect
 
         database = connect(self)
         # relations may outlive the run; an open connection complains when the interpreter ends

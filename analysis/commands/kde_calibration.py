@@ -63,8 +63,8 @@ def compare(
     experts_a/b  mean experts per row that BH selects at alpha
     """
     from bhlog.analysis.fold import Scope
-    from bhlog.analysis.null.comparison import DRAWN_ROWS
-    from bhlog.analysis.null.comparison import compare as compare_models
+    from bhlog.analysis.null.difference import DRAWN_ROWS
+    from bhlog.analysis.null.difference import compare as compare_models
     from bhlog.capture.contract.null.model import layer_ranges
 
     check_figure(figure)

@@ -295,7 +295,7 @@ figure_option = click.option("--figure", type=OUT_FILE, metavar="FILE", help="Dr
 def check_figure(figure: str | None) -> None:
     """Raise InvalidOption if no figure can be written there."""
     if figure is not None:
-        from bhlog.analysis.figures.file import check_figure_name
+        from bhlog.analysis.figures.image import check_figure_name
 
         check_figure_name(figure)
         make_room(figure)
@@ -303,7 +303,7 @@ def check_figure(figure: str | None) -> None:
 
 def write_figure(of: Any, name: str, subject: Any, figure: str) -> None:
     """Draw a registered figure of a subject into a file, and say so on stderr."""
-    from bhlog.analysis.figures.file import save_figure
+    from bhlog.analysis.figures.image import save_figure
     from bhlog.analysis.figures.page import draw_page
     from bhlog.analysis.figures.registry import find_figure
 

@@ -24,7 +24,7 @@ from bhlog.analysis.database.question import Question, find_question, pairs, que
 from bhlog.capture.contract.errors import InvalidOption
 
 if TYPE_CHECKING:
-    from bhlog.analysis.database.database import Database
+    from bhlog.analysis.database.connection import Database
 
 EPILOG = """\b
 examples:
@@ -154,7 +154,7 @@ def sql(
         raise InvalidOption("give a query or --query, not both")
     question, parameters = asked.question()
 
-    from bhlog.analysis.database.database import connect
+    from bhlog.analysis.database.connection import connect
 
     click.get_current_context().with_resource(_warnings_in_one_line())
     logs = [open_run(run) for run in runs]
@@ -237,7 +237,7 @@ def _describe(name: str, output: Output) -> None:
     if name not in VIEWS:
         click.echo(find_question(name).text, nl=False)
         return
-    from bhlog.analysis.database.database import connect
+    from bhlog.analysis.database.connection import connect
 
     with connect([]) as database:
         output.write(database.describe(name))

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from bhlog.analysis.database.failures import Failures
 from bhlog.analysis.database.lists import ListColumn, key_groups, list_elements, logit_groups
-from bhlog.analysis.database.nulls import Nulls
+from bhlog.analysis.database.run_nulls import Nulls
 from bhlog.analysis.kernels.softmax import find_certainty
 from bhlog.analysis.replay.rows import Rows
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch

@@ -16,7 +16,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from bhlog.analysis.cells import spelled_out
 from bhlog.analysis.database.catalog import VIEWS, meaning
-from bhlog.analysis.database.database import Database
+from bhlog.analysis.database.connection import Database
 from bhlog.analysis.database.functions import FUNCTIONS
 from bhlog.analysis.database.question import find_question, pairs, questions
 from bhlog.analysis.database.result import print_result

@@ -12,7 +12,7 @@ from bhlog.analysis.texts import TOKEN, other_texts
 from bhlog.capture.contract.errors import InvalidOption
 
 if TYPE_CHECKING:
-    from bhlog.analysis.database.database import Database
+    from bhlog.analysis.database.connection import Database
 
 TYPES: dict[str, type[int] | type[float] | type[str]] = {
     "integer": int,

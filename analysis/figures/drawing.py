@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from bhlog.analysis.figures.file import save_figure
+from bhlog.analysis.figures.image import save_figure
 from bhlog.analysis.figures.page import page_of
 from bhlog.analysis.figures.registry import figures, find_figure
 from bhlog.analysis.figures.run_data import RunData

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 
 from bhlog.analysis.fold import Progress
 from bhlog.analysis.log import Log
-from bhlog.analysis.verify.identity import Identity, identity_of
-from bhlog.analysis.verify.rows import expert_problems
+from bhlog.analysis.verify.decided import expert_problems
+from bhlog.analysis.verify.token_rows import Identity, identity_of
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.errors import CorruptShard
 from bhlog.capture.contract.schema import SHARD_NAME, routing_schema, tokens_schema

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from bhlog.analysis.fold import Progress, Scope, fold
 from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.analysis.replay.decide import COLUMNS, Decider, decider_of
-from bhlog.analysis.verify.rows import padded_experts
+from bhlog.analysis.verify.decided import padded_experts
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.rule import finite_keys
 

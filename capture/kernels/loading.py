@@ -25,7 +25,7 @@ def kernels() -> Kernels | None:
     """The kernels, tried once on the current CUDA device; None where Triton cannot build them."""
     if importlib.util.find_spec("triton") is None:
         return None
-    from bhlog.capture.kernels.cross_entropy import cross_entropy_kernel
+    from bhlog.capture.kernels.row_loss import cross_entropy_kernel
     from bhlog.capture.kernels.selection import selection_kernel
 
     try:

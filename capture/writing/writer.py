@@ -1,18 +1,17 @@
 """Writes a run in the background: a queue bounded in bytes, blocks in, sealed shards out."""
 
 import math
-import os
 import threading
 import time
 import uuid
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from bhlog.capture.contract.errors import InvalidOption, WriterFailed
+from bhlog.capture.contract.errors import WriterFailed
 from bhlog.capture.contract.manifest import Manifest, ModelInfo, Routing, Totals
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.writing.buffer import Block, Buffer, logged_rows
@@ -20,43 +19,9 @@ from bhlog.capture.writing.folder import Progress, create, remove_run, resume
 from bhlog.capture.writing.queue import Queue
 from bhlog.capture.writing.sealer import Sealer
 from bhlog.capture.writing.stage import Staged
+from bhlog.capture.writing.writer_options import WriterOptions
 
 __all__ = ["Block", "RunWriter", "WriterOptions", "remove_run"]
-
-
-@dataclass(frozen=True)
-class WriterOptions:
-    """How a run is written.
-
-    Attributes:
-        sample_every: log the tokens whose position is a multiple of it, at every layer.
-        token_ids: whether token ids are logged.
-        shard_rows: rows after which a shard is sealed.
-        seal_seconds: a shard is sealed before that when its first row is so old, or older than a
-            twentieth of the run's time if that is more: a kill loses little, and a long run that
-            logs slowly still gets few shards. Infinity seals by rows alone.
-        queue_bytes: most bytes that wait to be gathered before `on_full` applies; beside them,
-            memory holds one shard that fills and `threads` that are being encoded.
-        on_full: "block" makes the model wait, "drop" leaves tokens out and counts them.
-        threads: shards encoded at once; by default 2, and up to 4 where there are cores to spare.
-    """
-
-    sample_every: int = 1
-    token_ids: bool = True
-    shard_rows: int = 1 << 18
-    seal_seconds: float = 30.0
-    queue_bytes: int = 1 << 28
-    on_full: Literal["block", "drop"] = "block"
-    threads: int = field(default_factory=lambda: min(4, max(2, (os.cpu_count() or 2) // 4)))
-
-    def __post_init__(self) -> None:
-        for name in ("sample_every", "shard_rows", "queue_bytes", "threads"):
-            if getattr(self, name) < 1:
-                raise InvalidOption(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.seal_seconds > 0:
-            raise InvalidOption(f"seal_seconds must be above 0, got {self.seal_seconds}")
-        if self.on_full not in ("block", "drop"):
-            raise InvalidOption(f"on_full must be 'block' or 'drop', got {self.on_full!r}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from bhlog.analysis.cli import main
-from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.connection import connect
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import MissingRun
 from bhlog.capture.contract.rule import BhOptions

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bhlog.analysis.database.database import Database, connect
+from bhlog.analysis.database.connection import Database, connect
 from bhlog.analysis.database.question import Question, questions
 from bhlog.analysis.log import Log
 from bhlog.analysis.run import open_log

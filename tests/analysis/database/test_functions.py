@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.connection import connect
 from bhlog.analysis.database.lists import ListColumn, logit_groups
 from bhlog.analysis.log import layer_of, logits_of
 from bhlog.analysis.replay.decide import decider_of

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.connection import connect
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.checksum import with_checksum
 from bhlog.capture.contract.errors import CorruptKde, CorruptManifest, CorruptShard, RouterLogError

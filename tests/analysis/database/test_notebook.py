@@ -17,7 +17,8 @@ CELLS = (
     "run.sql('SELECT layer, avg(n_selected) AS mean FROM routing GROUP BY layer').pl()",
     "run.sql('SELECT count(*) FROM routing')",
     "import polars as pl\n"
-    "run.sql('SELECT * FROM df JOIN tokens USING (position)', df=pl.DataFrame({{'position': [1]}})).df()",
+    "df = pl.DataFrame({{'position': [1]}})\n"
+    "run.sql('SELECT * FROM df JOIN tokens USING (position)', df=df).df()",
     "import time; started = time.time()\n"
     "run.sql('SELECT sum(a.range * b.range) FROM range(40000) a, range(40000) b').fetchall()\n"
     "assert time.time() - started < 100",

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bhlog.analysis.cli import main
-from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.connection import connect
 from bhlog.analysis.database.pages import chunks_of, page_error
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import CorruptShard

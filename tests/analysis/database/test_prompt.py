@@ -10,7 +10,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from bhlog.analysis.database.catalog import VIEWS
-from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.connection import connect
 from bhlog.analysis.database.prompt import SqlCompleter, history_path, run_prompt
 from bhlog.analysis.run import open_log
 from tests.synthetic import normal_kde, write_run

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.connection import connect
 from bhlog.analysis.database.question import NEEDS, find_question, pairs, parse_question, questions
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption

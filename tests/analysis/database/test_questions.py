@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bhlog.analysis.database.catalog import VIEWS
-from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.connection import connect
 from bhlog.analysis.database.question import find_question, questions
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bhlog.analysis.cells import spelled_out
-from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.connection import connect
 from bhlog.analysis.database.result import print_result, write_result
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption

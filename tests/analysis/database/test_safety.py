@@ -11,7 +11,7 @@ import duckdb
 import pytest
 
 from bhlog.analysis.cli import main
-from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.connection import connect
 from bhlog.analysis.database.shell import shell_statements
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import RouterLogError
@@ -263,7 +263,7 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_uses_is_not(t
     spill.mkdir()
     script = (
         "import sys, time; from bhlog.analysis.run import open_log\n"
-        "from bhlog.analysis.database.database import connect\n"
+        "from bhlog.analysis.database.connection import connect\n"
         "database = connect(open_log(sys.argv[1]), temp_dir=sys.argv[2])\n"
         "print('open', flush=True); time.sleep(60)"
     )

@@ -6,7 +6,7 @@ import shlex
 import duckdb
 import pytest
 
-from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.connection import connect
 from bhlog.analysis.database.shell import shell_command, shell_statements
 from bhlog.analysis.replay.decisions import write_decisions
 from bhlog.analysis.run import open_log

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from bhlog.analysis.cli import main
-from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.connection import connect
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption
 from tests.synthetic import write_run

@@ -6,7 +6,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from bhlog.analysis.commands.kde_calibration import CHECK_FIGURES
-from bhlog.analysis.figures.file import check_figure_name
 from bhlog.analysis.figures.gallery.checks import (
     Checked,
     bias_of_experts,
@@ -19,6 +18,7 @@ from bhlog.analysis.figures.gallery.checks import (
     quantiles,
 )
 from bhlog.analysis.figures.gallery.tails import Tails, plot_tail, points_of_tails
+from bhlog.analysis.figures.image import check_figure_name
 from bhlog.analysis.figures.page import draw_page, page_of
 from bhlog.analysis.figures.registry import FigureKind, Numbers, figures, find_figure, tidy
 from bhlog.analysis.figures.style import Style

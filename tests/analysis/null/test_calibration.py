@@ -4,7 +4,7 @@ from scipy.stats import beta, ks_2samp, kstest, norm, wasserstein_distance
 
 from bhlog.analysis.fold import Scope
 from bhlog.analysis.null.calibration import PValues, check, check_frame, expert_frame
-from bhlog.analysis.null.comparison import compare
+from bhlog.analysis.null.difference import compare
 from bhlog.analysis.null.estimate import FitOptions, fit_kde
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch

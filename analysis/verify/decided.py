@@ -48,8 +48,8 @@ def _checks(
     width = max(1, int(lengths.max(initial=0)))
     logged = padded_experts(experts, width).astype(np.int64)
     used = np.arange(width) < lengths[:, None]  # (T, width)
-    beyond = ((logged >= E) & used).any(axis=1)
-    yield beyond, f"an expert is not below {E}"
+    beyond = np.any((logged >= E) & used, axis=1)
+    yield np.asarray(beyond), f"an expert is not below {E}"
     filled = np.sort(np.where(used, logged, E + 0x10000 + np.arange(width)), axis=1)
     twice = np.any(np.diff(filled, axis=1) == 0, axis=1)
     yield np.asarray(twice), "an expert is there twice"

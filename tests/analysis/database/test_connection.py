@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from bhlog.analysis.database.catalog import VIEWS, meaning
-from bhlog.analysis.database.database import connect
+from bhlog.analysis.database.connection import connect
 from bhlog.analysis.log import Log
 from bhlog.analysis.replay.decisions import write_decisions
 from bhlog.analysis.run import open_log

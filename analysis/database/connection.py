@@ -22,9 +22,9 @@ import pyarrow as pa
 
 from bhlog.analysis.database.catalog import VIEWS
 from bhlog.analysis.database.functions import FUNCTIONS, register_functions
-from bhlog.analysis.database.nulls import Nulls
 from bhlog.analysis.database.own_tables import as_table
 from bhlog.analysis.database.run_files import SCHEME, RunFiles
+from bhlog.analysis.database.run_nulls import Nulls
 from bhlog.analysis.database.spill import SpillFolder
 from bhlog.analysis.database.statement import reading_statement
 from bhlog.analysis.database.views import create_views
