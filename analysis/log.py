@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from bhlog.analysis.condition import TOKEN, Condition, ShardTokens, condition
-from bhlog.analysis.storage import filesystem, reached, read_manifest
+from bhlog.analysis.storage import filesystem, reached, read_manifest, shown
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.checksum import MOST_BYTES
 from bhlog.capture.contract.errors import (
@@ -57,13 +57,13 @@ class Log:
     """A run's folder, on disk or in an object store, open for reading.
 
     Attributes:
-        path: the folder or URI, as given.
+        path: the folder or URI as given, less the secrets of a URI.
         manifest: what the run is, merged over its ranks.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = str(path)
-        self._fs, self._root = filesystem(self.path)
+        self.path = shown(str(path))
+        self._fs, self._root = filesystem(str(path))
         self._tokens: dict[tuple[str, tuple[str, ...]], ShardTokens] = {}
         self.manifest = read_manifest(self.path, self._fs, self._root)
 

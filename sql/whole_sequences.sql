@@ -7,7 +7,7 @@
 -- Reads   tokens (one row per run and token)
 -- Param   $sequence integer = NULL  only this sequence
 -- Param   $rank integer = NULL  only this process
--- Returns one row per run, process, sequence and position, in reading order: token_id, nll,
+-- Returns one row per run, rank, sequence and position, in reading order: token_id, nll,
 --         logged_as (the sequence whose row it is)
 WITH RECURSIVE logged AS (
     SELECT run, rank, sequence, min(position) AS first, any_value(parent) AS parent

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import TypeVar
 
 import duckdb
@@ -62,34 +61,6 @@ def wait_for(
     if errors:
         raise errors[0]
     return results[0]
-
-
-@contextmanager
-def one_interrupt() -> Iterator[None]:
-    """Inside it the first SIGINT raises KeyboardInterrupt, and those after it do nothing.
-
-    So that what ends because of the first is not cut short by the next.
-    """
-
-    def once(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    if not _is_ours():
-        yield
-        return
-    signal.signal(signal.SIGINT, once)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGINT) is once:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _is_ours() -> bool:
-    """Whether this thread may set the handler of SIGINT, and nobody else has."""
-    main = threading.current_thread() is threading.main_thread()
-    return main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @contextmanager

@@ -25,6 +25,7 @@ import pandas as pd
 
 from bhlog.analysis.database.connection import Database, connect
 from bhlog.analysis.database.question import Question, questions
+from bhlog.analysis.database.run_files import _Reader
 from bhlog.analysis.log import Log
 from bhlog.analysis.run import open_log
 from tests.synthetic import write_run
@@ -126,6 +127,42 @@ def opening(folder: Path) -> float:
     return statistics.median(seconds(lambda: connect(open_log(run))) for _ in range(3))
 
 
+# The question that reads least of a row, and the one that reads all of it.
+WIDTHS = {
+    "narrowest": "SELECT layer, avg(n_selected) FROM routing GROUP BY layer",
+    "widest": "SELECT avg(list_max(logits)), max(list_sum(weights)), max(list_sum(experts)), "
+    "max(position + sequence + rank + forward + token_id + n_selected), max(phase) FROM routing",
+}
+
+
+def price_of_checks(database: Database, repeats: int) -> dict[str, dict[str, float]]:
+    """What checking pages costs: median seconds with it over those without, in turns."""
+    checked = _Reader._checked
+
+    def unchecked(reader: _Reader, start: int, end: int) -> bytes:
+        return reader._read_at(start, end)
+
+    price = {}
+    for name, query in WIDTHS.items():
+        taken: dict[Any, list[tuple[float, float]]] = {checked: [], unchecked: []}
+        try:
+            for _ in range(repeats):
+                for reading in taken:
+                    _Reader._checked = reading  # type: ignore[method-assign]
+                    before = time.process_time()
+                    spent = seconds(lambda: list(database.batches(query)[1]))  # noqa: B023
+                    taken[reading].append((spent, time.process_time() - before))
+        finally:
+            _Reader._checked = checked  # type: ignore[method-assign]
+        wall, cpu = (
+            statistics.median(t[i] for t in taken[checked])
+            / statistics.median(t[i] for t in taken[unchecked])
+            for i in (0, 1)
+        )
+        price[name] = {"seconds": round(wall, 3), "cpu_seconds": round(cpu, 3)}
+    return price
+
+
 def measure(folder: Path, rows: int, json_rows: int, cdfs: Any, repeats: int) -> dict[str, Any]:
     log, other = runs(folder, rows, cdfs)
     n = sum(shard.rows for shard in log.manifest.shards)
@@ -146,6 +183,7 @@ def measure(folder: Path, rows: int, json_rows: int, cdfs: Any, repeats: int) ->
                 if question.name in PANDAS:
                     slow = PANDAS[question.name]
                     pandas[question.name].append(seconds(lambda s=slow: s(pd.read_json(path))))  # type: ignore[misc]
+        price = price_of_checks(one, max(5, repeats))
         opened = opening(Path(scratch))
     median = {name: statistics.median(times) for name, times in taken.items()}
     reads_logits = {q.name for q in questions() if "logits" in q.text.split("WITH")[-1]}
@@ -162,6 +200,7 @@ def measure(folder: Path, rows: int, json_rows: int, cdfs: Any, repeats: int) ->
             name: round(statistics.median(times) / n_json / (median[name] / n), 1)
             for name, times in pandas.items()
         },
+        "times_as_long_checked": price,
         "seconds_to_open_1000_shards": round(opened, 3),
     }
 
