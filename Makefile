@@ -5,8 +5,9 @@ TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml | head 
 ENVIRONMENTS := .venv .venv-demo .venv-offline .venv4
 STRICT := --config-settings editable_mode=strict # type checkers follow links, no import hooks
 PYTEST := -m pytest --numprocesses 2 --dist loadfile # tiny models: a thread each, two at a time
-TESTS4 := $(patsubst %,tests/capture/%.py,routers/test_blocks4 test_devices test_patch \
-	test_recorder test_session tokens/test_generation tokens/test_identity tokens/test_loss)
+TESTS4 := $(patsubst %,tests/capture/%.py,routers/test_blocks4 test_copies test_devices \
+	test_kinds test_patch test_processes test_recorder test_session tokens/test_filler \
+	tokens/test_generation tokens/test_identity tokens/test_loss)
 
 .PHONY: demo test test-slow test-offline test-transformers4 lint clean FORCE
 

@@ -170,7 +170,9 @@ def _nearest(model: nn.Module) -> str:
     if len(names) > _FEW:
         known = {_stem(router): family.name for router, family in FAMILIES.items()}
         words = {_stem(type(m).__name__) for m in model.modules() if _is_model_or_router(m)}
-        close = {known[match] for w in words for match in get_close_matches(w, known, n=3)}
+        close = {
+            known[match] for w in words for match in get_close_matches(w, known, n=3, cutoff=0.7)
+        }
         nearest = f"the nearest are {', '.join(sorted(close)[:_FEW])}; " if close else ""
         listed = f"Of the {len(names)} families that it knows, {nearest}the README lists all"
     else:
