@@ -6,11 +6,12 @@ runs every block of each README in order, and replaces the output that it shows 
 A README's reader works in a folder of its own, that holds two texts and the runs of `bhlog demo`;
 the first README's holds the texts alone, since it runs the demo itself. Kinds of blocks:
 
-```console   commands after `$ `, each followed by what it prints on a terminal of 80 columns
-```python    a program
-```sh hub    commands that need a model of the hub: run without a network, on the demo's model,
-             which stands in a local cache under that name; the README shows no output of it
-```sh        for the reader alone, such as installing: not run
+```console  commands after `$ `, each followed by what it prints on a terminal of 80 columns
+```python   a program
+```sh run   commands whose output is not shown
+```sh       for the reader alone, such as installing: not run
+
+There is no network: a model of the hub is the demo's, which stands in a local cache under its name.
 """
 
 import atexit
@@ -32,7 +33,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FIRST = ROOT / "README.md"
 HUB_MODEL = "allenai/OLMoE-1B-7B-0924"
-_BLOCK = re.compile(r"^```(console|python|sh hub)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^```(console|python|sh run)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_STYLE = re.compile(r"\x1b\[[0-9;]*m")  # bold, as a terminal is told
 _SECONDS = 300
 _TERMINAL = struct.pack("4H", 24, 80, 0, 0)  # lines, columns
 
@@ -42,7 +44,7 @@ class Step:
     """Something a reader would run.
 
     Attributes:
-        language: console, python or sh hub.
+        language: console, python or sh run.
         text: the command, the program, or commands a line each.
         shown: what the README says it prints; "" for blocks that show nothing.
     """
@@ -82,10 +84,9 @@ def run(step: Step, folder: Path) -> "subprocess.CompletedProcess[str]":
     shell = ["bash", "-e", "-o", "pipefail", "-c"]
     environment = os.environ | {
         "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
-        "NO_COLOR": "1",
+        "HF_HUB_CACHE": str(_hub_cache()),
+        "HF_HUB_OFFLINE": "1",
     }
-    if step.language == "sh hub":
-        environment |= {"HF_HUB_CACHE": str(_hub_cache()), "HF_HUB_OFFLINE": "1"}
     arguments = [sys.executable, "-W", "error", "-c"] if step.language == "python" else shell
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, _TERMINAL)
@@ -106,7 +107,7 @@ def run(step: Step, folder: Path) -> "subprocess.CompletedProcess[str]":
         os.close(end)
         reader.join()
         os.close(terminal)
-    stdout = b"".join(printed).decode().replace("\r\n", "\n")
+    stdout = _STYLE.sub("", b"".join(printed).decode()).replace("\r\n", "\n")
     return subprocess.CompletedProcess(step.text, done.returncode, stdout, done.stderr.decode())
 
 
