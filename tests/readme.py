@@ -6,7 +6,8 @@ runs every block of each README in order, and replaces the output that it shows 
 A README's reader works in a folder of its own, that holds two texts and the runs of `bhlog demo`;
 the first README's holds the texts alone, since it runs the demo itself. Kinds of blocks:
 
-```console  commands after `$ `, each followed by what it prints on a terminal of 80 columns
+```console  commands after `$ `, each followed by what it prints on a terminal of 80 columns; where
+            that ends in a line `...`, the first lines of it
 ```python   a program
 ```sh run   commands whose output is not shown
 ```sh       for the reader alone, such as installing: not run
@@ -35,6 +36,7 @@ FIRST = ROOT / "README.md"
 HUB_MODEL = "allenai/OLMoE-1B-7B-0924"
 _BLOCK = re.compile(r"^```(console|python|sh run)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")  # bold, as a terminal is told
+_REST = "..."
 _SECONDS = 300
 _TERMINAL = struct.pack("4H", 24, 80, 0, 0)  # lines, columns
 
@@ -170,7 +172,10 @@ def rewrite(readme: Path, folder: Path) -> None:
             if done.returncode:
                 sys.exit(f"{readme}: {step.text}\n{done.stdout}{done.stderr}")
             print(f"{readme.relative_to(ROOT)}: {step.text.splitlines()[0]}", file=sys.stderr)
-            printed = "\n".join(line.rstrip() for line in done.stdout.splitlines())
+            lines = [line.rstrip() for line in done.stdout.splitlines()]
+            if step.shown.endswith(_REST):
+                lines[step.shown.count("\n") :] = [_REST]
+            printed = "\n".join(lines)
             parts.append(f"$ {step.text}\n{printed}\n" if printed else f"$ {step.text}\n")
         return block[0] if block[1] != "console" else f"```console\n{''.join(parts)}```"
 
