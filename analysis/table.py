@@ -104,8 +104,16 @@ def _line(texts: Sequence[str], columns: Sequence[_Column], widths: Sequence[int
 
 
 def _wrapped(columns: list[_Column], width: int) -> list[_Column] | None:
-    """The columns with long texts wrapped, all to one width; None if that leaves too little."""
+    """The columns with long texts wrapped, all to one width; None if that leaves too little.
+
+    Columns of single words, as names are, stay whole where the others leave them room.
+    """
     long = [i for i, c in enumerate(columns) if c.wraps and c.width > _LEAST_TEXT]
+    of_words = [i for i in long if any(" " in text for text in columns[i].cells)]
+    return _wrapped_ones(columns, of_words, width) or _wrapped_ones(columns, long, width)
+
+
+def _wrapped_ones(columns: list[_Column], long: list[int], width: int) -> list[_Column] | None:
     room = width - _total([c for i, c in enumerate(columns) if i not in long])
     # what is shorter than its share leaves room to the others
     for done, i in enumerate(sorted(long, key=lambda i: columns[i].width)):

@@ -1,7 +1,7 @@
 """Columns of a run: the one place that says what a shard holds.
 
-`routing` has a row per (token, layer), `tokens` a row per token. The README's "The log" section
-is the specification in words.
+`routing` has a row per (token, layer), `tokens` a row per token. The README beside this file is the
+specification in words.
 
 A run is of one version, in its manifest and in the footer of each shard, and has the columns that
 exist since that version or an earlier one. The log grows by nullable columns: a row of COLUMNS

@@ -83,6 +83,13 @@ def test_long_text_wraps_and_numbers_do_not():
     assert " ".join(text[1:]).split() == words(frame)[:1] + ("what was found " * 12).split()
 
 
+def test_names_stay_whole_where_text_beside_them_can_wrap():
+    frame = pl.DataFrame({"name": ["easiest_and_hardest_tokens"], "question": ["Which? " * 20]})
+    text = lines(pl.concat([frame, frame]), 80)
+    assert max(map(len, text)) <= 80
+    assert sum(line.startswith("easiest_and_hardest_tokens  ") for line in text) == 2
+
+
 def test_what_is_wider_than_a_terminal_is_printed_row_by_row():
     frame = pl.DataFrame({"layer": [3, 4], "logits": [RNG.random(64).tolist()] * 2})
     text = lines(frame, 60)

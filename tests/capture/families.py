@@ -1,6 +1,6 @@
 """Tiny random models of every router family in the transformers library, from their configs.
 
-`python -m tests.capture.families` writes the table of families into README.md.
+`python -m tests.capture.families` writes the table of families into capture/routers/README.md.
 """
 
 import copy
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from bhlog.capture.routers.registry import FAMILIES, UNREADABLE
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "capture" / "routers" / "README.md"
 MARKERS = "<!-- families -->\n", "<!-- /families -->"
 VOCABULARY, EXPERTS, TOP_K = 64, 8, 2
 
@@ -252,7 +252,7 @@ def output(model: Any, **changes: Any) -> Tensor:
 
 
 def table() -> str:
-    """The README's table of families, in Markdown, after a line that counts them."""
+    """The table of families, in Markdown, after a line that counts them."""
     rows = [
         (family.name, router, "yes", "no" if family.why_not else "yes", family.why_not)
         for router, family in FAMILIES.items()

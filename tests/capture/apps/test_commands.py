@@ -146,7 +146,7 @@ def test_a_model_without_routers_is_refused(text, tmp_path, capsys):
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     assert bhlog("capture", tmp_path / "llama", "--text", text, "--out", tmp_path / "run") == 1
     error = capsys.readouterr().err
-    assert "no router that bhlog knows" in error and "the README lists all" in error
+    assert "no router that bhlog knows" in error and "README.md lists all" in error
     assert not (tmp_path / "run").exists()
 
 
