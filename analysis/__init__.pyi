@@ -1,5 +1,6 @@
 from .public import AlreadyPatched as AlreadyPatched
 from .public import BhOptions as BhOptions
+from .public import Corrupt as Corrupt
 from .public import CorruptKde as CorruptKde
 from .public import CorruptManifest as CorruptManifest
 from .public import CorruptProfile as CorruptProfile

@@ -1,6 +1,7 @@
 """What analysis passes on of the contract, so that offline users import from one place."""
 
 from bhlog.capture.contract.errors import AlreadyPatched as AlreadyPatched
+from bhlog.capture.contract.errors import Corrupt as Corrupt
 from bhlog.capture.contract.errors import CorruptKde as CorruptKde
 from bhlog.capture.contract.errors import CorruptManifest as CorruptManifest
 from bhlog.capture.contract.errors import CorruptProfile as CorruptProfile

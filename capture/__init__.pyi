@@ -4,6 +4,7 @@ from .apps.notebook.patcher import benjamini_hochberg_routing as benjamini_hochb
 from .apps.notebook.patcher import compute_pvalues_empirical as compute_pvalues_empirical
 from .apps.notebook.patcher import compute_pvalues_kde as compute_pvalues_kde
 from .contract.errors import AlreadyPatched as AlreadyPatched
+from .contract.errors import Corrupt as Corrupt
 from .contract.errors import CorruptKde as CorruptKde
 from .contract.errors import CorruptManifest as CorruptManifest
 from .contract.errors import CorruptProfile as CorruptProfile

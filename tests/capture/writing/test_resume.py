@@ -58,7 +58,7 @@ def test_a_resumed_model_goes_on_with_its_numbers(model, run):
 
 
 def test_one_writer_for_two_patches_gives_no_number_twice(model, run):
-    ids, _ = batch([4, 3])
+    ids, _ = batch([4, 4])
     patcher = RouterPatcher(model)
     log_writer = new_writer(run, patcher.info, Routing())
     for _ in range(2):
