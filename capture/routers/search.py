@@ -172,7 +172,10 @@ def _nearest(model: nn.Module) -> str:
         words = {_stem(type(m).__name__) for m in model.modules() if _is_model_or_router(m)}
         close = {known[match] for w in words for match in get_close_matches(w, known, n=3)}
         nearest = f"the nearest are {', '.join(sorted(close)[:_FEW])}; " if close else ""
-        listed = f"Of the {len(names)} families that it knows, {nearest}capture/routers/README.md lists all"
+        listed = (
+            f"Of the {len(names)} families that it knows, {nearest}"
+            "capture/routers/README.md lists all"
+        )
     else:
         listed = f"Supported are {', '.join(names)}"
     return f"{listed}; bhlog.capture.routers.registry.register adds one of your own"
