@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from bhlog.analysis.log import Log, RowGroup
-from bhlog.capture.contract.arrays import values_of
+from bhlog.capture.contract.arrays import arrow_of, values_of
 from bhlog.capture.contract.errors import InvalidOption
 
 Progress = Callable[[int], None]  # called with the number of rows just read
@@ -126,7 +126,7 @@ def fold(
                 if stopped.is_set():
                     return part
                 if scope.sample < 1:
-                    batch = batch.filter(pa.array(sampled(batch, scope.sample)))
+                    batch = batch.filter(arrow_of(sampled(batch, scope.sample)))
                 if batch.num_rows:
                     part.update(batch)
                 if scope.progress is not None:

@@ -27,7 +27,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 _DTYPES = "float32", "bfloat16", "float16"  # which float32 holds exactly
 
-Progress = Callable[[int, RunWriter], None]  # tokens just done, and the writer
+Advance = Callable[[int, RunWriter], None]  # tokens just done, and the writer
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +158,7 @@ def capture(
     extra: dict[str, Any] | None = None,
     resume: bool = False,
     fit: KdeFit | None = None,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> Manifest:
     """Run windows of text through a model and log a run; return its manifest.
 

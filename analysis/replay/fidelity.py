@@ -11,6 +11,7 @@ from bhlog.analysis.fold import PIECE_LOGITS, WHOLE, Scope, sampled
 from bhlog.analysis.log import Log
 from bhlog.analysis.replay.decide import Decider, decider_of
 from bhlog.analysis.texts import TOKEN, other_texts
+from bhlog.capture.contract.arrays import arrow_of
 from bhlog.capture.contract.errors import InvalidOption
 
 _TOKEN = list(TOKEN)
@@ -135,7 +136,7 @@ def _pieces(log: Log, layer: int, decider: Decider | None, scope: Scope) -> Iter
             most = group.rows if whole else max(1, PIECE_LOGITS // log.n_experts)
             for batch in log.pieces(group, needed, scope.where, most_rows=most, shard=shard):
                 if scope.sample < 1:
-                    batch = batch.filter(pa.array(sampled(batch, scope.sample)))
+                    batch = batch.filter(arrow_of(sampled(batch, scope.sample)))
                 if scope.progress is not None:
                     scope.progress(batch.num_rows)
                 if not batch.num_rows:
@@ -149,8 +150,8 @@ def _pieces(log: Log, layer: int, decider: Decider | None, scope: Scope) -> Iter
 def _decided(decider: Decider, batch: pa.RecordBatch) -> pl.Series:
     """The experts that are chosen, a list a row."""
     (decisions,) = decider.decide(batch)
-    offsets = pa.array(np.concatenate([[0], np.cumsum(decisions.n_selected)]), pa.int32())
+    offsets = arrow_of(np.concatenate([[0], np.cumsum(decisions.n_selected)]).astype(np.int32))
     chosen = np.arange(decisions.order.shape[1]) < decisions.n_selected[:, None]
     return pl.Series(
-        "experts", pa.ListArray.from_arrays(offsets, pa.array(decisions.order[chosen]))
+        "experts", pa.ListArray.from_arrays(offsets, arrow_of(decisions.order[chosen]))
     )

@@ -59,7 +59,7 @@ def _checks(
         return
     yield ~_valid(rejected), "no n_rejected under BH routing"
     low, high = options.bounds(E)
-    bounded = np.clip(np.asarray(rejected.fill_null(0)).astype(np.int64), low, high)
+    bounded = np.clip(values_of(rejected.fill_null(0)).astype(np.int64), low, high)
     yield (
         (n != bounded) & ~no_finite_logit(logits),
         f"n_selected is not n_rejected within [{low}, {high}]",
@@ -73,7 +73,7 @@ def _checks(
 
 
 def _valid(column: pa.Array) -> NDArray[np.bool_]:
-    return np.asarray(column.is_valid())
+    return values_of(column.is_valid())
 
 
 def padded_experts(experts: pa.ListArray, width: int) -> NDArray[np.uint16]:

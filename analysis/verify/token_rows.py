@@ -108,7 +108,7 @@ def identity_of(table: pa.Table | pa.RecordBatch) -> Identity:
         sequence=values_of(table.column("sequence")).astype(np.int64),
         position=values_of(table.column("position")).astype(np.int64),
         forward=values_of(table.column("forward")).astype(np.int64),
-        token_id=np.asarray(table.column("token_id").fill_null(-1)).astype(np.int64),
+        token_id=values_of(table.column("token_id").fill_null(-1)).astype(np.int64),
         phase=codes[index],
         unknown_phases=tuple(n for n in names if n not in PHASES),
     )

@@ -33,3 +33,12 @@ def values_of(column: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
         if len(chunk)
     ]
     return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, dtype), *parts])
+
+
+def arrow_of(values: NDArray[Any]) -> pa.Array:
+    """(T,) numbers or booleans as an Arrow column; numbers that are contiguous are not copied."""
+    if values.dtype == np.bool_:
+        bits = np.packbits(values, bitorder="little")
+        return pa.Array.from_buffers(pa.bool_(), len(values), [None, pa.py_buffer(bits)])
+    data = pa.py_buffer(np.ascontiguousarray(values))
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, data])

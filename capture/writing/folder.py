@@ -27,11 +27,11 @@ _MAY_CHANGE = (
     "batch_size",
     "experts_implementation",
 )  # of the options noted in the manifest, when a run is resumed
-PROGRESS = "bhlog.progress"  # key in the footer of a tokens shard: see Progress
+PROGRESS = "bhlog.progress"  # key in the footer of a tokens shard: see Standing
 
 
 @dataclass(frozen=True)
-class Progress:
+class Standing:
     """How far a rank's log has come; kept in every tokens shard, so that a stop loses no count.
 
     Attributes:
@@ -50,7 +50,7 @@ class Progress:
         return {PROGRESS: json.dumps(asdict(self))}
 
     @classmethod
-    def of(cls, metadata: dict[bytes, bytes] | None) -> "Progress":
+    def of(cls, metadata: dict[bytes, bytes] | None) -> "Standing":
         """From a footer.
 
         Raises:
@@ -132,7 +132,7 @@ def _fill(folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int) -> 
 
 def resume(
     folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int
-) -> tuple[Manifest, Progress]:
+) -> tuple[Manifest, Standing]:
     """Open a run to continue it after its last sealed shard.
 
     Returns:
@@ -152,18 +152,18 @@ def resume(
             first = Manifest.from_json(leader.read_bytes(), str(leader))
             _check_same(leader, first, manifest, kde)
             mine = replace(manifest, run_id=first.run_id, schema_version=first.schema_version)
-            return _fill(folder, mine, kde, rank), Progress()
+            return _fill(folder, mine, kde, rank), Standing()
         raise RouterLogError(f"{path}: no run to resume ({error.strerror})") from error
     _check_same(path, before, manifest, kde)
     for part in (*folder.glob(f"*/rank{rank:05d}-*.part"), *folder.glob(f"{path.name}*.part")):
         part.unlink(missing_ok=True)
-    entries, progress = [], Progress()
+    entries, progress = [], Standing()
     for routing in sorted((folder / "routing").glob(f"rank{rank:05d}-*.parquet")):
         tokens = folder / "tokens" / routing.name
         try:
             n_rows = pq.read_metadata(routing).num_rows
             footer = pq.read_metadata(tokens)
-            progress = Progress.of(footer.metadata)
+            progress = Standing.of(footer.metadata)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptShard(
                 f"{routing}: cannot resume after a broken shard; move it and {tokens} away, and "

@@ -12,7 +12,7 @@ from bhlog.capture.contract.null.histogram import HistogramAccumulator
 from bhlog.capture.contract.schema import shard_name
 from bhlog.capture.writing.buffer import Buffer
 from bhlog.capture.writing.counting import counted
-from bhlog.capture.writing.folder import Progress, next_number
+from bhlog.capture.writing.folder import Standing, next_number
 
 
 class Sealer:
@@ -49,7 +49,7 @@ class Sealer:
         with self._lock:
             return self._shards, self._totals
 
-    def seal(self, buffer: Buffer, progress: Progress) -> None:
+    def seal(self, buffer: Buffer, progress: Standing) -> None:
         """Start writing a buffer as a shard, behind those that are being written.
 
         Args:
@@ -88,7 +88,7 @@ class Sealer:
         self,
         buffer: Buffer,
         name: str,
-        progress: Progress,
+        progress: Standing,
         before: Future[None] | None,
     ) -> None:
         """Encode a shard, and seal it once the one before is sealed."""

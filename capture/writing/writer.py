@@ -15,7 +15,7 @@ from bhlog.capture.contract.errors import WriterFailed
 from bhlog.capture.contract.manifest import Manifest, ModelInfo, Routing, Totals
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.writing.buffer import Block, Buffer, logged_rows
-from bhlog.capture.writing.folder import Progress, create, remove_run, resume
+from bhlog.capture.writing.folder import Standing, create, remove_run, resume
 from bhlog.capture.writing.queue import Queue
 from bhlog.capture.writing.sealer import Sealer
 from bhlog.capture.writing.stage import Staged
@@ -114,7 +114,7 @@ class RunWriter:
         self._began = time.monotonic()
         self._oldest: float | None = None  # when the buffer got its first row
         self._queue: Queue[_Item] = Queue(self.options.queue_bytes)
-        self._whole: tuple[int, Progress] | None = None  # tokens in the buffer at a checkpoint
+        self._whole: tuple[int, Standing] | None = None  # tokens in the buffer at a checkpoint
         self._lock = threading.Lock()
         self._error: BaseException | None = None
         self._raised = False
@@ -368,10 +368,10 @@ class RunWriter:
 
 def _open(
     folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int, resumed: bool
-) -> tuple[Manifest, Progress]:
+) -> tuple[Manifest, Standing]:
     if resumed:
         return resume(folder, manifest, kde, rank)
-    return create(folder, manifest, kde, rank), Progress()
+    return create(folder, manifest, kde, rank), Standing()
 
 
 def _now() -> str:

@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from bhlog.capture.contract.arrays import values_of
+from bhlog.capture.contract.arrays import arrow_of, values_of
 
 TYPES = [
     pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64(), pa.int8(), pa.int16(), pa.int32(),
@@ -25,6 +25,15 @@ def test_values_are_those_that_arrow_gives(kind):
         column = pa.chunked_array(chunks, kind)
         assert values_of(column).dtype == values.dtype
         assert values_of(column).tolist() == column.to_pylist()
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=str)
+@pytest.mark.parametrize("n", [0, 1, 8, 9])
+def test_arrays_become_columns(kind, n):
+    values = (np.arange(2 * n) % 3).astype(kind.to_pandas_dtype())[::2]
+    column = arrow_of(values)
+    column.validate(full=True)
+    assert column.equals(pa.array(values, kind))
 
 
 def test_one_chunk_is_not_copied():

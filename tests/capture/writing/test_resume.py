@@ -15,7 +15,7 @@ from bhlog.capture.contract.rule import BhOptions
 from bhlog.capture.observe import new_writer, recording
 from bhlog.capture.patch import RouterPatcher
 from bhlog.capture.writing.buffer import Texts
-from bhlog.capture.writing.folder import PROGRESS, Progress
+from bhlog.capture.writing.folder import PROGRESS, Standing
 from bhlog.capture.writing.writer import RunWriter, WriterOptions
 from tests.capture.blocks import INFO, LAYERS, check_run, make_block, no_errors, writer
 from tests.capture.tiny import batch, check_logits, read
@@ -87,7 +87,7 @@ def test_resume_cleans_up_and_replaces_half_a_pair(run):
 
 
 def test_a_run_whose_shards_say_nothing_of_progress_cannot_be_resumed(run, monkeypatch):
-    monkeypatch.setattr(writer_module.Progress, "metadata", lambda self: {})
+    monkeypatch.setattr(writer_module.Standing, "metadata", lambda self: {})
     first = writer(run, shard_rows=1)
     for number in range(3):
         first.submit(make_block(number))
@@ -138,12 +138,12 @@ def test_a_run_of_a_newer_version_is_not_resumed(run):
 
 
 def test_progress_is_told_by_the_footer_and_never_guessed():
-    progress = Progress(next_sequence=5, windows=2)
+    progress = Standing(next_sequence=5, windows=2)
     footer = {name.encode(): text.encode() for name, text in progress.metadata().items()}
-    assert Progress.of(footer) == progress
+    assert Standing.of(footer) == progress
     for broken in (None, {}, {PROGRESS.encode(): b"{"}, {PROGRESS.encode(): b'{"windows": -1}'}):
         with pytest.raises(ValueError):
-            Progress.of(broken)
+            Standing.of(broken)
 
 
 def test_resume_refuses_what_does_not_fit(run, tmp_path):
