@@ -1,9 +1,12 @@
+import json
 import subprocess
 import sys
 
 import pytest
 
 from bhlog.analysis.cli import COMMANDS, bhlog, main
+from bhlog.capture.contract.rule import BhOptions
+from tests.synthetic import normal_kde, write_run
 
 
 def test_every_command_has_help_that_ends_in_an_example(capsys):
@@ -78,3 +81,23 @@ def test_the_contract_needs_numpy_and_pyarrow_alone():
 
 def test_commands_are_listed_in_the_order_of_a_first_use():
     assert bhlog.list_commands(None)[:2] == ["demo", "capture"]
+
+
+def test_plain_answers_import_no_pandas(tmp_path):
+    """Arrow imports it, in 0.4 s, wherever it is installed and a Python list becomes a column."""
+    pytest.importorskip("pandas")
+    run = write_run(tmp_path / "run", options=BhOptions(alpha=0.3), kde=normal_kde(range(3)))
+    commands = [
+        ["info", run], ["replay", run, "--alpha", "0.1"], ["sweep", run], ["fidelity", run, run],
+        ["kde", "show", run], ["kde", "check", run, run], ["plot", run, "mean_experts"],
+    ]  # fmt: skip
+    code = (
+        "import sys, json; from bhlog.analysis.cli import main\n"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    try: main(command)\n"
+        "    except SystemExit as end: assert not end.code, command\n"
+        "    assert 'pandas' not in sys.modules, command\n"
+    )
+    told = json.dumps([[str(word) for word in command] for command in commands])
+    done = subprocess.run([sys.executable, "-c", code, told], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
