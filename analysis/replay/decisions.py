@@ -1,11 +1,12 @@
 """Replayed decisions as Parquet shards, row-aligned with the log they came from."""
 
+import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,8 @@ def write_decisions(
     """Write the decisions of a replay: OUT/NAME/rank00000-00000.parquet for each setting.
 
     A file has the rows of the routing shard of the same name, in the same order. A folder gets its
-    name when it is whole; until then it is in OUT/.part. Memory stays flat.
+    name when it is whole; until then it is in OUT/.part, which one call at a time writes. Memory
+    stays flat.
 
     Weights follow the model's formula as far as the manifest tells it, in float32: a softmax or
     sigmoid of each logit, divided by its sum where the model does so, times its scale. Models that
@@ -89,7 +91,7 @@ def write_decisions(
         The folder of each setting.
 
     Raises:
-        RunExists: a folder is there already.
+        RunExists: a folder is there already, or another call is writing it.
         InvalidOption: a setting is there twice, the scope leaves rows out, the model has a formula
             of its own, or OUT cannot be written.
         InvalidOption, KdeMismatch: see Decider.
@@ -114,26 +116,86 @@ def write_decisions(
     folders = [Path(out) / name for name in names]
     for folder in folders:
         if folder.exists():
-            raise RunExists(f"{folder}: this replay is there already; remove it or choose --out")
-    parts = [Path(out) / ".part" / name for name in names]
+            raise _there(folder)
     try:
-        for part in parts:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-        _write_shards(log, decider, settings, parts, scope)
-        for part, folder in zip(parts, folders, strict=True):
-            part.rename(folder)
+        with ExitStack() as stack:
+            parts = [
+                stack.enter_context(_part(Path(out) / ".part" / name, folder))
+                for name, folder in zip(names, folders, strict=True)
+            ]
+            _write_shards(log, decider, settings, parts, scope)
+            for part, folder in zip(parts, folders, strict=True):
+                _name(part, folder)
         sync_folder(Path(out))
     except RouterLogError:  # some are OSErrors too
         raise
     except OSError as error:
         raise InvalidOption(f"{out}: cannot write there ({error.strerror or error})") from error
     finally:
-        for part in parts:
-            shutil.rmtree(part, ignore_errors=True)
         with suppress(OSError):  # not there, or in use by another replay
             (Path(out) / ".part").rmdir()
     return folders
+
+
+@contextmanager
+def _part(part: Path, folder: Path) -> Iterator[Path]:
+    """An empty folder that this call alone writes, by a lock that ends with its process.
+
+    It is gone afterwards, unless it got its name.
+
+    Raises:
+        RunExists: another call is writing it.
+    """
+    while True:
+        part.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = os.open(part, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # another call has just ended
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise RunExists(
+                f"{folder}: another command is writing this replay; wait for it, or choose --out"
+            ) from error
+        if _is_there(lock, part):
+            break
+        os.close(lock)
+    try:
+        for left in part.iterdir():  # by a call that was killed
+            left.unlink()
+        yield part
+    finally:
+        if _is_there(lock, part):  # and not another call's already
+            shutil.rmtree(part, ignore_errors=True)
+        os.close(lock)
+
+
+def _is_there(descriptor: int, path: Path) -> bool:
+    """Whether what is open still has this path."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _name(part: Path, folder: Path) -> None:
+    """Give a whole replay its name.
+
+    Raises:
+        RunExists: another one got it meanwhile.
+    """
+    try:
+        part.rename(folder)
+    except OSError as error:
+        if folder.is_dir():
+            raise _there(folder) from error
+        raise
+
+
+def _there(folder: Path) -> RunExists:
+    return RunExists(f"{folder}: this replay is there already; remove it or choose --out")
 
 
 def _null_name(log: Log, decider: Decider, kde: KdeModel | None) -> str | None:

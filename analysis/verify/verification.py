@@ -140,7 +140,11 @@ def _last_of_open_run(log: Log, name: str) -> bool:
 
 def _numbers(log: Log, found: set[str], files: dict[str, int]) -> Iterator[Finding]:
     """Shards are numbered from 0 within their rank, and each rank of the launch has a manifest."""
-    for rank in range(log.manifest.ranks):
+    numbers: dict[int, set[int]] = {}
+    for name in found | {shard.name for shard in log.manifest.shards}:
+        rank, number = rank_and_number(name)
+        numbers.setdefault(rank, set()).add(number)
+    for rank in sorted(set(range(log.manifest.ranks)) - set(numbers)):
         if manifest_name(rank) not in files:
             yield Finding(
                 "files",
@@ -149,12 +153,8 @@ def _numbers(log: Log, found: set[str], files: dict[str, int]) -> Iterator[Findi
                 f"missing: of the {log.manifest.ranks} processes of the capture, number {rank} "
                 "wrote nothing; its share of the text is not in the run",
             )
-    numbers: dict[int, set[int]] = {}
-    for name in found | {shard.name for shard in log.manifest.shards}:
-        rank, number = rank_and_number(name)
-        numbers.setdefault(rank, set()).add(number)
     for rank, mine in sorted(numbers.items()):
-        if rank >= log.manifest.ranks and manifest_name(rank) not in files:
+        if manifest_name(rank) not in files:
             yield Finding(
                 "files", "error", manifest_name(rank), f"missing: there are shards of rank {rank}"
             )

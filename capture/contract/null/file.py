@@ -186,7 +186,7 @@ def _histogram_columns(histogram: Histogram) -> dict[str, Any]:
 
 
 def _read_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """The rows, each list of numbers as an array; DLPack, since to_numpy imports pandas."""
+    """The rows, each list of numbers as an array."""
     plain = table.drop_columns(list(_ARRAYS)).to_pylist()
     for i, row in enumerate(plain):
         lists = {name: table[name][i] for name in _ARRAYS}

@@ -136,6 +136,36 @@ def test_a_write_that_fails_leaves_nothing_behind(run, tmp_path, monkeypatch, fa
     assert [*out.iterdir()] == []
 
 
+@pytest.mark.parametrize("when", ["writing", "done"])
+def test_two_writers_of_one_replay_do_not_mix(run, tmp_path, monkeypatch, when):
+    """The second one starts in the middle of the first one, or ends before it."""
+    log, out, refused = open_log(run), tmp_path / "out", []
+    write_shards = decisions._write_shards
+
+    def interrupted(*arguments):
+        write_shards(*arguments)
+        monkeypatch.setattr(decisions, "_write_shards", write_shards)
+        if when == "writing":
+            with pytest.raises(RunExists, match="another command is writing this replay") as error:
+                write_decisions(log, [OPTIONS], out)
+            refused.append(str(error.value))
+        else:
+            (whole,) = write_decisions(log, [OPTIONS], tmp_path / "other")
+            whole.rename(out / whole.name)
+
+    monkeypatch.setattr(decisions, "_write_shards", interrupted)
+    if when == "writing":
+        (folder,) = write_decisions(log, [OPTIONS], out)
+    else:
+        with pytest.raises(RunExists, match="this replay is there already"):
+            write_decisions(log, [OPTIONS], out)
+        folder = out / setting_name(OPTIONS, 16)
+    assert len(refused) == (when == "writing")
+    for mine, logged in zip(tables(folder), tables(run / "routing"), strict=True):
+        assert mine == [{name: row[name] for name in mine[0]} for row in logged]
+    assert [path.name for path in out.iterdir()] == [folder.name]
+
+
 def test_what_a_killed_write_left_is_no_replay_and_is_replaced(run):
     stale = run / "replay" / ".part" / setting_name(OPTIONS, 16)
     stale.mkdir(parents=True)
