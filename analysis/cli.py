@@ -8,6 +8,7 @@ from difflib import get_close_matches
 import click
 
 from bhlog.analysis.cells import spelled_out
+from bhlog.analysis.imports import leave_out_unneeded
 from bhlog.analysis.interrupts import deaf, patient
 from bhlog.capture.contract.errors import MissingExtra, RouterLogError
 
@@ -98,6 +99,8 @@ def bhlog() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `bhlog`; a user's mistake ends in one line on stderr and exit code 1."""
+    if arguments is None and sys.argv[1:2] and _is_offline(sys.argv[1]):
+        leave_out_unneeded()
     try:
         with patient():
             code = bhlog.main(
@@ -120,6 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo("bhlog: interrupted", err=True)
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_offline(command: str) -> bool:
+    return command in COMMANDS and COMMANDS[command][0].startswith("bhlog.analysis.")
 
 
 def _missing(name: str) -> MissingExtra:

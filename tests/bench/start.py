@@ -24,10 +24,10 @@ LIBRARIES = (
     "duckdb", "matplotlib", "numba", "numpy", "pandas", "polars", "pyarrow", "rich", "scipy",
     "torch", "transformers",
 )  # fmt: skip
-COMMAND = "import sys; from bhlog.analysis.cli import main; main(sys.argv[1:])"
+COMMAND = "from bhlog.analysis.cli import main; main()"
 LOADS = (
     "import sys\nfrom bhlog.analysis.cli import main\n"
-    "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+    "try:\n    main()\nexcept SystemExit:\n    pass\n"
     f"print(*[m for m in {LIBRARIES} if m in sys.modules], file=sys.stderr)"
 )
 
