@@ -1,18 +1,10 @@
 """What is put on a model's modules: hooks and attributes, taken off again and never copied."""
 
-import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import torch
 from torch import nn
 
-Hook = TypeVar("Hook", bound=Callable[..., Any])
-
-WHOLE_GRAPH = (
-    "hooks of bhlog cannot be part of a compiled graph: compile an observed or routed model "
-    "without fullgraph=True"
-)
 _ABSENT: Any = object()
 _REDUCE = "__reduce_ex__"
 _HOOKS = "_forward_pre_hooks", "_forward_hooks"
@@ -43,10 +35,8 @@ class Changes:
         self, module: nn.Module, hook: Callable[..., Any], *, prepend: bool = False
     ) -> None:
         """Call hook(module, args, kwargs) before the module runs."""
-        self._add(
-            module,
-            module.register_forward_pre_hook(eager(hook), with_kwargs=True, prepend=prepend),
-        )
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend)
+        self._add(module, handle)
 
     def after_forward(
         self,
@@ -55,19 +45,15 @@ class Changes:
         *,
         always: bool = False,
         last: bool = False,
-        exported: bool = False,
     ) -> None:
         """Call hook(module, args, output) after the module has run.
 
         Args:
-            exported: see `eager`.
             last: after other hooks, also after those that are added later; see `stay_last`.
             always: after an exception too, with None as output, and hook(module, args, kwargs,
                 output) is called.
         """
-        handle = module.register_forward_hook(
-            eager(hook, exported=exported), with_kwargs=always, always_call=always
-        )
+        handle = module.register_forward_hook(hook, with_kwargs=always, always_call=always)
         self._add(module, handle)
         if last:
             self._last.append((module._forward_hooks, handle.id))
@@ -134,22 +120,3 @@ def _restore(attributes: dict[str, Any], name: str, value: Any) -> None:
         attributes.pop(name, None)
     else:
         attributes[name] = value
-
-
-def eager(hook: Hook, *, exported: bool = False) -> Hook:
-    """Keep a hook out of compiled graphs; where nothing is compiled it is called as it is.
-
-    Args:
-        exported: whether it takes part in a model's export, which is no run of it.
-    """
-    disabled = torch.compiler.disable(hook, reason=WHOLE_GRAPH)  # type: ignore[no-untyped-call]
-
-    @functools.wraps(hook)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            return hook(*args, **kwargs)
-        if torch.compiler.is_exporting() and not exported:
-            return None
-        return disabled(*args, **kwargs)
-
-    return cast(Hook, call)

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from bhlog.capture.changes import Changes
 from bhlog.capture.contract.errors import UnsupportedModel, WriterFailed
+from bhlog.capture.graphs import Graph, at_border
 from bhlog.capture.recorder import Record, Recorder
 from bhlog.capture.tokens.filler import Suspects
 from bhlog.capture.tokens.generation import watch_generation
@@ -68,6 +69,9 @@ class Forwards:
     released: another forward begins in the thread, or all is flushed. It can no longer change, and
         is on its way to the writer.
 
+    A forward that runs as a graph of torch.compile begins where the graph is entered, at the model
+    with a head or the base model, and what its routers returned is added to its record at the end.
+
     Args:
         layers: decoder layers that every forward must have.
         writer: where rows go; None follows the forwards and records nothing.
@@ -82,6 +86,7 @@ class Forwards:
         if writer is not None:
             self.tracker.next_sequence = writer.next_sequence
             self.tracker.next_forward = writer.next_forward
+        self.graph = Graph()
         self._here = _Thread()
         self._pid = os.getpid()
 
@@ -95,20 +100,25 @@ class Forwards:
             head: the outermost that the library made, whose answer has the vocabulary's logits.
         """
         self._changes = changes
+        around = _around(model, base)
+
+        def follow(module: nn.Module, begin: Any, end: Any, *, prepend: bool = True) -> None:
+            changes.before_forward(module, at_border(begin, self.graph), prepend=prepend)
+            changes.after_forward(module, at_border(end, self.graph), always=True)
+
+        if head is not base:
+            follow(head, self._begin_head, self._end_head)
         if self.recorder is not None:
             self._vocabularies = _vocabularies(head)
-            if head is not base:
-                changes.before_forward(head, self._begin_head, prepend=True)
-                changes.after_forward(head, self._end_head, always=True)
-            for outer in _around(model, base):
+            for outer in around:
                 if "input_ids" in inspect.signature(outer.forward).parameters:
-                    changes.before_forward(outer, self._begin_outer, prepend=True)
-                    changes.after_forward(outer, self._end_outer, always=True)
+                    follow(outer, self._begin_outer, self._end_outer)
             if self.tracker.pad_token_id is None:
                 self.tracker.suspects = _suspects(base)
-        self._signature = inspect.signature(base.forward)
-        changes.before_forward(base, self._begin)
-        changes.after_forward(base, self._end, always=True)
+        self._base_takes = inspect.signature(base.forward)
+        self._head_takes = inspect.signature(head.forward)
+        self._embeds = head in around[:-1]  # a model between them turns ids into embeddings
+        follow(base, self._begin, self._end, prepend=False)
         watch_generation(changes, model, self.tracker)
 
     def close(self) -> None:
@@ -137,19 +147,26 @@ class Forwards:
 
     @property
     def recording(self) -> bool:
-        """Whether routers' outputs are taken now, in this thread."""
+        """Whether routers' outputs are taken now, in this thread or graph."""
+        if torch.compiler.is_compiling():
+            return self.graph.taken is not None
         return self._here.record is not None
 
     @property
-    def forward(self) -> Forward | None:
-        """The base model's forward under way in this thread."""
-        return self._here.forward
+    def keep(self) -> Tensor | None:
+        """(T,) bool, which rows of the forward under way are tokens; None if it is not followed."""
+        if torch.compiler.is_compiling():
+            return self.graph.keep
+        forward = self._here.forward
+        return None if forward is None else forward.keep.reshape(-1)
 
-    def record(self, layers: Sequence[int], tensors: dict[str, Tensor]) -> None:
+    def record(self, layers: tuple[int, ...], tensors: dict[str, Tensor]) -> None:
         """Take a router's output; see Record.take."""
-        record = self._here.record
-        if record is not None:
-            record.take(layers, tensors)
+        if torch.compiler.is_compiling():
+            if self.graph.taken is not None:
+                self.graph.taken.append((layers, tensors))
+        elif self._here.record is not None:
+            self._here.record.take(layers, tensors)
 
     def steered(self, layer: int, output: Any) -> None:
         """Note what a router hands on, as it is recorded."""
@@ -170,7 +187,14 @@ class Forwards:
                 "before the block, or observe the model instead of routing it"
             )
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiled: bool
+    ) -> None:
+        if not self.graph.around(module):
+            self._identify(module, _by_name(self._base_takes, args, kwargs), compiled=compiled)
+
+    def _identify(self, module: nn.Module, inputs: dict[str, Any], *, compiled: bool) -> None:
+        """A forward begins at a module."""
         if os.getpid() != self._pid:
             raise WriterFailed(
                 f"process {os.getpid()} was forked inside the block of process {self._pid}, which "
@@ -179,23 +203,31 @@ class Forwards:
             )
         here = self._here
         here.forward = here.record = None
-        inputs = _by_name(self._signature, args, kwargs)
-        if here.paused or is_traced(inputs):
-            return
-        self._changes.stay_last()
-        foreign = self._take_outer_ids(inputs)
-        here.forward = self.tracker.begin(inputs)
-        here.forward.foreign = foreign
-        if self.recorder is not None:
-            here.record = self.recorder.begin(here.forward)
+        if not (here.paused or is_traced(inputs)):
+            self._changes.stay_last()
+            foreign = self._take_outer_ids(inputs) or (compiled and self._embeds)
+            here.forward = self.tracker.begin(inputs)
+            here.forward.foreign = foreign
+            if self.recorder is not None:
+                here.record = self.recorder.begin(here.forward)
+        if compiled:
+            self.graph.begin(module, self.keep, recorded=here.record is not None)
 
-    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _end(
+        self, module: nn.Module, args: Any, kwargs: Any, output: Any, *, compiled: bool
+    ) -> None:
+        if self.graph.around(module):
+            return
         here = self._here
         forward, here.forward = here.forward, None
+        taken = self.graph.end() if self.graph.is_at(module) else ()
         if output is None:
             here.record = None
         elif forward is not None:
             self.tracker.end(forward, output)
+            if here.record is not None:
+                for layers, tensors in taken:
+                    here.record.take(layers, tensors)
             if not here.in_head:
                 self._ended()
 
@@ -210,7 +242,9 @@ class Forwards:
         inputs["input_ids"] = ids.to(embeds.device)
         return True
 
-    def _begin_outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+    def _begin_outer(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, *, compiled: bool
+    ) -> None:
         here = self._here
         ids = kwargs.get("input_ids")
         if ids is None and args:
@@ -219,14 +253,22 @@ class Forwards:
             ids = here.outer_ids[-1] if here.outer_ids else None
         here.outer_ids = (*here.outer_ids, ids)
 
-    def _end_outer(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _end_outer(
+        self, module: nn.Module, args: Any, kwargs: Any, output: Any, *, compiled: bool
+    ) -> None:
         self._here.outer_ids = self._here.outer_ids[:-1]
 
-    def _begin_head(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _begin_head(self, module: nn.Module, args: Any, kwargs: Any, *, compiled: bool) -> None:
         self._here.in_head = True
+        if compiled:
+            self._identify(module, _by_name(self._head_takes, args, kwargs), compiled=True)
 
-    def _end_head(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _end_head(
+        self, module: nn.Module, args: Any, kwargs: Any, output: Any, *, compiled: bool
+    ) -> None:
         here = self._here
+        if self.graph.is_at(module):
+            self._end(module, args, kwargs, output, compiled=True)
         here.in_head = False
         if output is None:
             here.record = None

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from bhlog.capture.changes import WHOLE_GRAPH
 from bhlog.capture.contract.errors import (
     InvalidOption,
     RouterLogError,
@@ -19,6 +18,7 @@ from bhlog.capture.contract.errors import (
 from bhlog.capture.contract.manifest import ModelInfo, Routing
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions, Renormalize
+from bhlog.capture.graphs import WHOLE_GRAPH
 from bhlog.capture.patch import RouterPatcher
 from bhlog.capture.writing.fitting import KdeFit
 from bhlog.capture.writing.launch import rank

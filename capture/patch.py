@@ -12,8 +12,8 @@ from bhlog.capture.changes import Changes
 from bhlog.capture.contract.errors import AlreadyPatched, UnsupportedModel
 from bhlog.capture.contract.manifest import ModelInfo, Routing
 from bhlog.capture.contract.null.model import KdeModel
-from bhlog.capture.contract.rule import BhOptions
 from bhlog.capture.forwards import Forwards
+from bhlog.capture.graphs import Graph, at_router
 from bhlog.capture.recorder import Recorder
 from bhlog.capture.routers.expert_code import (
     implementation,
@@ -23,15 +23,9 @@ from bhlog.capture.routers.expert_code import (
     warn_of_cost,
 )
 from bhlog.capture.routers.family import Router, model_info
-from bhlog.capture.routers.routing import (
-    TorchNull,
-    empirical_order,
-    finite_keys,
-    select,
-    weigh,
-)
 from bhlog.capture.routers.search import find_routers
 from bhlog.capture.routers.stats import LayerStats
+from bhlog.capture.routers.steering import Steering
 from bhlog.capture.tokens.identity import Tracker
 from bhlog.capture.writing.writer import RunWriter
 
@@ -194,20 +188,21 @@ class RouterPatcher:
             if options is None:
                 if self.forwards is not None:
                     observe = self._observer(router, self.forwards)
-                    router.attach(self._changes, observe, steer=False)
+                    router.attach(
+                        self._changes, at_router(observe, self.forwards.graph), steer=False
+                    )
                 continue
-            E = router.n_experts
-            null = None if kde is None else TorchNull(kde[router.layer], options.alpha, E)
-            weight = next(router.module.parameters(), None)
-            if null is not None and weight is not None and weight.is_cuda:
-                null.place(weight.device)
             if collect_stats:
-                self.stats.setdefault(router.layer, LayerStats.empty(E))
+                self.stats.setdefault(router.layer, LayerStats.empty(router.n_experts))
             skips = self._skips_unused(router)
-            steer = self._steerer(router, options, null, skips)
-            router.attach(self._changes, steer, steer=True)
+            null = None if kde is None else kde[router.layer]
+            steering = Steering.of(router, options, null, skip=skips)
+            steer = self._steerer(router, steering)
+            graph = Graph.unfollowed() if self.forwards is None else self.forwards.graph
+            router.attach(self._changes, at_router(steer, graph, exported=True), steer=True)
             if router.block is None and self.recorder is not None:
-                self._changes.after_forward(router.module, self._witness(router), last=True)
+                witness = at_router(self._witness(router), graph)
+                self._changes.after_forward(router.module, witness, last=True)
 
     def _observer(self, router: Router, forwards: Forwards) -> Any:
         layers = router.layer, *router.again
@@ -220,49 +215,31 @@ class RouterPatcher:
 
         return observe
 
-    def _steerer(
-        self, router: Router, options: BhOptions, null: TorchNull | None, skips: bool
-    ) -> Any:
-        min_k, max_k = options.bounds(router.n_experts)
-        renormalize = options.renormalizes(router.norm_topk_prob)
-        weighing = router.weighing(renormalize)
+    def _steerer(self, router: Router, steering: Steering) -> Any:
         stats, forwards = self.stats.get(router.layer), self.forwards
+        layers, ranks_rows = (router.layer,), steering.null is None
 
         def steer(module: nn.Module, args: Any, output: Any) -> Any:
             logits, own_weights, own_experts = router.triple(output)
-            keys = finite_keys(logits)
-            # the decision has no gradient; weights carry theirs to the router
-            scored = keys
-            if logits.requires_grad:
-                scored = torch.where(keys.isfinite(), logits.float(), -torch.inf)
-            scores = router.scores(
-                scored, options.temperature, logits.dtype, renormalize=renormalize
-            )
-            forward = None if forwards is None else forwards.forward
-            keep = None if forward is None else forward.keep.reshape(-1).to(keys.device)
-            own = scores, own_experts, own_weights
-            if null is not None:
-                choice = null.select(keys, *own, min_k=min_k, max_k=max_k, skip=skips)
-            else:
-                ranked = empirical_order(keys, options.alpha, keep)
-                choice = select(keys, *ranked, *own, min_k=min_k, max_k=max_k, skip=skips)
-            choice = weigh(choice, weighing)
-            weights = choice.weights.to(own_weights.dtype)
+            keep = None
+            if forwards is not None and (stats is not None or ranks_rows):
+                kept = forwards.keep
+                keep = None if kept is None else kept.to(logits.device)
+            choice = steering.choose(logits, own_experts, own_weights, keep)
             if stats is not None:
                 stats.add(choice, keep)
+            routed = (logits, choice.weights, choice.experts, *output[3:])
             if forwards is not None:
                 forwards.record(
-                    (router.layer,),
+                    layers,
                     {
                         "logits": logits.detach(),
                         "experts": choice.experts,
-                        "weights": weights,
+                        "weights": choice.weights,
                         "n_selected": choice.n_selected,
                         "n_rejected": choice.n_rejected,
                     },
                 )
-            routed = (logits, weights, choice.experts.to(own_experts.dtype), *output[3:])
-            if forwards is not None:
                 forwards.steered(router.layer, routed)
             return routed
 

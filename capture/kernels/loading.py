@@ -8,16 +8,18 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Kernel = Any  # a triton.JITFunction: kernel[grid](*arguments)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Triton functions; each module says what its own takes."""
+    """Triton functions, and functions that run some; each module says what its own takes."""
 
     cross_entropy: Kernel
-    selection: Kernel
+    select_rows: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    select_rows_in_graph: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 @cache
@@ -26,7 +28,7 @@ def kernels() -> Kernels | None:
     if importlib.util.find_spec("triton") is None:
         return None
     from bhlog.capture.kernels.row_loss import cross_entropy_kernel
-    from bhlog.capture.kernels.selection import selection_kernel
+    from bhlog.capture.kernels.selection import select_rows, select_rows_in_graph
 
     try:
         _try(cross_entropy_kernel)
@@ -34,7 +36,7 @@ def kernels() -> Kernels | None:
         first = (str(error).splitlines() or [""])[0]
         warnings.warn(f"no Triton kernels, a little slower: {first}", stacklevel=2)
         return None
-    return Kernels(cross_entropy_kernel, selection_kernel)
+    return Kernels(cross_entropy_kernel, select_rows, select_rows_in_graph)
 
 
 @cache

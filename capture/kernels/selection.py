@@ -1,7 +1,15 @@
-"""BH selection of each row in one pass over its logits; imported only where Triton is installed."""
+"""BH routing of each row in one kernel: from a router's logits to experts and weights.
 
+Imported only where Triton is installed. Experts and counts are those of
+bhlog.capture.contract.rule bit for bit; weights are computed in float32 and rounded once, to the
+dtype of the router's own.
+"""
+
+import torch
 import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
 
 
 @triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
@@ -14,7 +22,6 @@ def _keys(row, experts, n_experts):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[misc, untyped-decorator, unused-ignore]
 def selection_kernel(  # type: ignore[no-untyped-def]
     logits,
-    scores,
     thresholds,
     own_experts,
     own_weights,
@@ -22,12 +29,18 @@ def selection_kernel(  # type: ignore[no-untyped-def]
     weights,
     n_selected,
     n_rejected,
-    decided,
     n_experts,
     top_k,
     n_slots,
     min_k,
     max_k,
+    temperature,
+    eps,
+    floor,
+    scale,
+    SIGMOID: tl.constexpr,
+    OVER_CHOSEN: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
     SKIP: tl.constexpr,
     LANES: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -48,10 +61,21 @@ def selection_kernel(  # type: ignore[no-untyped-def]
     passes = inside & (key >= tl.load(thresholds + rank, mask=inside, other=float("inf")))
     rejected = tl.max(tl.where(passes, rank + 1, 0), axis=0)
     selected = tl.minimum(tl.maximum(rejected, min_k), max_k)
-    weight = tl.load(scores + row * n_experts + expert, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.where(rank < selected, weight, 0.0)
-    finite = tl.max(key, axis=0) > float("-inf")
-    if not finite:  # nothing to decide by: the router's own choice
+    chosen = inside & (rank < selected)
+    largest = tl.max(key, axis=0)
+    if SIGMOID:
+        score = tl.sigmoid(key / temperature)
+    else:
+        score = tl.exp((key - largest) / temperature)
+        if OVER_CHOSEN:
+            score = tl.where(chosen, score, 0.0)
+        score = score / tl.sum(tl.where(inside, score, 0.0), axis=0)
+    weight = tl.where(chosen, score, 0.0)
+    if RENORMALIZE:
+        total = tl.maximum(tl.sum(weight, axis=0), floor) + eps
+        weight = weight / tl.where(total > 0, total, 1.0)
+    weight = weight * scale
+    if not largest > float("-inf"):  # nothing to decide by: the router's own choice
         rejected = 0
         selected = top_k
         rank = expert + top_k
@@ -64,11 +88,81 @@ def selection_kernel(  # type: ignore[no-untyped-def]
             rank = tl.where(expert == own, slot, rank)
             own_weight = tl.load(own_weights + row * top_k + slot).to(tl.float32)
             weight = tl.where(expert == own, own_weight, weight)
-    tl.store(decided + row, finite)
-    tl.store(n_rejected + row, rejected.to(tl.int64))
-    tl.store(n_selected + row, selected.to(tl.int64))
+    tl.store(n_rejected + row, rejected)
+    tl.store(n_selected + row, selected)
     place = row * n_slots + rank
     kept = inside & (rank < n_slots)
-    chosen = tl.where(rank < selected, expert, n_experts) if SKIP else expert
-    tl.store(experts + place, chosen.to(tl.int64), mask=kept)
-    tl.store(weights + place, weight, mask=kept)
+    chosen_expert = tl.where(rank < selected, expert, n_experts) if SKIP else expert
+    tl.store(experts + place, chosen_expert.to(experts.dtype.element_ty), mask=kept)
+    tl.store(weights + place, weight.to(weights.dtype.element_ty), mask=kept)
+
+
+def select_rows(
+    logits: Tensor,
+    thresholds: Tensor,
+    own_experts: Tensor,
+    own_weights: Tensor,
+    min_k: int,
+    max_k: int,
+    skip: bool,
+    sigmoid: bool,
+    temperature: float,
+    renormalize: bool,
+    over_chosen: bool,
+    eps: float,
+    floor: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Route rows of logits by BH.
+
+    Args:
+        logits: (T, E) float32, bfloat16 or float16 on CUDA.
+        thresholds: (E,) float32 on the same device.
+        own_experts, own_weights: (T, top_k), what rows without a finite logit keep.
+        min_k, max_k: bounds on experts a row.
+        skip: whether unused slots hold E; else the experts next in order.
+        sigmoid: whether scores are sigmoids; else a softmax over all experts.
+        temperature: divides the logits for their scores.
+        renormalize, over_chosen, eps, floor, scale: see bhlog.capture.routers.routing.Weighing.
+
+    Returns:
+        (T, K) experts and weights in the dtypes of the router's own, (T,) int32 n_selected and
+        n_rejected; K is the larger of max_k and top_k, at most E.
+    """
+    kernel = wrap_triton(selection_kernel) if torch.compiler.is_compiling() else selection_kernel
+    (T, E), own = logits.shape, own_experts.shape[1]
+    K = min(E, max(max_k, own))
+    experts, weights = own_experts.new_empty(T, K), own_weights.new_empty(T, K)
+    n_selected = torch.empty(T, dtype=torch.int32, device=logits.device)
+    n_rejected = torch.empty(T, dtype=torch.int32, device=logits.device)
+    lanes = max(16, 1 << (E - 1).bit_length())
+    kernel[(T,)](
+        logits.contiguous(),
+        thresholds,
+        own_experts.contiguous(),
+        own_weights.contiguous(),
+        experts,
+        weights,
+        n_selected,
+        n_rejected,
+        E,
+        own,
+        K,
+        min_k,
+        max_k,
+        temperature,
+        eps,
+        floor,
+        scale,
+        SIGMOID=sigmoid,
+        OVER_CHOSEN=over_chosen,
+        RENORMALIZE=renormalize,
+        SKIP=skip,
+        LANES=lanes,
+        CHUNK=min(lanes, 32),
+        num_warps=max(1, min(4, lanes // 64)),
+    )
+    return experts, weights, n_selected, n_rejected
+
+
+select_rows_in_graph = triton_op("bhlog::select_rows", select_rows, mutates_args=())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bhlog.capture.changes import Changes, eager
+from bhlog.capture.changes import Changes
 
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -40,8 +40,7 @@ class GatedBlock:
         """
         if steer:
             name = "_old_forward" if "_old_forward" in vars(self.block) else "forward"
-            choose = eager(hook, exported=True)
-            changes.set(self.block, name, lambda hidden: self._forward(choose, hidden))
+            changes.set(self.block, name, lambda hidden: self._forward(hook, hidden))
             return
 
         def observe(module: nn.Module, args: Any, logits: Tensor) -> None:

@@ -7,8 +7,8 @@ so other models that share it go on as they were.
 """
 
 import warnings
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -29,7 +29,7 @@ class ExpertsConfig:
     Args:
         config: what it is but for the name of the implementation.
         most_pairs_each: slots a token that intermediate results are held for at once.
-        compiled: whether a graph of torch.compile may hold the kernels.
+        compiled: whether a graph of torch.compile may hold the kernels of a GPU.
     """
 
     _experts_implementation = NAME
@@ -79,8 +79,7 @@ def take(router: Router, changes: Changes) -> None:
     moe.ALL_EXPERTS_FUNCTIONS.register(NAME, used_pairs)
     # tried before a forward needs it, and before a graph is made of one
     fused = experts.down_proj.is_cuda and experts_kernel() is not None
-    if fused:
-        _operator()
+    _operator()
     # beside the library's own intermediate results, with its top-k, these take half the memory
     most_pairs_each = 2 * router.top_k
     config = ExpertsConfig(experts.config, most_pairs_each=most_pairs_each, compiled=fused)
@@ -129,27 +128,26 @@ def used_pairs(self: Any, hidden: Tensor, experts: Tensor, weights: Tensor) -> T
         (T, H) like hidden.
     """
     gate_up, down = self.gate_up_proj, self.down_proj
+    by = activation(self.act_fn)
     needs_gradient = torch.is_grad_enabled() and any(
         t.requires_grad for t in (hidden, weights, gate_up, down)
     )
     if (
-        hidden.is_cuda
-        and not needs_gradient
-        and down.dtype != torch.float64
-        and activation(self.act_fn) is not None
+        not needs_gradient
+        and by is not None
         and gate_up.is_contiguous()
         and down.is_contiguous()
+        and (down.dtype != torch.float64 or not hidden.is_cuda)
     ):
         most_pairs = self.config.most_pairs_each * len(hidden)
-        gelu = activation(self.act_fn) == "gelu"
-        given = hidden.to(down.dtype), experts, weights, gate_up, down, gelu, most_pairs
+        given = hidden.to(down.dtype), experts, weights, gate_up, down, by == "gelu", most_pairs
         y: Tensor
         if torch.compiler.is_compiling():
-            if self.config.compiled:
+            if self.config.compiled or not hidden.is_cuda:
                 y = torch.ops.bhlog.used_pairs(*given)
                 return y.to(hidden.dtype)
-        elif experts_kernel() is not None:
-            y = _fused(*given)
+        elif hidden.is_cuda and experts_kernel() is not None:
+            y = _without_gradient(*given)
             return y.to(hidden.dtype)
     slow: Tensor = in_torch(self, hidden, experts, weights)
     return slow
@@ -158,20 +156,7 @@ def used_pairs(self: Any, hidden: Tensor, experts: Tensor, weights: Tensor) -> T
 @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
 def in_torch(self: Any, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
     """`used_pairs` for every device and with gradients; waits for the device once."""
-    (T, K), (E, H, _) = experts.shape, self.down_proj.shape
-    flat = experts.reshape(-1)
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=E + 1)[:E]
-    n = counts.tolist()
-    used = order[: sum(n)]
-    ends = counts.cumsum(0, dtype=torch.int32)
-    rows = hidden[used // K].to(self.down_proj.dtype)
-    inner = self._apply_gate(_grouped(rows, self.gate_up_proj, n, ends))
-    y = _grouped(inner, self.down_proj, n, ends) * weights.reshape(-1)[used, None]
-    if y.is_cuda:  # there adding at an index does so in any order
-        return y.new_zeros(T * K, H).index_copy(0, used, y).view(T, K, H).sum(1).to(hidden.dtype)
-    total = torch.zeros(T, H, dtype=torch.promote_types(y.dtype, torch.float32))
-    return total.index_add(0, used // K, y.to(total.dtype)).to(hidden.dtype)
+    return _in_torch(hidden, experts, weights, self.gate_up_proj, self.down_proj, self._apply_gate)
 
 
 def activation(function: object) -> Literal["silu", "gelu"] | None:
@@ -212,7 +197,31 @@ def _grouped(rows: Tensor, weight: Tensor, n: list[int], ends: Tensor) -> Tensor
     return torch.cat(parts) if parts else nn.functional.linear(rows, each[0])
 
 
-def _fused(
+def _in_torch(
+    hidden: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    apply_gate: Callable[[Tensor], Tensor],
+) -> Tensor:
+    (T, K), (E, H, _) = experts.shape, down.shape
+    flat = experts.reshape(-1)
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=E + 1)[:E]
+    n = counts.tolist()
+    used = order[: sum(n)]
+    ends = counts.cumsum(0, dtype=torch.int32)
+    rows = hidden[used // K].to(down.dtype)
+    inner = apply_gate(_grouped(rows, gate_up, n, ends))
+    y = _grouped(inner, down, n, ends) * weights.reshape(-1)[used, None]
+    if y.is_cuda:  # there adding at an index does so in any order
+        return y.new_zeros(T * K, H).index_copy(0, used, y).view(T, K, H).sum(1).to(hidden.dtype)
+    total = torch.zeros(T, H, dtype=torch.promote_types(y.dtype, torch.float32))
+    return total.index_add_(0, used // K, y.to(total.dtype)).to(hidden.dtype)
+
+
+def _without_gradient(
     hidden: Tensor,
     experts: Tensor,
     weights: Tensor,
@@ -221,6 +230,9 @@ def _fused(
     gelu: bool,
     most_pairs: int,
 ) -> Tensor:
+    """`used_pairs` on the tensors of a module: by the kernels on CUDA, else in torch."""
+    if not hidden.is_cuda:
+        return _in_torch(hidden, experts, weights, gate_up, down, _GATES[gelu])
     kernel = experts_kernel()
     assert kernel is not None
     options = {"gelu": gelu, "most_pairs": most_pairs}
@@ -228,10 +240,22 @@ def _fused(
     return result
 
 
+def _gate(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def apply(both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return function(gate) * up
+
+    return apply
+
+
+# as the library's own gate, by whether the activation is gelu
+_GATES = (_gate(nn.functional.silu), _gate(partial(nn.functional.gelu, approximate="tanh")))
+
+
 @cache
 def _operator() -> None:
-    """Register `_fused` as an operator, for graphs of torch.compile."""
-    operator = torch.library.custom_op("bhlog::used_pairs", _fused, mutates_args=())
+    """Register `_without_gradient` as an operator, for graphs of torch.compile."""
+    operator = torch.library.custom_op("bhlog::used_pairs", _without_gradient, mutates_args=())
     operator.register_fake(lambda hidden, *others: hidden.new_empty(hidden.shape))
 
 

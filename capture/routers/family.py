@@ -127,7 +127,7 @@ class Router:
             block.attach(changes, hook, steer=steer)
             return
         if self.family.logits is None:
-            changes.after_forward(self.module, hook, last=not steer, exported=steer)
+            changes.after_forward(self.module, hook, last=not steer)
             return
         raw: list[Tensor] = []
 

@@ -4,13 +4,12 @@ Compares the same float32 thresholds with the same float32 logits as bhlog.captu
 decisions agree with the offline replay bit for bit. Nothing here waits for the device.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bhlog.capture.contract.null.model import LayerNull
-from bhlog.capture.kernels.loading import kernels
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,16 +20,17 @@ class Choice:
         experts: (T, K) int64; beyond n_selected the experts next in order, or the number of
             experts as a sentinel, see `select`.
         weights: (T, K) in the dtype of the model's scores, 0 beyond n_selected.
-        n_selected: (T,) int64.
-        n_rejected: (T,) int64, raw BH count before the bounds.
-        decided: (T,) bool, rows with a finite logit; others keep the router's own choice.
+        n_selected: (T,) integers.
+        n_rejected: (T,) integers, raw BH count before the bounds.
+        decided: (T,) bool, rows with a finite logit; others keep the router's own choice. None
+            where the kernel has chosen, whose weights are final.
     """
 
     experts: Tensor
     weights: Tensor
     n_selected: Tensor
     n_rejected: Tensor
-    decided: Tensor
+    decided: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class TorchNull:
         self._on: dict[torch.device, tuple[Tensor, list[tuple[Tensor, ...]]]] = {}
 
     def place(self, device: torch.device) -> None:
-        """Copy it to a device now, so that no forward waits for that."""
+        """Copy it to a device now."""
         self._at(device)
 
     def order(self, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,61 +89,14 @@ class TorchNull:
         p = torch.stack([_p_value(keys[:, i], *curve) for i, curve in enumerate(curves)], dim=1)
         return p_value_order(keys, p), _last_rank(n_reached >= ranks + 1)
 
-    def select(
-        self,
-        keys: Tensor,
-        scores: Tensor,
-        own_experts: Tensor,
-        own_weights: Tensor,
-        *,
-        min_k: int,
-        max_k: int,
-        skip: bool = False,
-    ) -> Choice:
-        """Choose each row's experts; see `select`. On CUDA with Triton it is one kernel."""
-        fused = None
-        if keys.is_cuda and self._null.pooled and not scores.requires_grad:
-            fused = kernels()
-        if fused is None:
-            order, n_rejected = self.order(keys)
-            own_choice = own_experts, own_weights
-            return select(
-                keys, order, n_rejected, scores, *own_choice, min_k=min_k, max_k=max_k, skip=skip
-            )
-        T, E = keys.shape
-        own = own_experts.shape[1]
-        K = min(E, max(max_k, own))
-        choice = Choice(
-            experts=torch.empty(T, K, dtype=torch.int64, device=keys.device),
-            weights=torch.empty(T, K, dtype=scores.dtype, device=keys.device),
-            n_selected=torch.empty(T, dtype=torch.int64, device=keys.device),
-            n_rejected=torch.empty(T, dtype=torch.int64, device=keys.device),
-            decided=torch.empty(T, dtype=torch.bool, device=keys.device),
-        )
-        lanes = max(16, 1 << (E - 1).bit_length())
-        with torch.cuda.device(keys.device):
-            fused.selection[(T,)](
-                keys.contiguous(),
-                scores.contiguous(),
-                self._at(keys.device)[0],
-                own_experts.contiguous(),
-                own_weights.contiguous(),
-                choice.experts,
-                choice.weights,
-                choice.n_selected,
-                choice.n_rejected,
-                choice.decided,
-                E,
-                own,
-                K,
-                min_k,
-                max_k,
-                SKIP=skip,
-                LANES=lanes,
-                CHUNK=min(lanes, 32),
-                num_warps=max(1, min(4, lanes // 64)),
-            )
-        return choice
+    @property
+    def pooled(self) -> bool:
+        """Whether all experts have one null distribution, so that logits order them."""
+        return self._null.pooled
+
+    def thresholds(self, device: torch.device) -> Tensor:
+        """(E,) float32 on a device, if it is pooled."""
+        return self._at(device)[0]
 
     def _at(self, device: torch.device) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         if device not in self._on:
@@ -256,6 +209,7 @@ def select(
 
 def weigh(choice: Choice, weighing: Weighing) -> Choice:
     """Make the scores of the chosen experts their weights, in rows that were decided."""
+    assert choice.decided is not None
     weights = choice.weights
     if weighing.over_chosen:
         slots = torch.arange(weights.shape[1], device=weights.device)
@@ -269,7 +223,8 @@ def weigh(choice: Choice, weighing: Weighing) -> Choice:
         weights = weights * weighing.scale
     if weights is choice.weights:
         return choice
-    return replace(choice, weights=torch.where(choice.decided[:, None], weights, choice.weights))
+    weights = torch.where(choice.decided[:, None], weights, choice.weights)
+    return Choice(choice.experts, weights, choice.n_selected, choice.n_rejected, choice.decided)
 
 
 def _last_rank(passes: Tensor) -> Tensor:

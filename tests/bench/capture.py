@@ -2,6 +2,7 @@
 
     python -m tests.bench.capture [--out DIR]
     python -m tests.bench.capture --experts
+    python -m tests.bench.capture --decoding
 
 An OLMoE of the real shape (16 layers, 64 experts, hidden 2048, 6.9 B parameters, bfloat16) with
 random weights, built on the device. Beside it the baseline of older tools: hooks that copy logits,
@@ -13,9 +14,13 @@ JSON line.
 With --experts it times prefills by how many experts tokens have: native top-k with transformers'
 own experts and with bhlog's, and BH at several alphas. A BH forward stands beside native top-k of
 both, and beside bhlog's native at its own mean, interpolated between whole k in the same round.
+
+With --decoding it times one decoded token a step, eager and as CUDA graphs (torch.compile with
+mode="reduce-overhead" and a static cache, and generate with one), and what the first step costs.
 """
 
 import argparse
+import inspect
 import json
 import shutil
 import statistics
@@ -28,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers import OlmoeConfig, OlmoeForCausalLM, StaticCache
 
 from bhlog.capture.changes import Changes
 from bhlog.capture.contract.manifest import Routing
@@ -166,6 +171,77 @@ def experts_table(model: Any, kde: Any, ids: torch.Tensor, *, rounds: int) -> di
     return rows
 
 
+class Decoding:
+    """A batch that decodes one token a step into a static cache, eager or as CUDA graphs."""
+
+    def __init__(self, model: Any, prompt: torch.Tensor, steps: int) -> None:
+        self.model, self.prompt, self.steps = model, prompt, steps
+        length = prompt.shape[1]
+        self.cache = StaticCache(model.config, max_cache_len=length + steps + 8)
+        self.takes = (
+            "cache"
+            if "cache" in inspect.signature(model.forward).parameters
+            else ("past_key_values")
+        )
+
+    def __call__(self, step: Callable[..., Any]) -> None:
+        """A prompt and `steps` tokens by a callable of the model's arguments."""
+        self.cache.reset()
+        given = {self.takes: self.cache, "use_cache": True}
+        token = self.model(self.prompt, logits_to_keep=1, **given).logits[:, -1:].argmax(-1)
+        for _ in range(self.steps):
+            token = step(token, **given).logits[:, -1:].argmax(-1).clone()
+
+    def generate(self) -> None:
+        """The same by `generate`, which compiles what it decodes by itself."""
+        self.model.generate(
+            self.prompt,
+            max_new_tokens=self.steps,
+            min_new_tokens=self.steps,
+            do_sample=False,
+            cache_implementation="static",
+        )
+
+
+def decoding_table(
+    model: Any,
+    modes: dict[str, Callable[[], Any]],
+    prompt: torch.Tensor,
+    *,
+    steps: int,
+    rounds: int,
+) -> dict[str, Any]:
+    """Milliseconds a step; each mode is entered once, and its rounds follow one another.
+
+    Entering a block makes graphs anew, so modes cannot take turns within a process; they are gone
+    through `rounds` times, off first and last.
+    """
+    decoding = Decoding(model, prompt, steps)
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    works: dict[str, Callable[[], None]] = {
+        "eager": lambda: decoding(model),
+        "compiled": lambda: decoding(compiled),
+        "generate": decoding.generate,
+    }
+    rows: dict[str, Any] = {}
+    for name, work in works.items():
+        taken: dict[str, list[float]] = {mode: [] for mode in modes}
+        first: dict[str, list[float]] = {mode: [] for mode in modes}
+        for number in range(rounds):
+            for mode in list(modes) if number % 2 else list(reversed(modes)):
+                torch._dynamo.reset()
+                with modes[mode]():
+                    first[mode].append(seconds(work, 1))
+                    seconds(work, 2)
+                    taken[mode].append(min(seconds(work, 2) for _ in range(3)) / steps)
+        rows[name] = {
+            "ms_a_step": {m: round(1000 * statistics.median(t), 3) for m, t in taken.items()},
+            "ratio": {m: _ratio(t, taken["off"]) for m, t in taken.items()},
+            "first_seconds": {m: round(statistics.median(t), 2) for m, t in first.items()},
+        }
+    return rows
+
+
 def _ratio(taken: list[float], beside: list[float]) -> list[float]:
     """Median and quartiles of the ratio in each round."""
     return np.quantile(np.divide(taken, beside), [0.5, 0.25, 0.75]).round(4).tolist()
@@ -181,6 +257,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32, help="decoded tokens a round and mode")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--experts", action="store_true", help="time prefills by experts a token")
+    parser.add_argument("--decoding", action="store_true", help="time eager and compiled steps")
     args = parser.parse_args()
     out = args.out or Path(tempfile.mkdtemp())
     model = build("cuda", args.layers)
@@ -211,6 +288,10 @@ def main() -> None:
         "route_unlogged": lambda: route(model, alpha=0.3, kde=kde, max_k=8),
         "synchronous": lambda: synchronous(model),
     }
+    if args.decoding:
+        table = decoding_table(model, modes, prompt, steps=args.steps, rounds=args.rounds)
+        print(json.dumps({"device": torch.cuda.get_device_name(), "decoding": table}))
+        return
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "parameters": sum(p.numel() for p in model.parameters()),

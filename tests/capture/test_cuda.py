@@ -19,7 +19,7 @@ from bhlog.capture.contract.rule import (
 )
 from bhlog.capture.kernels.loading import kernels
 from bhlog.capture.observe import observe, route
-from bhlog.capture.routers.routing import TorchNull, finite_keys, select
+from bhlog.capture.routers.routing import TorchNull, Weighing, finite_keys, select, weigh
 from bhlog.capture.tokens.cross_entropy import cross_entropy
 from tests.synthetic import normal_null
 
@@ -65,24 +65,58 @@ def test_the_loss_kernel_is_exact_to_float32(dtype, columns):
     torch.testing.assert_close(found.double(), truth, rtol=2e-6, atol=4e-6)
 
 
+WEIGHINGS = (
+    Weighing(False),
+    Weighing(True, eps=1e-20, scale=2.5),
+    Weighing(True, over_chosen=True),
+    Weighing(True, floor=0.5),
+)
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n_experts", [2, 8, 60, 64, 128, 256, 512])
-def test_the_selection_kernel_is_the_torch_code_bit_for_bit(dtype, n_experts):
-    assert kernels() is not None
+def test_the_kernel_selects_as_the_torch_code_bit_for_bit(dtype, n_experts, in_graph):
+    """Weights are within 4e-6 of float64, beside the rounding to the router's dtype."""
+    found = kernels()
+    assert found is not None
+    rows = found.select_rows_in_graph if in_graph else found.select_rows
     torch.manual_seed(n_experts)
     logits = torch.randn(2000, n_experts, device="cuda").to(dtype)  # 16-bit logits tie often
     logits[:4] = torch.tensor([[torch.nan], [torch.inf], [-torch.inf], [0.0]])
     logits[4:200][torch.rand(196, n_experts, device="cuda") < 0.3] = torch.nan
     keys = finite_keys(logits)
-    scores = keys.softmax(dim=-1).nan_to_num(nan=0.0)
-    own_weights, own = scores.topk(min(8, n_experts), dim=-1)
+    wide = keys.double()
+    own_weights, own = keys.softmax(dim=-1).nan_to_num(nan=0.0).topk(min(8, n_experts), dim=-1)
+    own_weights = own_weights.to(dtype)
     null = TorchNull(normal_null(0, mean=0.0, sd=1.0), 0.3, n_experts)
-    for min_k, max_k in ((1, own.shape[1]), (0, n_experts), (2, min(16, n_experts))):
-        options = {"min_k": min_k, "max_k": max_k, "skip": min_k == 1}
-        fused = null.select(keys, scores, own, own_weights.to(dtype), **options)
-        slow = select(keys, *null.order(keys), scores, own, own_weights.to(dtype), **options)
-        for name, tensor in vars(slow).items():
-            assert torch.equal(getattr(fused, name), tensor), name
+    ranked = null.order(keys)
+    bounds = ((1, own.shape[1]), (0, n_experts), (2, min(16, n_experts)))
+    for number, weighing in enumerate(WEIGHINGS):
+        for sigmoid in (False, True) if not weighing.over_chosen else (False,):
+            min_k, max_k = bounds[number % 3]
+            skip, temperature = min_k == 1, (1.0, 1.7)[number % 2]
+            experts, weights, n_selected, n_rejected = rows(
+                logits, null.thresholds(keys.device), own, own_weights, min_k, max_k, skip,
+                sigmoid, temperature, weighing.renormalize, weighing.over_chosen, weighing.eps,
+                weighing.floor, weighing.scale,
+            )  # fmt: skip
+            scores = wide / temperature
+            if sigmoid:
+                scores = scores.sigmoid()
+            elif not weighing.over_chosen:
+                scores = scores.softmax(dim=-1).nan_to_num(nan=0.0)
+            slow = select(
+                keys, *ranked, scores, own, own_weights, min_k=min_k, max_k=max_k, skip=skip
+            )
+            slow = weigh(slow, weighing)
+            assert torch.equal(experts, slow.experts)
+            assert torch.equal(n_selected.long(), slow.n_selected)
+            assert torch.equal(n_rejected.long(), slow.n_rejected)
+            rounding = torch.finfo(dtype).eps / 2
+            torch.testing.assert_close(
+                weights.double(), slow.weights.double(), rtol=4e-6 + rounding, atol=1e-7
+            )
 
 
 @torch.inference_mode()

@@ -283,18 +283,6 @@ def test_a_forward_without_values_is_not_a_forward(run):
     assert list(read(run).sequences.values()) == ids.tolist() * 2
 
 
-def test_compiling_an_observed_model_whole_ends_in_one_line(model, run):
-    ids, _ = batch([5])
-    with (
-        torch.no_grad(),
-        pytest.raises(UnsupportedModel, match=r"compile .* without fullgraph=True") as error,
-        observe(model, run),
-    ):
-        torch.compile(model, backend="eager", fullgraph=True)(ids)
-    assert "\n" not in str(error.value)
-    torch._dynamo.reset()
-
-
 def test_every_kind_of_head_class_is_named_in_the_manifest(model, run):
     with observe(model, run):
         pass

@@ -166,7 +166,7 @@ def benjamini_hochberg_routing(
                     weights=choice.weights[rows],
                     n_selected=choice.n_selected[rows],
                     n_rejected=choice.n_rejected[rows],
-                    decided=choice.decided[rows],
+                    decided=None,
                 ),
                 routing=routing,
                 kde=kde_models,

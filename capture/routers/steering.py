@@ -1,0 +1,144 @@
+"""What takes the place of a router's own choice: BH on its logits, and weights of the chosen."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bhlog.capture.contract.null.model import LayerNull
+from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.kernels.loading import Kernels, kernels
+from bhlog.capture.routers.family import Router
+from bhlog.capture.routers.routing import (
+    Choice,
+    TorchNull,
+    Weighing,
+    empirical_order,
+    finite_keys,
+    select,
+    weigh,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """How one router is routed by BH.
+
+    Attributes:
+        router: whose choice it replaces.
+        null: of its layer; None ranks the batch at hand.
+        alpha, temperature: see BhOptions.
+        min_k, max_k: bounds on experts a row.
+        renormalize: whether weights are made to sum to 1.
+        weighing: how scores become weights.
+        skip: whether unused slots hold the number of experts, which skips their compute.
+        fused: the kernels that choose on CUDA; None where they cannot.
+    """
+
+    router: Router
+    null: TorchNull | None
+    alpha: float
+    temperature: float
+    min_k: int
+    max_k: int
+    renormalize: bool
+    weighing: Weighing
+    skip: bool
+    fused: Kernels | None
+
+    @classmethod
+    def of(
+        cls, router: Router, options: BhOptions, layer_null: LayerNull | None, *, skip: bool
+    ) -> "Steering":
+        """BH with these options and this null model, placed where the router is."""
+        E = router.n_experts
+        min_k, max_k = options.bounds(E)
+        renormalize = options.renormalizes(router.norm_topk_prob)
+        null = None if layer_null is None else TorchNull(layer_null, options.alpha, E)
+        weight = next(router.module.parameters(), None)
+        fused = None
+        if null is not None and weight is not None and not weight.is_meta:
+            null.place(weight.device)  # no forward waits for it, no graph is made anew
+            if null.pooled and weight.is_cuda and router.scoring in ("softmax", "sigmoid"):
+                fused = kernels()
+        return cls(
+            router,
+            null,
+            options.alpha,
+            options.temperature,
+            min_k,
+            max_k,
+            renormalize,
+            router.weighing(renormalize),
+            skip,
+            fused,
+        )
+
+    def choose(
+        self, logits: Tensor, own_experts: Tensor, own_weights: Tensor, keep: Tensor | None
+    ) -> Choice:
+        """Experts and weights of each row.
+
+        Args:
+            logits: (T, E), as the router returned them.
+            own_experts, own_weights: (T, top_k), its own choice: rows with no finite logit keep it.
+            keep: (T,) bool, rows that are tokens (None: all), which p-values are ranked among.
+
+        Returns:
+            Weights in the dtype of own_weights.
+        """
+        if self.fused is not None and logits.is_cuda and not logits.requires_grad:
+            return self._fused(self.fused, logits, own_experts, own_weights)
+        keys = finite_keys(logits)
+        scored = keys
+        if logits.requires_grad:  # the decision has no gradient; weights carry theirs to the router
+            scored = torch.where(keys.isfinite(), logits.float(), -torch.inf)
+        scores = self.router.scores(
+            scored, self.temperature, logits.dtype, renormalize=self.renormalize
+        )
+        if self.null is None:
+            ranked = empirical_order(keys, self.alpha, keep)
+        else:
+            ranked = self.null.order(keys)
+        choice = select(
+            keys,
+            *ranked,
+            scores,
+            own_experts,
+            own_weights,
+            min_k=self.min_k,
+            max_k=self.max_k,
+            skip=self.skip,
+        )
+        choice = weigh(choice, self.weighing)
+        return Choice(
+            choice.experts.to(own_experts.dtype),
+            choice.weights.to(own_weights.dtype),
+            choice.n_selected,
+            choice.n_rejected,
+            choice.decided,
+        )
+
+    def _fused(
+        self, fused: Kernels, logits: Tensor, own_experts: Tensor, own_weights: Tensor
+    ) -> Choice:
+        assert self.null is not None
+        compiled = torch.compiler.is_compiling()
+        rows = fused.select_rows_in_graph if compiled else fused.select_rows
+        chosen = rows(
+            logits,
+            self.null.thresholds(logits.device),
+            own_experts,
+            own_weights,
+            self.min_k,
+            self.max_k,
+            self.skip,
+            self.router.scoring == "sigmoid",
+            self.temperature,
+            self.weighing.renormalize,
+            self.weighing.over_chosen,
+            self.weighing.eps,
+            self.weighing.floor,
+            self.weighing.scale,
+        )
+        return Choice(*chosen, decided=None)
