@@ -170,7 +170,9 @@ class Forwards:
 
     def steered(self, layer: int, output: Any) -> None:
         """Note what a router hands on, as it is recorded."""
-        if self._here.record is not None:
+        if torch.compiler.is_compiling():
+            self.graph.handed.append(output)
+        elif self._here.record is not None:
             self._here.steered[layer] = output
 
     def check_steered(self, layer: int, output: Any) -> None:
@@ -179,13 +181,12 @@ class Forwards:
         Raises:
             UnsupportedModel: the experts that run are not those that are logged.
         """
-        noted = self._here.steered.pop(layer, output)
-        if noted is not output:
-            raise UnsupportedModel(
-                f"layer {layer}: a hook that was added inside the block changes what routing by BH "
-                "has decided, so the experts that run are not those that are logged; add it "
-                "before the block, or observe the model instead of routing it"
-            )
+        if torch.compiler.is_compiling():
+            noted = self.graph.handed.pop()
+            if not (noted[1] is output[1] and noted[2] is output[2]):
+                self.graph.changed = layer
+        elif self._here.steered.pop(layer, output) is not output:
+            raise _changed(layer)
 
     def _begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiled: bool
@@ -220,10 +221,14 @@ class Forwards:
             return
         here = self._here
         forward, here.forward = here.forward, None
-        taken = self.graph.end() if self.graph.is_at(module) else ()
-        if output is None:
+        changed, taken = self.graph.end() if self.graph.is_at(module) else (None, ())
+        if output is None or changed is not None:
             here.record = None
-        elif forward is not None:
+        if output is not None and changed is not None:
+            raise _changed(changed)
+        if output is None:
+            return
+        if forward is not None:
             self.tracker.end(forward, output)
             if here.record is not None:
                 for layers, tensors in taken:
@@ -288,6 +293,14 @@ class Forwards:
     def _cut(self, stream: Stream, length: int) -> None:
         if self.recorder is not None:
             self.recorder.cut(stream, length)
+
+
+def _changed(layer: int) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"layer {layer}: a hook that was added inside the block changes what routing by BH has "
+        "decided, so the experts that run are not those that are logged; add it before the block, "
+        "or observe the model instead of routing it"
+    )
 
 
 def _by_name(

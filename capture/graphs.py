@@ -8,7 +8,7 @@ it, so nothing waits and nothing breaks the graph.
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -19,6 +19,7 @@ from torch._dynamo.eval_frame import skip_code
 from bhlog.capture.contract.errors import UnsupportedModel
 
 Hook = Callable[..., Any]
+Taken = list[tuple[tuple[int, ...], dict[str, Tensor]]]
 
 WHOLE_GRAPH = (
     "hooks of bhlog at the border of a model cannot be part of a compiled graph: compile the model "
@@ -36,13 +37,20 @@ class Graph:
         taken: layers and tensors (T, ...) by name of the routers that have run, in their order;
             None where nothing is recorded.
         keep: (T,) bool, the forward's rows that are tokens; None if it is not followed.
+        handed: what a router has handed on, until the hooks after bhlog's have run.
+        changed: a layer where they put something else in its place.
     """
 
     def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
         self.border: nn.Module | None = None
         self.under_way = False
-        self.taken: list[tuple[tuple[int, ...], dict[str, Tensor]]] | None = None
+        self.taken: Taken | None = None
         self.keep: Tensor | None = None
+        self.handed: list[Any] = []
+        self.changed: int | None = None
         self._thread = 0
 
     @classmethod
@@ -76,11 +84,11 @@ class Graph:
         here = self.under_way and self._thread == threading.get_ident()
         return here and module is not self.border
 
-    def end(self) -> Sequence[tuple[tuple[int, ...], dict[str, Tensor]]]:
-        """The graph is done, or failed: what its routers returned."""
-        taken, self.taken, self.keep = self.taken, None, None
-        self.border, self.under_way = None, False
-        return taken or ()
+    def end(self) -> tuple[int | None, Taken]:
+        """The graph is done, or failed: a layer that was changed, and what routers returned."""
+        changed, taken = self.changed, self.taken or []
+        self._clear()
+        return changed, taken
 
 
 def at_border(hook: Hook, graph: Graph) -> Hook:
@@ -92,7 +100,7 @@ def at_border(hook: Hook, graph: Graph) -> Hook:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # traced
-            if torch.compiler.is_exporting() or graph.under_way:
+            if _exporting() or graph.under_way:
                 return None
             return apart(*args, compiled=True, **kwargs)
         compiler = set_eval_frame(None)  # the hook's own code is not compiled
@@ -116,10 +124,15 @@ def at_router(hook: Hook, graph: Graph, *, exported: bool = False) -> Hook:
     @functools.wraps(hook)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting():
+            if _exporting():
                 return hook(*args, **kwargs) if exported else None
             if not graph.under_way:
                 return apart(*args, **kwargs)
         return hook(*args, **kwargs)
 
     return call
+
+
+def _exporting() -> bool:
+    """Whether a model is exported; dynamo of torch 2.11 answers is_exporting() with True always."""
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))

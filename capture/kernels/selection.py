@@ -5,6 +5,8 @@ bhlog.capture.contract.rule bit for bit; weights are computed in float32 and rou
 dtype of the router's own.
 """
 
+from typing import Any
+
 import torch
 import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
@@ -34,10 +36,10 @@ def selection_kernel(  # type: ignore[no-untyped-def]
     n_slots,
     min_k,
     max_k,
-    temperature,
-    eps,
-    floor,
-    scale,
+    TEMPERATURE: tl.constexpr,
+    EPS: tl.constexpr,
+    FLOOR: tl.constexpr,
+    SCALE: tl.constexpr,
     SIGMOID: tl.constexpr,
     OVER_CHOSEN: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -64,17 +66,17 @@ def selection_kernel(  # type: ignore[no-untyped-def]
     chosen = inside & (rank < selected)
     largest = tl.max(key, axis=0)
     if SIGMOID:
-        score = tl.sigmoid(key / temperature)
+        score = tl.sigmoid(key / TEMPERATURE)
     else:
-        score = tl.exp((key - largest) / temperature)
+        score = tl.exp((key - largest) / TEMPERATURE)
         if OVER_CHOSEN:
             score = tl.where(chosen, score, 0.0)
         score = score / tl.sum(tl.where(inside, score, 0.0), axis=0)
     weight = tl.where(chosen, score, 0.0)
     if RENORMALIZE:
-        total = tl.maximum(tl.sum(weight, axis=0), floor) + eps
+        total = tl.maximum(tl.sum(weight, axis=0), FLOOR) + EPS
         weight = weight / tl.where(total > 0, total, 1.0)
-    weight = weight * scale
+    weight = weight * SCALE
     if not largest > float("-inf"):  # nothing to decide by: the router's own choice
         rejected = 0
         selected = top_k
@@ -129,7 +131,47 @@ def select_rows(
         (T, K) experts and weights in the dtypes of the router's own, (T,) int32 n_selected and
         n_rejected; K is the larger of max_k and top_k, at most E.
     """
-    kernel = wrap_triton(selection_kernel) if torch.compiler.is_compiling() else selection_kernel
+    return _launch(selection_kernel, **locals())
+
+
+@triton_op("bhlog::select_rows", mutates_args=())  # type: ignore[untyped-decorator, unused-ignore]
+def select_rows_in_graph(
+    logits: Tensor,
+    thresholds: Tensor,
+    own_experts: Tensor,
+    own_weights: Tensor,
+    min_k: int,
+    max_k: int,
+    skip: bool,
+    sigmoid: bool,
+    temperature: float,
+    renormalize: bool,
+    over_chosen: bool,
+    eps: float,
+    floor: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`select_rows` as an operator, for graphs of torch.compile."""
+    return _launch(wrap_triton(selection_kernel), **locals())
+
+
+def _launch(
+    kernel: Any,
+    logits: Tensor,
+    thresholds: Tensor,
+    own_experts: Tensor,
+    own_weights: Tensor,
+    min_k: int,
+    max_k: int,
+    skip: bool,
+    sigmoid: bool,
+    temperature: float,
+    renormalize: bool,
+    over_chosen: bool,
+    eps: float,
+    floor: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (T, E), own = logits.shape, own_experts.shape[1]
     K = min(E, max(max_k, own))
     experts, weights = own_experts.new_empty(T, K), own_weights.new_empty(T, K)
@@ -150,10 +192,10 @@ def select_rows(
         K,
         min_k,
         max_k,
-        temperature,
-        eps,
-        floor,
-        scale,
+        TEMPERATURE=temperature,
+        EPS=eps,
+        FLOOR=floor,
+        SCALE=scale,
         SIGMOID=sigmoid,
         OVER_CHOSEN=over_chosen,
         RENORMALIZE=renormalize,
@@ -163,6 +205,3 @@ def select_rows(
         num_warps=max(1, min(4, lanes // 64)),
     )
     return experts, weights, n_selected, n_rejected
-
-
-select_rows_in_graph = triton_op("bhlog::select_rows", select_rows, mutates_args=())

@@ -289,6 +289,7 @@ def main() -> None:
         "synchronous": lambda: synchronous(model),
     }
     if args.decoding:
+        del modes["synchronous"]  # no graph holds it
         table = decoding_table(model, modes, prompt, steps=args.steps, rounds=args.rounds)
         print(json.dumps({"device": torch.cuda.get_device_name(), "decoding": table}))
         return

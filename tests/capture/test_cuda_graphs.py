@@ -43,9 +43,9 @@ def model() -> Any:
 
 
 def table(run: Path, folder: str = "routing") -> Any:
-    return pq.read_table(sorted((run / folder).iterdir())[0]).sort_by(
-        [(name, "ascending") for name in (["layer"] * (folder == "routing") + ["forward", "sequence", "position"])]
-    )  # fmt: skip
+    order = ["layer"] * (folder == "routing") + ["forward", "sequence", "position"]
+    found = pq.read_table(sorted((run / folder).iterdir())[0])
+    return found.sort_by([(name, "ascending") for name in order])
 
 
 def decode(model: Any, called: Any, logits: list[Any]) -> None:

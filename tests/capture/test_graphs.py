@@ -211,3 +211,15 @@ def test_a_graph_of_a_part_cannot_be_whole_and_says_so(tmp_path):
     ):
         model(ids, attention_mask=mask)
     assert "\n" not in str(error.value)
+
+
+def test_a_hook_that_changes_what_was_decided_is_found_in_a_graph_too(tmp_path):
+    model, (ids, mask) = tiny_model(), batch([5])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with (
+        pytest.raises(UnsupportedModel, match="changes what routing by BH has decided"),
+        route(model, tmp_path / "run", alpha=0.3, kde=KDE, max_k=4),
+    ):
+        gate = model.model.layers[1].mlp.gate
+        gate.register_forward_hook(lambda module, args, out: (out[0], out[1], 0 * out[2]))
+        compiled(ids, attention_mask=mask)
