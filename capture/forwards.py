@@ -307,6 +307,8 @@ def _by_name(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """A call's arguments, those that the signature takes as further keywords too."""
+    if not args:
+        return dict(kwargs)
     inputs = dict(signature.bind_partial(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:

@@ -206,11 +206,10 @@ def _stack(by_layer: dict[int, dict[str, Tensor]], layers: tuple[int, ...]) -> d
     """A forward's router outputs by layer, (L, T, ...), on one device."""
     outputs = [by_layer[layer] for layer in layers]
     home = outputs[-1]["logits"].device
+    if any(tensors["logits"].device != home for tensors in outputs):
+        outputs = [{name: t.to(home) for name, t in tensors.items()} for tensors in outputs]
     with torch.no_grad():
-        return {
-            name: torch.stack([tensors[name].to(home) for tensors in outputs])
-            for name in outputs[0]
-        }
+        return {name: torch.stack([tensors[name] for tensors in outputs]) for name in outputs[0]}
 
 
 def _identity(record: Record) -> dict[str, Tensor]:

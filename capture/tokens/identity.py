@@ -183,13 +183,15 @@ class Tracker:
         """The next forward: which of its real columns are kept, and where in their sequences."""
         S = real.shape[1]
         decode = start > 0 and (chosen or (S == 1 and not self._place.prompt))
-        keep, ends = real, torch.full_like(stream.ends, NEVER)
+        keep, ends = real, stream.ends
         if chosen:  # generate feeds padding after the end of a row; a text may hold such an id
-            columns = torch.arange(start, start + S, device=real.device)
-            ends = stream.ends
-            keep = real & (columns < ends[:, None])
-        elif (n := self._ended_before(stream)) is not None:
-            keep = real & (torch.arange(S, device=real.device) < S - n[:, None])
+            first = start if S == 1 else torch.arange(start, start + S, device=real.device)
+            keep = real & (ends[:, None] > first)
+        else:
+            ends = torch.full_like(ends, NEVER)
+            if (n := self._ended_before(stream)) is not None:
+                keep = real & (torch.arange(S, device=real.device) < S - n[:, None])
+        before = stream.tokens[:, None] - 1
         head_start, stream.last_logits = stream.last_logits, None
         number, self.next_forward = self.next_forward, self.next_forward + 1
         return Forward(
@@ -199,7 +201,7 @@ class Tracker:
             texts=stream.texts,
             # the caller may write its next token into the same tensor
             token_ids=None if token_ids is None else token_ids.clone(),
-            positions=stream.tokens[:, None] + keep.cumsum(dim=1) - 1,
+            positions=before + (keep if S == 1 else keep.cumsum(dim=1)),
             keep=keep,
             phase=int(decode),
             start=start,

@@ -184,22 +184,24 @@ class Decoding:
             else ("past_key_values")
         )
 
-    def __call__(self, step: Callable[..., Any]) -> None:
-        """A prompt and `steps` tokens by a callable of the model's arguments."""
+    def __call__(self, step: Callable[..., Any]) -> float:
+        """Seconds of `steps` tokens after a prompt, by a callable of the model's arguments."""
         self.cache.reset()
         given = {self.takes: self.cache, "use_cache": True}
         token = self.model(self.prompt, logits_to_keep=1, **given).logits[:, -1:].argmax(-1)
-        for _ in range(self.steps):
-            token = step(token, **given).logits[:, -1:].argmax(-1).clone()
 
-    def generate(self) -> None:
-        """The same by `generate`, which compiles what it decodes by itself."""
-        self.model.generate(
-            self.prompt,
-            max_new_tokens=self.steps,
-            min_new_tokens=self.steps,
-            do_sample=False,
-            cache_implementation="static",
+        def work() -> None:
+            nonlocal token
+            for _ in range(self.steps):
+                token = step(token, **given).logits[:, -1:].argmax(-1).clone()
+
+        return seconds(work, 1)
+
+    def generate(self) -> float:
+        """The same by `generate`, prompt included, which compiles what it decodes by itself."""
+        options = {"max_new_tokens": self.steps, "min_new_tokens": self.steps, "do_sample": False}
+        return seconds(
+            lambda: self.model.generate(self.prompt, cache_implementation="static", **options), 1
         )
 
 
@@ -218,7 +220,7 @@ def decoding_table(
     """
     decoding = Decoding(model, prompt, steps)
     compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
-    works: dict[str, Callable[[], None]] = {
+    works: dict[str, Callable[[], float]] = {
         "eager": lambda: decoding(model),
         "compiled": lambda: decoding(compiled),
         "generate": decoding.generate,
@@ -231,9 +233,9 @@ def decoding_table(
             for mode in list(modes) if number % 2 else list(reversed(modes)):
                 torch._dynamo.reset()
                 with modes[mode]():
-                    first[mode].append(seconds(work, 1))
-                    seconds(work, 2)
-                    taken[mode].append(min(seconds(work, 2) for _ in range(3)) / steps)
+                    first[mode].append(work())
+                    work()
+                    taken[mode].append(statistics.median(work() for _ in range(5)) / steps)
         rows[name] = {
             "ms_a_step": {m: round(1000 * statistics.median(t), 3) for m, t in taken.items()},
             "ratio": {m: _ratio(t, taken["off"]) for m, t in taken.items()},
@@ -290,7 +292,7 @@ def main() -> None:
     }
     if args.decoding:
         del modes["synchronous"]  # no graph holds it
-        table = decoding_table(model, modes, prompt, steps=args.steps, rounds=args.rounds)
+        table = decoding_table(model, modes, ids[:, :8], steps=args.steps, rounds=args.rounds)
         print(json.dumps({"device": torch.cuda.get_device_name(), "decoding": table}))
         return
     result: dict[str, Any] = {
