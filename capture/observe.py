@@ -145,13 +145,16 @@ def recording(
         if WHOLE_GRAPH in str(error):  # dynamo says so in the middle of a page
             raise UnsupportedModel(WHOLE_GRAPH) from error
         raise
+    ours = writer if os.getpid() == writing else None  # a fork has neither writer nor run
     try:
         patcher.unpatch()
-    finally:
-        if writer is not None and os.getpid() == writing:  # a fork has neither writer nor run
-            writer.close()
-            if fit is not None:
-                fit.finish(writer)
+        if ours is not None:
+            ours.close()
+    except BaseException as error:  # as an error inside the block
+        _close_quietly(ours, error, fit)
+        raise
+    if ours is not None and fit is not None:
+        fit.finish(ours)
 
 
 def _close_quietly(writer: RunWriter | None, error: BaseException, fit: KdeFit | None) -> None:

@@ -1,5 +1,6 @@
 """A null model that is ready when the run is closed: the file that a fit of the run makes."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.observe import new_writer, observe, recording, route
 from bhlog.capture.patch import RouterPatcher
 from bhlog.capture.writing.fitting import KdeFit
-from bhlog.capture.writing.writer import WriterOptions
+from bhlog.capture.writing.writer import RunWriter, WriterOptions
 from tests.capture.blocks import INFO, logit, make_block
 from tests.capture.tiny import batch
 from tests.synthetic import normal_kde
@@ -104,24 +105,36 @@ def test_a_resumed_run_counts_its_earlier_shards(model, tmp_path):
     assert out.read_bytes() == afterwards(run, trim_high=1)
 
 
-def test_a_writers_error_leaves_the_null_of_the_sealed_shards(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("seen", ["in the block", "at its end"])
+def test_a_writers_error_leaves_the_null_of_the_sealed_shards(model, tmp_path, monkeypatch, seen):
     out, run = tmp_path / "null.parquet", tmp_path / "run"
     import bhlog.capture.writing.sealer
 
-    seal, sealed = bhlog.capture.writing.sealer.seal, []
+    seal, sealed, ending = bhlog.capture.writing.sealer.seal, [], threading.Event()
+    close = RunWriter.close
 
     def fail_later(part: Path) -> None:
         if len(sealed) == 4:
+            ending.wait(60)
             raise OSError(28, "No space left on device")
         sealed.append(part)
         seal(part)
 
+    def close_at_the_end(writer: RunWriter, error: BaseException | None = None) -> None:
+        ending.set()
+        close(writer, error)
+
     monkeypatch.setattr(bhlog.capture.writing.sealer, "seal", fail_later)
+    monkeypatch.setattr(RunWriter, "close", close_at_the_end)
+    if seen == "in the block":
+        ending.set()
     with (
         pytest.raises(WriterFailed),
         observe(model, run, options=WriterOptions(shard_rows=20, threads=1), fit_kde=out) as p,
     ):
         speak(model, 6, p)
+        while seen == "in the block":  # until a forward meets the error
+            speak(model, 1, p)
     assert len(open_log(run).shards) == 2
     assert out.read_bytes() == afterwards(run)
 
