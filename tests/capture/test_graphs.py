@@ -17,6 +17,7 @@ from tests.capture.tiny import EOS, LAYERS, PAD, batch, no_static_cache, tiny_mo
 from tests.synthetic import normal_kde
 
 KDE = normal_kde(range(LAYERS))
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
 BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
