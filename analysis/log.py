@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from bhlog.analysis.condition import TOKEN, Condition, ShardTokens, condition
-from bhlog.analysis.storage import filesystem, reached, read_manifest, shown
+from bhlog.analysis.storage import filesystem, reached, read_manifest
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.checksum import MOST_BYTES
 from bhlog.capture.contract.errors import (
@@ -32,6 +32,7 @@ from bhlog.capture.contract.schema import (
     schema_difference,
     shard_schema,
 )
+from bhlog.capture.contract.uris import shown
 
 _MOST_TOKENS = 8  # shards of tokens kept for conditions that ask for their columns
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -15,22 +14,7 @@ from bhlog.capture.contract.manifest import (
     Manifest,
     merge_manifests,
 )
-
-# Options of a URI that say where its storage is; any other may be a secret.
-_HARMLESS = ("endpoint_override", "scheme", "region", "allow_bucket_creation", "anonymous")
-
-
-def shown(path: str) -> str:
-    """A path or URI as messages show it: without the secrets that a URI can hold."""
-    if "://" not in path:
-        return path
-    scheme, _, rest = path.partition("://")
-    place, mark, query = rest.partition("?")
-    authority, slash, inside = place.partition("/")
-    options = [option for option in query.split("&") if option.partition("=")[0] in _HARMLESS]
-    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{inside}" + (
-        f"{mark}{'&'.join(options)}" if options else ""
-    )
+from bhlog.capture.contract.uris import shown, without_secrets
 
 
 def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
@@ -94,21 +78,6 @@ def reached(path: str) -> Iterator[None]:
     except RouterLogError:
         raise
     except (pa.ArrowException, ValueError, OSError) as error:
-        reason = _without_secrets(str(error).splitlines()[0], path)
+        reason = without_secrets(str(error).splitlines()[0], path)
         check = "; check the bucket, its endpoint and your credentials" if "://" in path else ""
         raise MissingRun(f"{shown(path)}: cannot be opened ({reason}){check}") from error
-
-
-def _without_secrets(text: str, path: str) -> str:
-    """A library's message about a URI, without what the URI holds beyond what is shown of it."""
-    if "://" not in path:
-        return text
-    text = text.replace(path, shown(path))
-    place, _, query = path.partition("://")[2].partition("?")
-    account = place.partition("/")[0].rpartition("@")[0]
-    options = [option.partition("=") for option in query.split("&")]
-    secrets = [*account.split(":"), *(o[2] for o in options if o[0] not in _HARMLESS)]
-    for secret in secrets:
-        for spelled in (secret, unquote(secret)):
-            text = text.replace(spelled, "...") if spelled else text
-    return text

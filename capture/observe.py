@@ -15,10 +15,11 @@ from bhlog.capture.contract.errors import (
     UnsupportedModel,
     WriterFailed,
 )
-from bhlog.capture.contract.manifest import ModelInfo, Routing
+from bhlog.capture.contract.manifest import ModelInfo, Origin, Routing
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions, Renormalize
 from bhlog.capture.graphs import WHOLE_GRAPH
+from bhlog.capture.origin import origin_here
 from bhlog.capture.patch import RouterPatcher
 from bhlog.capture.writing.fitting import KdeFit
 from bhlog.capture.writing.launch import rank
@@ -180,10 +181,11 @@ def new_writer(
     kde: KdeModel | None = None,
     options: WriterOptions | None = None,
     extra: dict[str, Any] | None = None,
+    origin: Origin | None = None,
     resume: bool = False,
     fit: KdeFit | None = None,
 ) -> RunWriter:
-    """A writer for a run of this process's rank, with the versions at work."""
+    """A writer for a run of this process's rank, which notes the versions at work."""
     if fit is not None:
         fit.check(run, info.n_experts)
     writer = RunWriter(
@@ -194,6 +196,7 @@ def new_writer(
         options=options,
         versions={name: _version(name) for name in ("bhlog", "torch", "transformers")},
         extra=extra,
+        origin=origin or origin_here(),
         rank=rank(),
         resume=resume,
     )

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -16,6 +16,7 @@ from bhlog.capture.contract.errors import InvalidOption, RouterLogError
 from bhlog.capture.contract.manifest import Manifest, Routing
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.observe import new_writer, recording
+from bhlog.capture.origin import origin_here
 from bhlog.capture.patch import RouterPatcher
 from bhlog.capture.text import Batch, ByteTokenizer, Tokenizer, Window, batches
 from bhlog.capture.writing.fitting import KdeFit
@@ -38,11 +39,13 @@ class LoadedModel:
         model: in evaluation mode, on its device.
         tokenizer: of the model; bytes for byte-level models.
         pad_id: token id that fills up short rows.
+        tokenizer_name: its folder or hub name, "bytes" for byte-level models.
     """
 
     model: Any
     tokenizer: Tokenizer
     pad_id: int
+    tokenizer_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,8 @@ def load_model(
         model.config._name_or_path = "demo"
     elif not is_folder:
         model.config._commit_hash = _commit(source, revision)
-    return LoadedModel(model, tokenizer, _pad_id(model))
+    is_bytes = isinstance(tokenizer, ByteTokenizer)
+    return LoadedModel(model, tokenizer, _pad_id(model), "bytes" if is_bytes else name)
 
 
 def _commit(source: str, revision: str | None) -> str | None:
@@ -156,6 +160,7 @@ def capture(
     kde: KdeModel | None = None,
     options: CaptureOptions | None = None,
     extra: dict[str, Any] | None = None,
+    text_sha256: Mapping[str, str] | None = None,
     resume: bool = False,
     fit: KdeFit | None = None,
     progress: Advance | None = None,
@@ -170,6 +175,7 @@ def capture(
         routing: native (default) or BH.
         kde: the null model for BH with KDE p-values.
         extra: options to note in the manifest.
+        text_sha256: of each text file by its source, noted too.
         resume: continue the run after its last sealed shard.
         fit: a null model to fit from what is logged.
         progress: called after each batch, and first with the tokens that a resumed run has.
@@ -187,6 +193,7 @@ def capture(
         kde=kde,
         options=options.writer,
         extra=_notes(patcher, routing) | (extra or {}),
+        origin=origin_here(texts=text_sha256, tokenizer=loaded.tokenizer_name),
         resume=resume,
         fit=fit,
     )

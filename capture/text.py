@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from bhlog.capture.contract.errors import EmptyText, InvalidOption, RouterLogError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
+MOST_NAMED = 1000  # files of text, each with its sum in a manifest
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,33 @@ def read_documents(paths: Iterable[str | Path], *, field: str = "text") -> Itera
     Raises:
         RouterLogError: a file is missing, not UTF-8, or a line has no such field.
     """
+    for file, source in _sources(paths):
+        yield from _read_file(file, source, field)
+
+
+def text_sha256(paths: Iterable[str | Path]) -> dict[str, str]:
+    """Sha256 of the files of read_documents by their sources.
+
+    Of more than MOST_NAMED files it is one, of all their names and sums.
+
+    Raises:
+        RouterLogError: a file is missing or cannot be read.
+    """
+    sums: dict[str, str] = {}
+    for path, source in _sources(paths):
+        try:
+            with path.open("rb") as file:
+                sums[source] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise _unreadable(path, error) from error
+    if len(sums) <= MOST_NAMED:
+        return sums
+    listed = "".join(f"{total}  {source}\n" for source, total in sums.items())
+    return {f"{len(sums)} files": hashlib.sha256(listed.encode()).hexdigest()}
+
+
+def _sources(paths: Iterable[str | Path]) -> list[tuple[Path, str]]:
+    """Files of text, and the source that each is."""
     found: list[tuple[Path, str]] = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -95,9 +123,10 @@ def read_documents(paths: Iterable[str | Path], *, field: str = "text") -> Itera
     named: dict[str, set[Path]] = {}
     for file, source in found:
         named.setdefault(source, set()).add(file)
-    for file, source in found:
-        unique = source if len(named[source]) == 1 else file.as_posix()
-        yield from _read_file(file, _printable(unique), field)
+    return [
+        (file, _printable(source if len(named[source]) == 1 else file.as_posix()))
+        for file, source in found
+    ]
 
 
 def _printable(text: str) -> str:
@@ -118,7 +147,11 @@ def _read_file(path: Path, source: str, field: str) -> Iterator[Document]:
             f"{path}: not UTF-8 text (byte {error.start}); convert it first"
         ) from error
     except OSError as error:
-        raise RouterLogError(f"{path}: cannot be read ({error.strerror})") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> RouterLogError:
+    return RouterLogError(f"{path}: cannot be read ({error.strerror})")
 
 
 def _field(line: str, field: str, where: str) -> str:

@@ -1,5 +1,6 @@
 """Facts: what a run is and what it holds, counted from its files."""
 
+import shlex
 from typing import Any
 
 import pyarrow.compute as pc
@@ -43,6 +44,19 @@ def facts_of(log: Log) -> dict[str, Any]:
         "sample_every": manifest.sample_every,
         "token_ids": manifest.token_ids,
         "versions": manifest.versions,
+        **_origin(log),
+    }
+
+
+def _origin(log: Log) -> dict[str, Any]:
+    origin = log.manifest.origin
+    if origin is None:
+        return {}
+    return {
+        "command": shlex.join(origin.command) or None,
+        "commit": origin.commit,
+        "texts": origin.texts,
+        "tokenizer": origin.tokenizer,
     }
 
 

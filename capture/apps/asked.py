@@ -51,6 +51,12 @@ class Texts:
 
         return list(read_documents(self.paths, field=self.field))
 
+    def sha256(self) -> dict[str, str]:
+        """Sha256 of each file by its source."""
+        from bhlog.capture.text import text_sha256
+
+        return text_sha256(self.paths)
+
     def windows(self, documents: "Sequence[Document]", tokenizer: "Tokenizer") -> "list[Window]":
         """The documents in windows."""
         from bhlog.capture.text import windows

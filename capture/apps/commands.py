@@ -81,6 +81,7 @@ def capture(
             kde=null,
             options=options,
             extra={**pace.noted(), **texts.noted(windows)},
+            text_sha256=texts.sha256(),
             resume=resume,
             fit=fit.kde_fit(),
             progress=progress,

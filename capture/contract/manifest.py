@@ -116,6 +116,25 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """How a run came to be.
+
+    Attributes:
+        command: words of the command line that made it, without secrets; see
+            bhlog.capture.contract.uris.
+        commit: of the git repository that the command ran in, ending in "-dirty" where files in it
+            were changed; None outside of one.
+        texts: sha256 of each text file by its source.
+        tokenizer: folder or hub name of the tokenizer, "bytes" for a token a byte; None if unknown.
+    """
+
+    command: tuple[str, ...] = ()
+    commit: str | None = None
+    texts: dict[str, Sha256] = field(default_factory=dict)
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a reader needs to know of a run besides its rows. It holds no text.
 
@@ -132,6 +151,7 @@ class Manifest:
         shards: sealed shards, complete once closed.
         error: why the capture ended early, if it did.
         options: other options of the capture, as given.
+        origin: how it came to be; None for runs of earlier bhlogs.
         launch: what the environment called the launch that made the run, where no store of its
             processes told them apart; see capture.writing.meeting.
         ranks: processes of that launch, each of which writes a manifest and shards of its own.
@@ -151,6 +171,7 @@ class Manifest:
     error: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     logits: bool = True
+    origin: Origin | None = None
     launch: str | None = None
     ranks: Annotated[int, Meta(ge=1, le=1 << 16)] = 1
     schema_version: Annotated[int, Meta(ge=1)] = SCHEMA_VERSION

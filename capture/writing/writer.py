@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bhlog.capture.contract.errors import WriterFailed
-from bhlog.capture.contract.manifest import Manifest, ModelInfo, Routing, Totals
+from bhlog.capture.contract.manifest import Manifest, ModelInfo, Origin, Routing, Totals
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.writing.buffer import Block, Buffer, logged_rows
 from bhlog.capture.writing.folder import Standing, create, remove_run, resume
@@ -78,6 +78,7 @@ class RunWriter:
         options: WriterOptions | None = None,
         versions: dict[str, str] | None = None,
         extra: dict[str, Any] | None = None,
+        origin: Origin | None = None,
         rank: int = 0,
         resume: bool = False,
     ) -> None:
@@ -95,6 +96,7 @@ class RunWriter:
                 token_ids=self.options.token_ids,
                 versions=versions or {},
                 options=extra or {},
+                origin=origin,
             ),
             kde,
             rank,

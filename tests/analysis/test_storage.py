@@ -3,24 +3,7 @@
 import pytest
 
 from bhlog.analysis.log import Log
-from bhlog.analysis.storage import shown
 from bhlog.capture.contract.errors import MissingRun
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("runs/a@b?c=d", "runs/a@b?c=d"),
-        ("s3://bucket/run", "s3://bucket/run"),
-        ("s3://key:pass@bucket/run", "s3://bucket/run"),
-        ("s3://key:pa%2Fss@bucket/a@b", "s3://bucket/a@b"),
-        ("s3://b/r?region=eu&scheme=http", "s3://b/r?region=eu&scheme=http"),
-        ("s3://k:s@b/r?secret_key=x&region=eu&session_token=y", "s3://b/r?region=eu"),
-        ("s3://b/r?secret_key=x", "s3://b/r"),
-    ],
-)
-def test_a_uri_is_shown_without_its_secrets(given, expected):
-    assert shown(given) == expected
 
 
 @pytest.mark.parametrize(
