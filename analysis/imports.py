@@ -1,10 +1,28 @@
-"""What a command does without: libraries that others import on their own account."""
+"""Libraries that a command needs or does without."""
 
+import importlib
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
+
+from bhlog.capture.contract.errors import MissingExtra
+
+
+def needed(library: str, extra: str) -> Any:
+    """A library that an extra of bhlog installs.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    try:
+        return importlib.import_module(library)
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"this needs the package {error.name}: pip install 'bhlog[{extra}]'"
+        ) from error
 
 
 class Unneeded(MetaPathFinder):

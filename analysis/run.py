@@ -43,7 +43,15 @@ class Run(Log):
     file, a run that has one, a folder of old pickles; None means the run's own. Where it takes a
     run it takes a path too. `**rows` says which rows it reads: layers, where (a condition in SQL),
     sample, threads and progress, as in Scope.
+
+    Attributes:
+        tokenizer: whose texts of tokens are shown: a folder, a hub name or "bytes"; None knows them
+            where every token is a byte.
     """
+
+    def __init__(self, path: str | Path, *, tokenizer: str | None = None) -> None:
+        super().__init__(path)
+        self.tokenizer = tokenizer
 
     def replay(
         self,
@@ -257,23 +265,26 @@ class Run(Log):
     def _database(self) -> "Database":
         from bhlog.analysis.database.connection import connect
 
-        database = connect(self)
+        database = connect(self, tokenizer=self.tokenizer)
         # relations may outlive the run; an open connection complains when the interpreter ends
         atexit.register(database.close)
         return database
 
 
-def open_log(path: str | Path) -> Run:
+def open_log(path: str | Path, *, tokenizer: str | None = None) -> Run:
     """Open the folder of a run: a path, or a URI such as s3://bucket/run.
 
     The environment says where an object store is and who asks (AWS_ENDPOINT_URL,
     AWS_ACCESS_KEY_ID, ...), or the URI itself: s3://bucket/run?endpoint_override=HOST&scheme=http.
 
+    Args:
+        tokenizer: see Run.
+
     Raises:
         MissingRun: nothing there, not a run, or its storage cannot be reached.
         CorruptManifest: run.json cannot be read.
     """
-    return Run(path)
+    return Run(path, tokenizer=tokenizer)
 
 
 def _log(run: Log | str | Path) -> Log:

@@ -8,7 +8,8 @@
 -- Param   $top integer = 10  this many of each kind per run
 -- Param   $around integer = 3  neighbours on either side
 -- Returns one row per run and token, the hardest first: kind ("most" or "fewest"), mean_experts over
---         the layers, rank, sequence, position, token_id, before and after (token ids), nll
+--         the layers, rank, sequence, position, token_id, its text, before and after (token ids),
+--         around (the text of all of them; NULL like text without a tokenizer), nll
 WITH token AS (
     SELECT run, rank, sequence, position, avg(n_selected) AS mean_experts
     FROM routing
@@ -53,6 +54,7 @@ neighbour AS (
         list(t.token_id ORDER BY t.position) FILTER (WHERE t.position < e.position) AS before,
         list(t.token_id ORDER BY t.position) FILTER (WHERE t.position > e.position) AS after,
         any_value(t.token_id) FILTER (WHERE t.position = e.position) AS token_id,
+        string_agg(token_text(t.token_id), '' ORDER BY t.position) AS around,
         any_value(t.nll) FILTER (WHERE t.position = e.position) AS nll
     FROM placed AS e
     JOIN numbered AS t
@@ -70,8 +72,10 @@ SELECT
     sequence,
     position,
     token_id,
+    token_text(token_id) AS text,
     before,
     after,
+    around,
     nll
 FROM extreme
 JOIN neighbour USING (run, rank, sequence, position, kind)

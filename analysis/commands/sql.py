@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bhlog.analysis.commands.kinds import DESCRIBED, OUT_FOLDER, QUESTION, QueryOrRun
+from bhlog.analysis.commands.kinds import DESCRIBED, OUT_FOLDER, QUESTION, PathKind, QueryOrRun
 from bhlog.analysis.commands.options import (
     Output,
     bundle,
@@ -80,6 +80,12 @@ asked_options = bundle(
 connection_options = bundle(
     "connection",
     dict,
+    click.option(
+        "--tokenizer",
+        type=PathKind("dir", remote=True),
+        metavar="NAME",
+        help="Whose texts token_text(token_id) gives: a folder, a hub name, or bytes.",
+    ),
     click.option("--memory-limit", metavar="SIZE", help="Such as 4GB; beyond it data go to disk."),
     click.option("--threads", type=click.IntRange(min=1), help="Default: one a core."),
     click.option("--temp-dir", type=OUT_FOLDER, metavar="DIR", help="Where data spill to."),

@@ -27,6 +27,7 @@ from bhlog.analysis.database.run_files import SCHEME, RunFiles
 from bhlog.analysis.database.run_nulls import Nulls
 from bhlog.analysis.database.spill import SpillFolder
 from bhlog.analysis.database.statement import reading_statement
+from bhlog.analysis.database.token_texts import register_token_text, vocabulary_of
 from bhlog.analysis.database.views import create_views
 from bhlog.analysis.database.waiting import wait_for
 from bhlog.analysis.log import Log
@@ -256,6 +257,7 @@ def connect(
     logs: Log | Sequence[Log],
     *,
     kde: KdeModel | None = None,
+    tokenizer: str | None = None,
     memory_limit: str | None = None,
     threads: int | None = None,
     temp_dir: str | Path | None = None,
@@ -270,6 +272,8 @@ def connect(
 
     Args:
         kde: null model of p-values and bh functions; None means each run's own.
+        tokenizer: whose texts token_text gives; see analysis.vocabulary. None: of runs whose tokens
+            are bytes, those.
         memory_limit: such as "4GB"; beyond it DuckDB spills to temp_dir. None: 80 % of memory.
         threads: None means one a core.
         temp_dir: folder for spilled data; a folder inside it is made, and removed in the end.
@@ -284,6 +288,7 @@ def connect(
     """
     logs = [logs] if isinstance(logs, Log) else list(logs)
     runs = dict(zip(_names(logs), logs, strict=True))
+    vocabulary = vocabulary_of(runs, tokenizer)
     files = RunFiles(runs)
     outside = None if unsafe else files.outside()
     if outside:
@@ -306,6 +311,7 @@ def connect(
         if threads is not None:
             connection.execute("SET threads = $threads", {"threads": threads})
         register_functions(connection, Nulls(runs, kde), files.failures)
+        register_token_text(connection, runs, vocabulary, files.failures)
         create_views(connection, runs, files, kde)
         if not unsafe:
             connection.execute("SET allow_community_extensions = false")

@@ -10,6 +10,7 @@
 | router_entropy(logits) | entropy of the softmax, in nats |
 | top_probability(logits) | the largest weight of the softmax |
 | n_shared(experts, others) | how many experts two selections share |
+| token_text(token_id) | what a token id stands for: token_texts.py |
 
 min_k and max_k are those of the run unless given; of a native run 1 and the number of experts. run
 tells which run's null model and bounds count, and is needed only where runs with different ones are
@@ -49,6 +50,7 @@ FUNCTIONS = (
     "router_entropy",
     "top_probability",
     "n_shared",
+    "token_text",
 )
 
 _MOST_EXPERTS = 65_535  # n_selected is uint16

@@ -14,6 +14,7 @@ from bhlog.analysis.fold import Progress, in_order
 from bhlog.analysis.log import Log
 from bhlog.analysis.verify.pair import Pair, checked, rank_and_number
 from bhlog.analysis.verify.replayed import verify_replay
+from bhlog.capture.contract.card import CARD_NAME
 from bhlog.capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch
 from bhlog.capture.contract.manifest import MANIFEST_NAME, ShardEntry, manifest_name
 from bhlog.capture.contract.schema import SHARD_NAME
@@ -174,7 +175,7 @@ def _foreign(path: str) -> Iterator[Finding]:
         yield Finding("files", "warning", path, "unfinished: its rows are not part of the run")
     elif folder in FOLDERS and not SHARD_NAME.fullmatch(name):
         yield Finding("files", "warning", path, "not the name of a shard: it is not read")
-    elif top not in (*_KNOWN_FOLDERS, "kde.parquet", MANIFEST_NAME) and not (
+    elif top not in (*_KNOWN_FOLDERS, "kde.parquet", CARD_NAME, MANIFEST_NAME) and not (
         path.startswith("run.rank") and path.endswith(".json")
     ):
         yield Finding("files", "warning", path, "not part of a run: it is not read")

@@ -19,7 +19,7 @@ from bhlog.capture.apps.asked import (
     rule_options,
     texts_options,
 )
-from bhlog.capture.apps.watch import ProgressLines, interruptible
+from bhlog.capture.apps.watch import ProgressLines, in_bytes, interruptible
 from bhlog.capture.writing.launch import rank
 
 if TYPE_CHECKING:
@@ -70,8 +70,9 @@ def capture(
         lines = ProgressLines(out, total)
 
         def progress(tokens: int, writer: RunWriter) -> None:
-            advance(tokens, note=f"{writer.bytes_written / 1e6:.1f} MB")
-            lines.advance(tokens, writer.bytes_written)
+            sealed = writer.bytes_written  # none before the first shard is sealed
+            advance(tokens, note=in_bytes(sealed) if sealed else "")
+            lines.advance(tokens, sealed)
 
         manifest = run_capture(
             loaded,
@@ -92,9 +93,11 @@ def capture(
 def _say(out: str, manifest: "Manifest") -> None:
     """What was logged, and what was not."""
     totals, size = manifest.totals, sum(shard.bytes for shard in manifest.shards)
+    shards = f"{totals.shards:,} shard{'s' * (totals.shards != 1)}"
+    a_row = f"{size / max(1, totals.rows):.0f} bytes a row"
     click.echo(
-        f"{out}: {totals.tokens:,} tokens, {totals.rows:,} rows in {totals.shards} shards, "
-        f"{size / 1e6:.1f} MB ({size / max(1, totals.rows):.0f} bytes a row)"
+        f"{out}: {totals.tokens:,} tokens, {totals.rows:,} rows in {shards}, {in_bytes(size)} "
+        f"({a_row})"
     )
     for name, count in (("dropped", totals.dropped), ("sampled out", totals.sampled_out)):
         if count:

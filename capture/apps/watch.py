@@ -15,6 +15,13 @@ import click
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, job schedulers, a terminal that is closed
 
 
+def in_bytes(n_bytes: int) -> str:
+    """A size as people read it: 26 bytes, 42.2 kB, 1.3 GB."""
+    from rich.filesize import decimal
+
+    return decimal(n_bytes)
+
+
 class ProgressLines:
     """A line on stderr now and then where it is a file, in which a bar cannot move."""
 
@@ -36,8 +43,8 @@ class ProgressLines:
         self._said = now
         speed = (self._done - self._first[1]) / max(1e-9, now - self._first[0])
         click.echo(
-            f"{self._run}: {self._done:,} of {self._total:,} tokens, {speed:,.0f} tokens/s, "
-            f"{n_bytes / 1e6:.1f} MB",
+            f"{self._run}: {self._done:,} of {self._total:,} tokens, {speed:,.0f} tokens/s"
+            + (f", {in_bytes(n_bytes)}" if n_bytes else ""),
             err=True,
         )
 

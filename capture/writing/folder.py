@@ -10,6 +10,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bhlog.capture.contract.card import CARD_NAME, is_card, write_card
 from bhlog.capture.contract.errors import (
     CorruptShard,
     InvalidOption,
@@ -121,6 +122,8 @@ def create(folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int) ->
 def _fill(folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int) -> Manifest:
     for name in ("routing", "tokens"):
         (folder / name).mkdir(exist_ok=True)
+    if rank == 0:
+        write_card(folder)
     if kde is not None:
         if rank == 0:
             kde.save(folder / "kde.parquet")
@@ -196,6 +199,7 @@ def remove_run(folder: Path) -> None:
     folders = [folder / name for name in ("routing", "tokens", "figures", "replay")]
     names = ("run.json*", "run.rank*.json*", "kde.parquet*")
     files = [path for name in names for path in folder.glob(name)]
+    files += filter(is_card, folder.glob(CARD_NAME))
     foreign = set(folder.iterdir()) - {*folders, *files}
     if foreign:
         raise RunExists(

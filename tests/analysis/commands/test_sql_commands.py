@@ -65,7 +65,8 @@ def test_runs_are_told_apart_by_name(bhlog):
 @pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)
 def test_every_question_answers(bhlog, question):
     runs = ["native", "bh"] if "two runs" in question.needs else ["bh"]
-    code, out, err = bhlog(*runs, "--query", question.name, "--format", "csv")
+    asked = ("--query", question.name, "--tokenizer", "bytes", "--format", "csv")
+    code, out, err = bhlog(*runs, *asked)
     assert (code, err) == (0, "")
     header = out.splitlines()[0].split(",")
     assert all(name in question.returns or name in ("run", "layer") for name in header), header

@@ -44,7 +44,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def database(runs):
-    with connect(runs) as opened:
+    with connect(runs, tokenizer="bytes") as opened:
         yield opened
 
 
@@ -405,6 +405,13 @@ def test_run_agreement(database, rows):
     assert close(ask(database, "run_agreement"), expected)
 
 
+def text_of(token_id: int) -> str | None:
+    """Of a token that is a byte."""
+    if token_id > 255:
+        return None
+    return chr(token_id) if token_id < 128 else f"<0x{token_id:02X}>"
+
+
 def test_easiest_and_hardest_tokens(database, rows):
     expected = []
     for run in "ab":
@@ -429,8 +436,12 @@ def test_easiest_and_hardest_tokens(database, rows):
                         "sequence": sequence,
                         "position": position,
                         "token_id": ids[key],
+                        "text": text_of(ids[key]),
                         "before": before,
                         "after": after,
+                        "around": "".join(
+                            text_of(i) or "" for i in (*(before or ()), ids[key], *(after or ()))
+                        ),
                         "nll": tokens[key][0]["nll"],
                     }
                 )
@@ -602,7 +613,7 @@ def sampled(folder, every):
 @pytest.mark.parametrize("every", [1, 2, 4])
 def test_a_sampled_log_pairs_no_token_with_one_that_does_not_follow_it(tmp_path, every):
     run = sampled(tmp_path / "demo", every)
-    with connect(open_log(run)) as database:
+    with connect(open_log(run), tokenizer="bytes") as database:
         lost = ask(database, "loss_against_experts")
         assert lost and all((row["mean_next_nll"] is None) == (every > 1) for row in lost)
         assert all((row["next_correlation"] is None) for row in lost)

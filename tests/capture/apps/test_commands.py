@@ -32,7 +32,7 @@ def bhlog(*arguments):
 def test_capture_writes_a_run_and_says_what_it_holds(text, tmp_path, capsys):
     run = tmp_path / "run"
     assert bhlog("capture", "demo", "--text", text, "--out", run, "--max-length", 50) == 0
-    assert "172 tokens, 688 rows in 1 shards" in capsys.readouterr().out
+    assert "172 tokens, 688 rows in 1 shard, " in capsys.readouterr().out
     log = open_log(run)
     assert log.manifest.routing.kind == "native" and log.manifest.closed
     assert log.manifest.options["max_length"] == 50
@@ -214,4 +214,12 @@ def test_progress_is_lines_where_no_bar_can_move(text, tmp_path, capsys, monkeyp
     run = tmp_path / "run"
     command = ["capture", "demo", "--text", text, "--max-length", 40, "--batch-size", 2]
     assert bhlog(*command, "--out", run) == 0
-    assert re.search(r"run: 160 of 172 tokens, [\d,]+ tokens/s, [\d.]+ MB", capsys.readouterr().err)
+    lines = capsys.readouterr().err.splitlines()
+    assert re.search(r"run: 160 of 172 tokens, [\d,]+ tokens/s$", lines[1])  # nothing is sealed yet
+
+
+def test_progress_says_what_is_sealed(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(watch.ProgressLines, "EVERY_SECONDS", 0.0)
+    command = ["capture", "demo", "--text", text, "--max-length", 40, "--batch-size", 1]
+    assert bhlog(*command, "--out", tmp_path / "run", "--shard-rows", 1) == 0
+    assert re.search(r"tokens/s, [\d.]+ kB$", capsys.readouterr().err, re.MULTILINE)
