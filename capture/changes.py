@@ -32,11 +32,23 @@ class Changes:
         vars(module)[name] = value
 
     def before_forward(
-        self, module: nn.Module, hook: Callable[..., Any], *, prepend: bool = False
+        self,
+        module: nn.Module,
+        hook: Callable[..., Any],
+        *,
+        prepend: bool = False,
+        last: bool = False,
     ) -> None:
-        """Call hook(module, args, kwargs) before the module runs."""
+        """Call hook(module, args, kwargs) before the module runs.
+
+        Args:
+            prepend: before other hooks.
+            last: after other hooks, also after those that are added later; see `stay_last`.
+        """
         handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend)
         self._add(module, handle)
+        if last:
+            self._last.append((module._forward_pre_hooks, handle.id))
 
     def after_forward(
         self,

@@ -1,17 +1,24 @@
 """A model's forwards: the one place that knows which is under way, and what becomes of it."""
 
-import inspect
 import os
 import threading
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from bhlog.capture.calls import (
+    around,
+    by_name,
+    chosen_in,
+    head_logits,
+    is_traced,
+    takes,
+    vocabularies,
+)
 from bhlog.capture.changes import Changes
 from bhlog.capture.contract.errors import UnsupportedModel, WriterFailed
 from bhlog.capture.graphs import Graph, at_border
@@ -100,7 +107,7 @@ class Forwards:
             head: the outermost that the library made, whose answer has the vocabulary's logits.
         """
         self._changes = changes
-        around = _around(model, base)
+        outside = around(model, base)
 
         def follow(module: nn.Module, begin: Any, end: Any, *, prepend: bool = True) -> None:
             changes.before_forward(module, at_border(begin, self.graph), prepend=prepend)
@@ -109,15 +116,14 @@ class Forwards:
         if head is not base:
             follow(head, self._begin_head, self._end_head)
         if self.recorder is not None:
-            self._vocabularies = _vocabularies(head)
-            for outer in around:
-                if "input_ids" in inspect.signature(outer.forward).parameters:
+            self._vocabularies = vocabularies(head)
+            for outer in outside:
+                if "input_ids" in takes(outer).parameters:
                     follow(outer, self._begin_outer, self._end_outer)
             if self.tracker.pad_token_id is None:
                 self.tracker.suspects = _suspects(base)
-        self._base_takes = inspect.signature(base.forward)
-        self._head_takes = inspect.signature(head.forward)
-        self._embeds = head in around[:-1]  # a model between them turns ids into embeddings
+        self._base_takes, self._head_takes = takes(base), takes(head)
+        self._embeds = head in outside[:-1]  # a model between them turns ids into embeddings
         follow(base, self._begin, self._end, prepend=False)
         watch_generation(changes, model, self.tracker)
 
@@ -168,6 +174,42 @@ class Forwards:
         elif self._here.record is not None:
             self._here.record.take(layers, tensors)
 
+    def at_door(self, layers: tuple[int, ...], given: tuple[Any, ...]) -> None:
+        """The experts of a layer are called: log those that they are given.
+
+        Args:
+            layers: as `record` had them.
+            given: the arguments of the call.
+
+        Raises:
+            UnsupportedModel: routing has decided otherwise, or it is not known what they get.
+        """
+        taken = self._taken(layers)
+        if taken is None or any(argument is taken["experts"] for argument in given):
+            return
+        experts, weights = chosen_in(given, like=taken["experts"])
+        if "n_selected" not in taken:
+            if experts is None or weights is None:
+                raise UnsupportedModel(
+                    f"layer {layers[0]}: its experts are given something else than its router "
+                    "returned, and which experts run with which weights cannot be read of it"
+                )
+            taken.update(experts=experts, weights=weights)
+        elif torch.compiler.is_compiling():
+            self.graph.changed = layers[0]
+        elif experts is None or not torch.equal(experts, taken["experts"]):
+            raise _changed(layers[0])
+
+    def _taken(self, layers: tuple[int, ...]) -> dict[str, Tensor] | None:
+        """What the router of these layers has returned last."""
+        if torch.compiler.is_compiling():
+            found = (tensors for at, tensors in reversed(self.graph.taken or ()) if at == layers)
+        else:
+            record = self._here.record
+            by_layer = {} if record is None else record.layers
+            found = (by_layer[layer] for layer in reversed(layers) if layer in by_layer)
+        return next(found, None)
+
     def steered(self, layer: int, output: Any) -> None:
         """Note what a router hands on, as it is recorded."""
         if torch.compiler.is_compiling():
@@ -192,7 +234,7 @@ class Forwards:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiled: bool
     ) -> None:
         if not self.graph.around(module):
-            self._identify(module, _by_name(self._base_takes, args, kwargs), compiled=compiled)
+            self._identify(module, by_name(self._base_takes, args, kwargs), compiled=compiled)
 
     def _identify(self, module: nn.Module, inputs: dict[str, Any], *, compiled: bool) -> None:
         """A forward begins at a module."""
@@ -253,7 +295,7 @@ class Forwards:
         here = self._here
         ids = kwargs.get("input_ids")
         if ids is None and args:
-            ids = _by_name(inspect.signature(module.forward), args, kwargs).get("input_ids")
+            ids = by_name(takes(module), args, kwargs).get("input_ids")
         if not isinstance(ids, Tensor):
             ids = here.outer_ids[-1] if here.outer_ids else None
         here.outer_ids = (*here.outer_ids, ids)
@@ -266,7 +308,7 @@ class Forwards:
     def _begin_head(self, module: nn.Module, args: Any, kwargs: Any, *, compiled: bool) -> None:
         self._here.in_head = True
         if compiled:
-            self._identify(module, _by_name(self._head_takes, args, kwargs), compiled=True)
+            self._identify(module, by_name(self._head_takes, args, kwargs), compiled=True)
 
     def _end_head(
         self, module: nn.Module, args: Any, kwargs: Any, output: Any, *, compiled: bool
@@ -279,7 +321,7 @@ class Forwards:
             here.record = None
         if here.record is None:
             return
-        logits = _head_logits(output, self._vocabularies)
+        logits = head_logits(output, self._vocabularies)
         # a tensor names columns of the caller's choice: which tokens they predict is not known
         if logits is not None and not isinstance(kwargs.get("logits_to_keep"), Tensor):
             here.record.see(logits.detach())
@@ -297,63 +339,10 @@ class Forwards:
 
 def _changed(layer: int) -> UnsupportedModel:
     return UnsupportedModel(
-        f"layer {layer}: a hook that was added inside the block changes what routing by BH has "
-        "decided, so the experts that run are not those that are logged; add it before the block, "
-        "or observe the model instead of routing it"
+        f"layer {layer}: a hook that was added inside the block, or code around the router, "
+        "changes what routing by BH has decided, so the experts that run are not those that are "
+        "logged; add hooks before the block, or observe the model instead of routing it"
     )
-
-
-def _by_name(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """A call's arguments, those that the signature takes as further keywords too."""
-    if not args:
-        return dict(kwargs)
-    inputs = dict(signature.bind_partial(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            inputs.update(inputs.pop(name, {}))
-    return inputs
-
-
-def _head_logits(output: Any, vocabularies: Collection[int]) -> Tensor | None:
-    """(B, H, V) logits of the vocabulary in what a model with a head returned.
-
-    Other heads answer too: by labels of a token, or by a value.
-    """
-    found = [getattr(output, "logits", None), *(output if isinstance(output, tuple) else ())]
-    for tensor in found:
-        if isinstance(tensor, Tensor) and tensor.dim() == 3 and tensor.shape[2] in vocabularies:
-            return tensor
-    return None
-
-
-def _vocabularies(model: Any) -> frozenset[int]:
-    """Numbers of ids that the logits of a model's head may be over."""
-    config: Any = getattr(model, "config", None)
-    text = getattr(config, "get_text_config", lambda: config)()
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    sizes = [getattr(config, "vocab_size", None), getattr(text, "vocab_size", None)]
-    sizes.append(getattr(head, "out_features", None))
-    return frozenset(size for size in sizes if size is not None)
-
-
-def _around(model: nn.Module, base: nn.Module) -> list[nn.Module]:
-    """Modules from the model to the base model in it, which is left out."""
-    name = next(name for name, module in model.named_modules() if module is base)
-    parts = name.split(".") if name else []
-    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
-
-
-def is_traced(inputs: dict[str, Any]) -> bool:
-    """Whether a model is not run but traced or measured: exported, or on tensors without values."""
-    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
-        return True
-    for name in ("input_ids", "inputs_embeds"):
-        given = inputs.get(name)
-        if given is not None:
-            return not isinstance(given, Tensor) or isinstance(given, FakeTensor) or given.is_meta
-    return False
 
 
 def _suspects(base: nn.Module) -> Suspects | None:
@@ -363,6 +352,7 @@ def _suspects(base: nn.Module) -> Suspects | None:
     if n_ids is None:
         return None
     config: Any = base.config
-    pad, eos = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    names = "pad_token_id", "bos_token_id", "eos_token_id"
+    pad, bos, eos = (getattr(config, name, None) for name in names)
     ends = eos if isinstance(eos, list) else [eos]
-    return Suspects(n_ids, {0, pad, *ends} - {None}, pad)
+    return Suspects(n_ids, {0, pad, bos, *ends} - {None}, pad)

@@ -191,6 +191,7 @@ class RouterPatcher:
                     router.attach(
                         self._changes, at_router(observe, self.forwards.graph), steer=False
                     )
+                    self._watch_door(router, self.forwards)
                 continue
             if collect_stats:
                 self.stats.setdefault(router.layer, LayerStats.empty(router.n_experts))
@@ -203,6 +204,7 @@ class RouterPatcher:
             if router.block is None and self.recorder is not None:
                 witness = at_router(self._witness(router), graph)
                 self._changes.after_forward(router.module, witness, last=True)
+                self._watch_door(router, self.forwards)
 
     def _observer(self, router: Router, forwards: Forwards) -> Any:
         layers = router.layer, *router.again
@@ -253,6 +255,18 @@ class RouterPatcher:
             forwards.check_steered(layer, output)
 
         return check
+
+    def _watch_door(self, router: Router, forwards: Forwards | None) -> None:
+        """Compare what the experts get with what is logged: a block may change it in between."""
+        if router.block is not None or router.experts is None or forwards is None:
+            return
+        layers = router.layer, *router.again
+
+        def at_door(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if forwards.recording:
+                forwards.at_door(layers, (*args, *kwargs.values()))
+
+        self._changes.before_forward(router.experts, at_router(at_door, forwards.graph), last=True)
 
     def _skips_unused(self, router: Router) -> bool:
         """Whether the index n_experts skips an unused slot's compute, which is arranged here."""

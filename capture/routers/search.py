@@ -14,6 +14,7 @@ from bhlog.capture.routers.family import Router
 from bhlog.capture.routers.registry import BLOCKS, FAMILIES, UNREADABLE, family_of
 
 _ROUTER_NAMES = ("Router", "Gating", "TopKGate", "MoEGate")  # how their classes are called
+_LOGITS_SINCE = 5, 6  # routers of transformers 5.0 to 5.5 return probabilities
 _FEW = 6  # families that a message names
 
 
@@ -29,6 +30,12 @@ def find_routers(model: nn.Module, *, allow_missing_layers: bool = False) -> tup
         UnsupportedModel: it has none, or some that are not known, or they differ in their number of
             experts, or a layer has several that are no alternatives.
     """
+    if (5, 0) <= _version() < _LOGITS_SINCE:
+        raise UnsupportedModel(
+            f"transformers {version('transformers')}: its routers return probabilities in place of "
+            "logits; install a later version (from "
+            f"{'.'.join(map(str, _LOGITS_SINCE))} on), or 4.57"
+        )
     found = dict(_known_routers(model))
     if not found:
         raise UnsupportedModel(
@@ -54,7 +61,7 @@ def find_routers(model: nn.Module, *, allow_missing_layers: bool = False) -> tup
 
 def _known_routers(model: nn.Module) -> Iterator[tuple[str, Router]]:
     """Routers of known families by name."""
-    routers_known, blocks_known = (FAMILIES, {}) if _version() >= 5 else ({}, BLOCKS)
+    routers_known, blocks_known = (FAMILIES, {}) if _version() >= (5, 0) else ({}, BLOCKS)
     config: Any = None
     count = 0
     for name, parent in model.named_modules():
@@ -129,7 +136,7 @@ def _require_alternatives(model: nn.Module, found: dict[str, Router]) -> None:
 
 def supported() -> list[str]:
     """Names of the families that can be observed under the installed transformers."""
-    known = FAMILIES if _version() >= 5 else BLOCKS
+    known = FAMILIES if _version() >= (5, 0) else BLOCKS
     return sorted({family.name for family in known.values()}, key=str.casefold)
 
 
@@ -142,9 +149,10 @@ def _later_passes(layer: int, config: Any) -> tuple[int, ...]:
     return tuple(first + (end - start) * i for i in range(config.loop_num_passes - 1))
 
 
-def _version() -> int:
+def _version() -> tuple[int, int]:
     """Of transformers: some routers of 4 have names of 5 but return other things."""
-    return int(version("transformers").split(".")[0])
+    major, minor = version("transformers").split(".")[:2]
+    return int(major), int(minor)
 
 
 def _suspect(model: nn.Module) -> str:

@@ -28,7 +28,13 @@ def new_columns(mask: Any, batch: int, start: int, length: int, device: torch.de
     width = mask.shape[-1]
     if mask.dim() == 2 and (width >= start + length or width == length):
         first = start if width >= start + length else 0
-        new = mask[:, first : first + length].to(device, torch.bool, copy=True)
+        new = mask[:, first : first + length]
+        if length > 1 and new.dtype != torch.bool and bool(((new != 0) & (new != 1)).any()):
+            raise UnknownIdentity(
+                "attention_mask has other numbers than 0 and 1: numbers of several sequences that "
+                "are packed in a row, or scores; run one sequence per row, with 1 for tokens"
+            )
+        new = new.to(device, torch.bool, copy=True)
     elif mask.dim() == 4 and mask.shape[2] == length and width >= length:
         visible = _visible(mask)
         first = start if width >= start + length else width - length

@@ -31,7 +31,8 @@ class Suspects:
 
     Attributes:
         n_ids: ids that the model knows.
-        likely: ids that pad where anything does: the model's own for that, its ends, and 0.
+        likely: ids that pad where anything does: the model's own for that, its first and last ones,
+            and 0.
         pad: the model's own for that; a single one at an end is suspected.
         rows: rows seen.
     """

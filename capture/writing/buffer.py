@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.errors import InvalidOption, UnsupportedModel
 from bhlog.capture.contract.manifest import Totals
 from bhlog.capture.contract.schema import (
     COLUMNS,
@@ -25,6 +25,9 @@ from bhlog.capture.writing.stage import Staged
 BY_LAYER = ("logits", "experts", "weights", "n_selected", "n_rejected")
 TEXT_COLUMNS = tuple(column.name for column in COLUMNS["tokens"] if column.type == TEXT)
 _NO_TOKEN_ID = -1
+_ENOUGH = 16  # tokens of a buffer whose logits are looked at
+_FEWEST = 4  # rows that sum to 1 by chance in one of 1e15 buffers
+_ROUNDING = 0.02  # of a sum of bfloat16
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +122,8 @@ class Buffer:
                 elif block.staged.pinned:
                     array = array.copy()
                 kept[name] = array
+        if not self.tokens:
+            _require_logits(kept["logits"])
         identity: dict[str, NDArray[Any]] = {
             "sequence": block.sequence[rows],
             "position": tensors["position"].numpy()[rows].astype(np.uint32),
@@ -286,6 +291,20 @@ def _widen(values: NDArray[Any], out: NDArray[np.float32]) -> None:
         np.left_shift(values, 16, out=out.view(np.uint32), dtype=np.uint32)
     else:
         out[...] = values
+
+
+def _require_logits(logits: NDArray[Any]) -> None:
+    """Raise UnsupportedModel if (L, T, E) logits are probabilities, each row of which sums to 1."""
+    L, T, E = logits.shape
+    values = np.empty((L, min(T, _ENOUGH), E), dtype=np.float32)
+    _widen(logits[:, :_ENOUGH], values)
+    if values[..., 0].size < _FEWEST or not (values >= 0).all():
+        return
+    if (np.abs(values.sum(axis=-1) - 1) < _ROUNDING).all():
+        raise UnsupportedModel(
+            "the routers return probabilities in place of logits, which BH and its null model are "
+            "about; register a family whose forward returns the logits"
+        )
 
 
 def _count_nonfinite(logits: NDArray[Any]) -> int:

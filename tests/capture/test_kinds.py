@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import OlmoeForCausalLM
 
 from bhlog.capture.contract.errors import UnknownIdentity, UnsupportedModel
-from bhlog.capture.observe import observe, route
+from bhlog.capture.observe import observe
 from tests.capture.tiny import (
     CACHE,
     EOS,
@@ -26,7 +26,6 @@ from tests.capture.tiny import (
     plain_loss,
     read,
     real_tokens,
-    rows_of,
     tiny_model,
 )
 from tests.synthetic import normal_kde
@@ -146,52 +145,29 @@ def test_a_generation_that_is_interrupted_leaves_the_settings_as_they_were(model
     assert [vars(c) for c in (model.config, model.generation_config)] == settings
 
 
-def force(module: Any, args: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Experts 6 and 7, whatever the router says."""
-    experts = torch.tensor([6, 7]).expand(len(output[2]), 2)
-    return output[0], output[0].softmax(-1).gather(1, experts).to(output[1].dtype), experts
+@pytest.mark.parametrize("of", ["5.0.0", "5.1.0.dev0", "5.5.4"])
+def test_versions_whose_routers_return_probabilities_are_refused(model, of, run, monkeypatch):
+    monkeypatch.setattr("bhlog.capture.routers.search.version", lambda name: of)
+    with pytest.raises(UnsupportedModel, match=f"{of}: its routers return probabilities.* 5.6 on"):
+        observe(model, run).__enter__()
+    assert not run.exists()
 
 
-@needs_router
-@pytest.mark.parametrize("when", ["before", "inside", "between forwards", "first"])
-def test_what_is_logged_is_what_the_experts_get_whenever_a_hook_is_added(when, run):
+def test_a_mask_that_numbers_sequences_in_a_row_is_refused(model, run):
+    ids, _ = batch([7])
+    with observed(model, run), pytest.raises(UnknownIdentity, match="other numbers than 0 and 1"):
+        model(ids, attention_mask=torch.tensor([[1, 1, 1, 2, 2, 2, 0]]))
+    assert read(run).sequences == {}
+
+
+def test_arguments_by_position_are_known_where_a_forward_was_replaced(run):
     model = tiny_model()
+    forward = model.model.forward
+    model.model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     ids, mask = batch([6, 4])
-    used: list[Tensor] = []
-    gates = [layer.mlp.gate for layer in model.model.layers]
-    model.model.layers[0].mlp.experts.register_forward_pre_hook(
-        lambda module, args: used.append(args[1][mask.reshape(-1).bool()])
-    )
-
-    def add(prepend: bool = False) -> None:
-        for gate in gates:
-            gate.register_forward_hook(force, prepend=prepend)
-
-    if when == "before":
-        add()
-    with observed(model, run):
-        if when == "between forwards":
-            model(ids, attention_mask=mask)
-        if when != "before":
-            add(prepend=when == "first")
-        model(ids, attention_mask=mask)
-    rows = [row for row in rows_of(run, "routing") if row["layer"] == 0]
-    assert [set(row["experts"]) for row in rows] == [set(e.tolist()) for e in torch.cat(used)]
-    assert {6, 7} == set(rows[-1]["experts"])
-
-
-@needs_router
-def test_a_hook_that_changes_what_routing_decided_is_refused(run):
-    model = tiny_model()
-    ids, _ = batch([6])
-    with torch.no_grad(), route(model, run, alpha=0.3, kde=KDE):
-        model(ids)
-        handle = model.model.layers[1].mlp.gate.register_forward_hook(force)
-        with pytest.raises(UnsupportedModel, match="layer 1: a hook that was added inside"):
-            model(ids)
-        handle.remove()
-        model(ids)
-    assert list(read(run).sequences.values()) == ids.tolist() * 2
+    with observed(model.model, run):
+        model.model(ids, mask)
+    assert list(read(run).sequences.values()) == real_tokens(ids, mask)
 
 
 @pytest.mark.parametrize("which", ["whole", "inner"])

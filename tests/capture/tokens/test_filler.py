@@ -9,7 +9,7 @@ from torch import Tensor
 from bhlog.capture.observe import route
 from tests.capture.tiny import EOS, PAD, batch, check_logits, observed, past, read, real_tokens
 
-FILLERS = {"pad": PAD, "eos": EOS, "other": 39}
+FILLERS = {"pad": PAD, "bos": 1, "eos": EOS, "other": 39}
 
 
 def harness(
