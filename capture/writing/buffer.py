@@ -298,7 +298,7 @@ def _require_logits(logits: NDArray[Any]) -> None:
     L, T, E = logits.shape
     values = np.empty((L, min(T, _ENOUGH), E), dtype=np.float32)
     _widen(logits[:, :_ENOUGH], values)
-    if values[..., 0].size < _FEWEST or not (values >= 0).all():
+    if values[..., 0].size < _FEWEST or not ((values >= 0) & (values <= 1)).all():
         return
     if (np.abs(values.sum(axis=-1) - 1) < _ROUNDING).all():
         raise UnsupportedModel(
