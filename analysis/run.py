@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import polars as pl
 
 from bhlog.analysis.fold import Progress, Scope
+from bhlog.analysis.imports import needed
 from bhlog.analysis.log import Log
 from bhlog.analysis.nulls import Named, load_null, null_model
 from bhlog.analysis.replay.settings import settings_of
@@ -247,6 +248,30 @@ class Run(Log):
             left_out=left_out,
             progress=progress,
         )
+
+    def report(
+        self,
+        path: str | Path,
+        *,
+        kde: Named | None = None,
+        also: Sequence[Log | str | Path] = (),
+    ) -> Path:
+        """Write one page about the run that opens from a disk; needs Bokeh.
+
+        Args:
+            kde: null model that the page holds the run against; None is the run's own.
+            also: further runs to compare with it.
+
+        Raises:
+            MissingExtra: Bokeh is not installed.
+        """
+        needed("bokeh", "report")
+        from bhlog.analysis.report.document import write_report
+        from bhlog.analysis.report.subject import Subject
+
+        kdes = [] if kde is None else [kde]
+        subject = Subject([self, *map(_log, also)], kdes, tokenizer=self.tokenizer)
+        return write_report(subject, path)
 
     def verify(self, *, replay: bool = False, progress: Progress | None = None) -> pl.DataFrame:
         """Is the run whole, and with `replay`, does replaying it give what it logged?

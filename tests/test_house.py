@@ -15,7 +15,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CAPTURE, ANALYSIS = "bhlog.capture", "bhlog.analysis"
 CONTRACT, APPS = f"{CAPTURE}.contract", f"{CAPTURE}.apps"
-NUMBERS = {"duckdb", "fsspec", "matplotlib", "numba", "numpy", "pandas", "polars", "pyarrow"}
+NUMBERS = {
+    "bokeh",
+    "duckdb",
+    "fsspec",
+    "matplotlib",
+    "numba",
+    "numpy",
+    "pandas",
+    "polars",
+    "pyarrow",
+}
 TERMINAL = {"prompt_toolkit", "rich"}
 TORCH = {"accelerate", "datasets", "safetensors", "tokenizers", "torch", "transformers", "triton"}
 HEAVY = NUMBERS | TERMINAL | TORCH | {"scipy"}

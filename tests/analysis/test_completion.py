@@ -66,6 +66,6 @@ def test_a_question_may_be_a_file():
 
 
 def test_commands_and_options_are_completed():
-    assert names(word="re") == ["replay"]
+    assert names(word="re") == ["replay", "report"]
     assert names("sweep", "a", word="--exp") == ["--experts"]
     assert completed("sweep", "a", word="--target") == []  # the old name is hidden
