@@ -16,6 +16,7 @@ from bhlog.capture.contract.errors import (
     WriterFailed,
 )
 from bhlog.capture.contract.manifest import ModelInfo, Origin, Routing
+from bhlog.capture.contract.named import Bh
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions, Renormalize
 from bhlog.capture.graphs import WHOLE_GRAPH
@@ -65,7 +66,8 @@ def route(
     model: nn.Module,
     run: str | Path | None = None,
     *,
-    alpha: float = 0.05,
+    policy: str | None = None,
+    alpha: float | None = None,
     kde: KdeModel | str | Path | None = None,
     min_k: int = 1,
     max_k: int | None = None,
@@ -77,13 +79,16 @@ def route(
     pad_token_id: int | None = None,
     allow_missing_layers: bool = False,
 ) -> Iterator[RouterPatcher]:
-    """Route a model by BH, and log it into a new run if one is named.
+    """Route a model by BH or another policy, and log it into a new run if one is named.
 
     Args:
         model: a transformers model with routers.
         run: folder of the run to write; None logs nothing.
-        alpha, min_k, max_k, temperature, renormalize, p_values: see BhOptions.
-        kde: the null model or its file.
+        policy: such as "minp:0.2" or "topk:4", of a family of capture.contract.named.ROUTED; its
+            own bounds, as in "bh:0.3,max_k=16", go before min_k and max_k. None is BH at alpha.
+        alpha: of BH; 0.05 where neither it nor a policy is given.
+        min_k, max_k, temperature, renormalize, p_values: see BhOptions.
+        kde: the null model or its file, where the policy tests p-values.
         options: how the run is written.
         fit_kde, pad_token_id, allow_missing_layers: see observe.
 
@@ -92,7 +97,18 @@ def route(
     """
     if isinstance(kde, str | Path):
         kde = KdeModel.load(kde)
-    routing = Routing("bh", BhOptions(alpha, min_k, max_k, temperature, renormalize, p_values))
+    if policy is not None and alpha is not None:
+        raise InvalidOption(f"policy {policy} has a value of its own: leave alpha out")
+    routing = Routing.by(
+        BhOptions.of(
+            policy or Bh(0.05 if alpha is None else alpha),
+            min_k=min_k,
+            max_k=max_k,
+            temperature=temperature,
+            renormalize=renormalize,
+            p_values=p_values,
+        )
+    )
     patcher = RouterPatcher(model, allow_missing_layers=allow_missing_layers)
     patcher.check(routing, kde)
     writer, fit = None, as_fit(fit_kde)

@@ -219,7 +219,7 @@ class RouterPatcher:
 
     def _steerer(self, router: Router, steering: Steering) -> Any:
         stats, forwards = self.stats.get(router.layer), self.forwards
-        layers, ranks_rows = (router.layer,), steering.null is None
+        layers, ranks_rows, tests = (router.layer,), steering.ranks_rows, steering.count is None
 
         def steer(module: nn.Module, args: Any, output: Any) -> Any:
             logits, own_weights, own_experts = router.triple(output)
@@ -232,16 +232,15 @@ class RouterPatcher:
                 stats.add(choice, keep)
             routed = (logits, choice.weights, choice.experts, *output[3:])
             if forwards is not None:
-                forwards.record(
-                    layers,
-                    {
-                        "logits": logits.detach(),
-                        "experts": choice.experts,
-                        "weights": choice.weights,
-                        "n_selected": choice.n_selected,
-                        "n_rejected": choice.n_rejected,
-                    },
-                )
+                record = {
+                    "logits": logits.detach(),
+                    "experts": choice.experts,
+                    "weights": choice.weights,
+                    "n_selected": choice.n_selected,
+                }
+                if tests:
+                    record["n_rejected"] = choice.n_rejected
+                forwards.record(layers, record)
                 forwards.steered(router.layer, routed)
             return routed
 

@@ -264,7 +264,9 @@ def write_run(
                 top_k=top_k,
                 norm_topk_prob=False,
             ),
-            routing=Routing("bh" if options else "native", options, sha256 if options else None),
+            routing=Routing(
+                options.named.name if options else "native", options, sha256 if options else None
+            ),
             token_ids=token_ids,
             versions={"bhlog": "0", "torch": "0", "transformers": "0"},
             totals=Totals(

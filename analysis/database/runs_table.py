@@ -27,6 +27,7 @@ RUNS = pa.schema(
         ("norm_topk_prob", pa.bool_()),
         ("scoring", pa.string()),
         ("routing", pa.string()),
+        ("policy", pa.string()),
         ("alpha", pa.float64()),
         ("min_k", pa.uint16()),
         ("max_k", pa.uint16()),
@@ -66,6 +67,7 @@ def _run_row(name: str, log: Log) -> dict[str, Any]:
     options = manifest.routing.options
     chosen = asdict(options) if options else {}
     if options:
+        chosen["alpha"], chosen["policy"] = options.tested_alpha, str(options.named)
         chosen["renormalize"] = str(options.renormalize).lower()
     row = {
         **asdict(manifest),

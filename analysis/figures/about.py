@@ -23,13 +23,16 @@ def logged_words(log: Log) -> tuple[str, ...]:
         top_k = log.manifest.model.top_k
         return *run_words(log), f"native top-{top_k}: no null model, no alpha"
     empirical = routing.options.p_values == "empirical"
+    if not routing.options.named.tests:
+        return *run_words(log), *setting_words(routing.options, log.n_experts)
     null = "empirical p-values" if empirical else null_words(log.kde, "the run's own")
     return *run_words(log), null, *setting_words(routing.options, log.n_experts)
 
 
 def setting_words(options: BhOptions, n_experts: int) -> tuple[str, ...]:
-    """alpha and bounds."""
-    return f"alpha {options.alpha:g}", bound_words(*options.bounds(n_experts), n_experts)
+    """alpha or the policy, and bounds."""
+    rule = f"alpha {options.alpha:g}" if options.policy is None else options.policy
+    return rule, bound_words(*options.bounds(n_experts), n_experts)
 
 
 def bound_words(min_k: int, max_k: int, n_experts: int) -> str:

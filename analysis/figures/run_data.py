@@ -51,6 +51,7 @@ class RunData:
         logged = log.manifest.routing.options
         own = logged or BhOptions()
         level = own.alpha if alpha is None else alpha
+        logged = None if own.policy is not None else logged
         options = settings_of(log, [level], bounds=bounds)[0]
         self.options = options if self.kde is None else replace(options, p_values="kde")
         self.alpha = level if alpha is not None or logged is not None else None

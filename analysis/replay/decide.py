@@ -1,6 +1,7 @@
 """Decide: policies applied to record batches of a log, whatever their p-values come from."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ from bhlog.analysis.fold import WHOLE, Scope
 from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.analysis.nulls import null_model, routed_empirically
 from bhlog.analysis.replay.empirical import empirical_p, require_whole_forwards
-from bhlog.analysis.replay.families.bh import Bh
 from bhlog.analysis.replay.policy import Policy
+from bhlog.analysis.replay.registry import parse_policy
 from bhlog.analysis.replay.rows import Rows
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.null.model import KdeModel, LayerNull
@@ -108,6 +109,15 @@ class Decider:
             for parts in zip(*blocks, strict=True)
         ]
 
+    def unsure(self, batch: pa.RecordBatch) -> NDArray[np.bool_]:
+        """(T,): rows that a policy may decide otherwise on another machine; see Policy.unsure."""
+        return np.concatenate(
+            [
+                np.any([policy.unsure(rows) for policy in self.policies], axis=0)
+                for rows in self.rows(batch)
+            ]
+        )
+
     def _rows(self, batch: pa.RecordBatch, p: NDArray[np.float64] | None) -> Rows:
         layer = layer_of(batch)
         return Rows(
@@ -122,7 +132,7 @@ class Decider:
 def decider_of(
     log: Log, settings: Sequence[BhOptions], kde: KdeModel | None = None, scope: Scope = WHOLE
 ) -> Decider:
-    """What decides as BH routing does at these settings, all with the same p_values.
+    """What decides as routing does at these settings, all with the same p_values.
 
     Raises:
         InvalidOption: there is no setting; or see Decider.
@@ -133,7 +143,7 @@ def decider_of(
     policies = []
     for options in settings:
         low, high = options.bounds(log.n_experts)
-        policies.append(Bh(options.alpha, min_k=low, max_k=high))
+        policies.append(replace(parse_policy(str(options.named)), min_k=low, max_k=high))
     empirical = settings[0].p_values == "empirical"
     return Decider(log, policies, kde, scope=scope, empirical=empirical)
 

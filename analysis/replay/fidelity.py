@@ -1,4 +1,4 @@
-"""How far a what-if can be trusted: a native run replayed against a BH run of the same text."""
+"""How far a what-if can be trusted: a native run replayed against a routed run of the same text."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +27,7 @@ _EMPTY = pl.DataFrame(
 
 
 def fidelity(native: Log, rerun: Log, *, scope: Scope = WHOLE) -> pl.DataFrame:
-    """Replay a native run at the settings of a BH run and compare, layer by layer.
+    """Replay a native run at the settings of a routed run and compare, layer by layer.
 
     Tokens are matched by rank, sequence and position, and must have the same ids. Both logs are
     read side by side; what is held is the tokens by which one is ahead of the other, few for runs
@@ -42,11 +42,11 @@ def fidelity(native: Log, rerun: Log, *, scope: Scope = WHOLE) -> pl.DataFrame:
         of the two sets of experts).
 
     Raises:
-        InvalidOption: the second run is not BH-routed, the models differ, or the texts do.
+        InvalidOption: the second run is routed natively, the models differ, or the texts do.
     """
     options = rerun.manifest.routing.options
     if options is None:
-        raise InvalidOption(f"{rerun.path}: routed natively; the second run must be BH-routed")
+        raise InvalidOption(f"{rerun.path}: routed natively; expected a run that a policy routed")
     if native.layers != rerun.layers or native.n_experts != rerun.n_experts:
         raise InvalidOption(f"{native.path} and {rerun.path} come from models of other shape")
     layers = sorted(native.check_layers(scope.layers))

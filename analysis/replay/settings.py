@@ -26,6 +26,7 @@ def settings_of(
         replace(
             options,
             alpha=alpha,
+            policy=None,
             min_k=1 if bounds.min_k is None else bounds.min_k,
             max_k=bounds.max_k,
             temperature=options.temperature if temperature is None else temperature,

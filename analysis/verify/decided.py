@@ -10,6 +10,8 @@ from bhlog.analysis.log import Log, logits_of
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.rule import finite_keys, no_finite_logit
 
+_OUT_OF_ORDER = "experts are not in order of falling logit"
+
 
 def expert_problems(
     log: Log, batch: pa.RecordBatch, *, by_logit: bool
@@ -36,7 +38,7 @@ def _checks(
     log: Log, batch: pa.RecordBatch, logits: NDArray[np.float32], by_logit: bool
 ) -> Iterator[tuple[NDArray[np.bool_], str]]:
     """(T,) bool of wrong rows, and what is wrong with them."""
-    E, T = log.n_experts, batch.num_rows
+    E = log.n_experts
     experts = batch.column("experts")
     n = values_of(batch.column("n_selected")).astype(np.int64)
     lengths, weights = (
@@ -57,19 +59,32 @@ def _checks(
     if options is None:
         yield _valid(rejected), "n_rejected under native routing, expected null"
         return
-    yield ~_valid(rejected), "no n_rejected under BH routing"
     low, high = options.bounds(E)
+    if not options.named.tests:
+        yield _valid(rejected), f"n_rejected under {options.policy}, which tests nothing"
+        outside = ((n < low) | (n > high)) & ~no_finite_logit(logits)
+        yield outside, f"n_selected is not within [{low}, {high}]"
+        if by_logit:
+            yield _rises(logits, logged, used), _OUT_OF_ORDER
+        return
+    yield ~_valid(rejected), "no n_rejected under BH routing"
     bounded = np.clip(values_of(rejected.fill_null(0)).astype(np.int64), low, high)
     yield (
         (n != bounded) & ~no_finite_logit(logits),
         f"n_selected is not n_rejected within [{low}, {high}]",
     )
     if by_logit:
-        keys = finite_keys(logits)
-        safe = np.where(used & (logged < E), logged, 0)
-        chosen = keys[np.arange(T)[:, None], safe]
-        rises = (chosen[:, 1:] > chosen[:, :-1]) & used[:, 1:]
-        yield np.asarray(rises.any(axis=1)), "experts are not in order of falling logit"
+        yield _rises(logits, logged, used), _OUT_OF_ORDER
+
+
+def _rises(
+    logits: NDArray[np.float32], logged: NDArray[np.int64], used: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """(T,): rows with an expert after one of a smaller logit."""
+    keys = finite_keys(logits)
+    safe = np.where(used & (logged < keys.shape[1]), logged, 0)
+    chosen = keys[np.arange(len(keys))[:, None], safe]
+    return np.asarray(((chosen[:, 1:] > chosen[:, :-1]) & used[:, 1:]).any(axis=1))
 
 
 def _valid(column: pa.Array) -> NDArray[np.bool_]:

@@ -68,6 +68,8 @@ def _options(log: Log) -> dict[str, Any]:
     implementation = log.manifest.options.get("experts_implementation")
     return {
         **options.to_json(),
+        "alpha": options.tested_alpha,
+        "policy": str(options.named),
         "min_k": min_k,
         "max_k": max_k,
         "experts_implementation": implementation,

@@ -18,7 +18,8 @@ from bhlog.capture.contract.rule import finite_keys
 def verify_replay(log: Log, progress: Progress | None = None) -> pl.DataFrame:
     """Replay a run at its own settings and compare every row with what was logged.
 
-    Under BH the experts in order, n_selected and n_rejected must be the logged ones. Under native
+    Under a policy the experts in order, n_selected and n_rejected must be the logged ones, but in
+    rows where a probability lies on its boundary; see Policy.unsure. Under native
     routing the logged experts must hold the top_k largest logits; which of several equal ones is
     the model's affair.
 
@@ -60,11 +61,13 @@ class _Comparison:
         else:
             (mine,) = self.decider.decide(batch)
             slots = np.arange(logged.shape[1]) < n[:, None]
+            rejected = values_of(batch.column("n_rejected").fill_null(0))
             wrong = (
                 (mine.n_selected != n)
-                | (mine.n_rejected != values_of(batch.column("n_rejected")))
+                | (mine.n_rejected != rejected)
                 | ((mine.order[:, : logged.shape[1]] != logged) & slots).any(axis=1)
             )
+            wrong &= ~self.decider.unsure(batch)
         first = None
         if wrong.any():
             row = batch.slice(int(np.argmax(wrong)), 1).to_pylist()[0]

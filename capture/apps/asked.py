@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from bhlog.capture.writing.fitting import KdeFit
 
 
+_NATIVE = "needs --route bh or another policy: native routing is the model's own"
+
+
 @dataclass(frozen=True)
 class Model:
     """The model to run; see bhlog.capture.session.load_model."""
@@ -99,13 +102,16 @@ class Rule:
             KdeMismatch: BH routing lacks a null model.
         """
         from bhlog.capture.contract.manifest import Routing
+        from bhlog.capture.contract.named import Bh
         from bhlog.capture.contract.rule import RENORMALIZE, BhOptions
 
-        if self.route != "bh":
+        if self.route == "native":
             _refuse(*(name for name in asdict(self) if name != "route"))
             return Routing(), None
-        options = BhOptions(
-            alpha=self.alpha,
+        if self.route != "bh":
+            _refuse("alpha", why=f"is for --route bh: {self.route} has a value of its own")
+        options = BhOptions.of(
+            Bh(self.alpha) if self.route == "bh" else self.route,
             min_k=self.min_k,
             max_k=self.max_k,
             temperature=self.temperature,
@@ -113,11 +119,12 @@ class Rule:
             p_values="empirical" if self.empirical else "kde",
         )
         kde = self.kde
-        if kde is None and resumed is not None and not self.empirical:
+        tests = options.named.tests
+        if kde is None and resumed is not None and tests and not self.empirical:
             own = resumed / "kde.parquet"
             kde = str(own) if own.exists() else None
         options.check_null(kde)
-        return Routing("bh", options), None if kde is None else load_null(kde)
+        return Routing.by(options), None if kde is None else load_null(kde)
 
 
 @dataclass(frozen=True)
@@ -187,16 +194,16 @@ class Fit:
         return KdeFit(self.fit_kde, trim_low=self.trim_low, trim_high=self.trim_high)
 
 
-def _refuse(*names: str) -> None:
+def _refuse(*names: str, why: str = _NATIVE) -> None:
     """Raise InvalidOption if one of the options, which mean nothing here, was given.
 
-    Somebody who forgets --route bh would get a long run of the wrong kind.
+    Somebody who forgets --route would get a long run of the wrong kind.
     """
     context = click.get_current_context()
     for name in names:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             option = f"--{name.replace('_', '-')}"
-            raise InvalidOption(f"{option} needs --route bh: native routing is the model's own")
+            raise InvalidOption(f"{option} {why}")
 
 
 model_options = bundle(
@@ -228,18 +235,17 @@ rule_options = bundle(
     Rule,
     click.option(
         "--route",
-        type=click.Choice(["native", "bh"]),
         default="native",
         show_default=True,
-        help="Observe the model's own routing, or route by Benjamini-Hochberg.",
+        metavar="POLICY",
+        help="native observes the model's own routing; bh routes by Benjamini-Hochberg at --alpha, "
+        "and bh:A, by:A, topk:K, threshold:Q, topp:P or minp:T by that policy.",
     ),
     click.option(
         "--alpha", type=float, default=0.05, show_default=True, help="BH level, 0 < A < 1."
     ),
-    click.option("--kde", type=KDE, metavar="FILE", help="Null model for BH routing."),
-    click.option(
-        "--empirical", is_flag=True, help="BH without a null model: p-values by batch rank."
-    ),
+    click.option("--kde", type=KDE, metavar="FILE", help="Null model for bh and by."),
+    click.option("--empirical", is_flag=True, help="No null model: p-values by batch rank."),
     click.option("--min-k", type=int, default=1, show_default=True, help="Fewest experts a token."),
     click.option("--max-k", type=int, help="Most experts a token (default: all)."),
     click.option(
@@ -250,7 +256,7 @@ rule_options = bundle(
         type=click.Choice(["model", "yes", "no"]),
         default="model",
         show_default=True,
-        help="Make BH weights sum to 1: as the model does with its own, always, never.",
+        help="Make weights sum to 1: as the model does with its own, always, never.",
     ),
 )
 pace_options = bundle(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -55,14 +55,22 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Routing:
-    """How experts were chosen: by the model itself ("native") or by BH with these options."""
+    """How experts were chosen: by the model itself ("native") or by a policy with these options.
 
-    kind: Literal["native", "bh"] = "native"
+    The kind is the policy's family: "bh" or another of bhlog.capture.contract.named.ROUTED.
+    """
+
+    kind: str = "native"
     options: BhOptions | None = None
     kde_sha256: Sha256 | None = None
 
+    @classmethod
+    def by(cls, options: BhOptions) -> "Routing":
+        """Routing by the policy of these options."""
+        return cls(options.named.name, options)
+
     def __post_init__(self) -> None:
-        if self.kind not in ("native", "bh") or (self.kind == "bh") != (self.options is not None):
+        if self.kind != ("native" if self.options is None else self.options.named.name):
             raise CorruptManifest(f"routing kind {self.kind!r} with options {self.options}")
 
 

@@ -6,75 +6,27 @@ and rounded up to float32. The thresholds are the definition; capture.routers.ro
 analysis.replay compare the same numbers, so every backend agrees bit for bit.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bhlog.capture.contract.bounds import OPEN as OPEN
+from bhlog.capture.contract.bounds import Bounds as Bounds
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
+from bhlog.capture.contract.named import ROUTED, Bh, Named, parse
 
 Renormalize = bool | Literal["model"]
 RENORMALIZE: dict[str, Renormalize] = {"model": "model", "yes": True, "no": False}  # as options
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """Fewest and most experts of a token, as asked for.
-
-    Attributes:
-        min_k: at least 0; None leaves it open.
-        max_k: at least 1 and at least min_k; None leaves it open.
-
-    What is open is as in the run, where there is one, and else 1 and all experts.
-    """
-
-    min_k: int | None = None
-    max_k: int | None = None
-
-    def __post_init__(self) -> None:
-        low = 1 if self.min_k is None else self.min_k
-        if low < 0:
-            raise InvalidOption(f"min_k must be at least 0, got {low}")
-        if self.max_k is not None and self.max_k < max(1, low):
-            raise InvalidOption(
-                f"max_k must be at least 1 and at least min_k ({low}), got {self.max_k}"
-            )
-
-    def resolve(self, n_experts: int) -> tuple[int, int]:
-        """(min_k, max_k) for routers of n_experts experts; what is open is 1 and all of them.
-
-        Raises:
-            InvalidOption: a bound is above n_experts.
-        """
-        low = 1 if self.min_k is None else self.min_k
-        high = n_experts if self.max_k is None else self.max_k
-        for name, bound in (("min_k", low), ("max_k", high)):
-            if bound > n_experts:
-                raise InvalidOption(f"{name} is {bound}, but the model has {n_experts} experts")
-        return low, high
-
-    def filled(self, other: "Bounds") -> "Bounds":
-        """The same, with another's where they are open.
-
-        Raises:
-            InvalidOption: together they leave no number of experts.
-        """
-        return Bounds(
-            other.min_k if self.min_k is None else self.min_k,
-            other.max_k if self.max_k is None else self.max_k,
-        )
-
-
-OPEN = Bounds()
-
-
-@dataclass(frozen=True)
 class BhOptions:
-    """Settings of BH routing.
+    """Settings of routing by BH, or by another policy.
 
     Attributes:
-        alpha: BH level, 0 < alpha < 1.
+        alpha: BH level, 0 < alpha < 1; where `policy` is given, unused.
         min_k: fewest experts a token gets, at least 0.
         max_k: most experts a token gets; None means all of them.
         temperature: divides the logits before the softmax of the weights, above 0; decisions do
@@ -82,6 +34,7 @@ class BhOptions:
         renormalize: "model" follows the model's norm_topk_prob, True makes the weights sum to 1,
             False keeps the softmax over all experts.
         p_values: "kde" takes them from a null model, "empirical" from the forward at hand.
+        policy: the rule in place of BH at alpha, such as "minp:0.2"; see `named`.
     """
 
     alpha: float = 0.05
@@ -90,6 +43,20 @@ class BhOptions:
     temperature: float = 1.0
     renormalize: Renormalize = "model"
     p_values: Literal["kde", "empirical"] = "kde"
+    policy: str | None = None
+
+    @classmethod
+    def of(cls, policy: str | Named, **options: Any) -> "BhOptions":
+        """Options of routing by a policy: that of BH is the alpha, and its bounds are theirs.
+
+        Raises:
+            InvalidOption: a model cannot be routed by it, or an option is out of range.
+        """
+        rule = parse(policy, ROUTED) if isinstance(policy, str) else policy
+        given = {n: b for n in ("min_k", "max_k") if (b := getattr(rule, n)) is not None}
+        rule = replace(rule, min_k=None, max_k=None)
+        named = {"alpha": rule.alpha} if isinstance(rule, Bh) else {"policy": str(rule)}
+        return cls(**{**options, **given, **named})
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
@@ -103,6 +70,18 @@ class BhOptions:
             )
         if self.p_values not in ("kde", "empirical"):
             raise InvalidOption(f"p_values must be 'kde' or 'empirical', got {self.p_values!r}")
+        if not self.named.tests and self.p_values == "empirical":
+            raise InvalidOption(f"{self.policy} tests no p-values: leave empirical p-values out")
+
+    @property
+    def named(self) -> Named:
+        """The policy: BH at alpha, or the one that takes its place."""
+        return Bh(self.alpha) if self.policy is None else parse(self.policy, ROUTED)
+
+    @property
+    def tested_alpha(self) -> float | None:
+        """The level of p-values, None where the policy tests none."""
+        return float(self.named.value) if self.named.tests else None
 
     def bounds(self, n_experts: int) -> tuple[int, int]:
         """(min_k, max_k) for routers of n_experts experts.
@@ -110,6 +89,7 @@ class BhOptions:
         Raises:
             InvalidOption: a bound is above n_experts.
         """
+        self.named.bounds(n_experts)
         return Bounds(self.min_k, self.max_k).resolve(n_experts)
 
     def check_null(self, kde: object | None) -> None:
@@ -119,6 +99,10 @@ class BhOptions:
             InvalidOption: there is one, and nothing uses it.
             KdeMismatch: there is none.
         """
+        if not self.named.tests:
+            if kde is not None:
+                raise InvalidOption(f"{self.policy} uses no null model: leave kde out")
+            return
         if self.p_values == "empirical" and kde is not None:
             raise InvalidOption("empirical p-values use no null model: leave kde out")
         if self.p_values == "kde" and kde is None:

@@ -100,7 +100,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column(
             "n_rejected",
             pa.uint16(),
-            "experts that BH rejects, before the bounds; NULL under native routing",
+            "experts that BH (or BY) rejects, before the bounds; NULL where nothing is tested",
             nullable=True,
         ),
         _RANK,

@@ -6,8 +6,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bhlog.analysis.replay.policy import Policy, require_unit, unit_value
+from bhlog.analysis.replay.policy import Policy, unit_value
 from bhlog.analysis.replay.rows import Rows
+from bhlog.capture.contract.named import require_unit
 from bhlog.capture.contract.rule import critical_values, last_passing
 
 

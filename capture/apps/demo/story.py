@@ -75,7 +75,7 @@ def tell(out: Path) -> None:
     reruns: dict[float, Run] = {}
     for alpha in ALPHAS:
         run = out / f"bh-{alpha}"
-        _run(loaded, held_out, run, Routing("bh", BhOptions(alpha, max_k=MAX_K)), kde)
+        _run(loaded, held_out, run, Routing.by(BhOptions(alpha, max_k=MAX_K)), kde)
         reruns[alpha] = open_log(run)
     totals = native.manifest.totals
     size = sum(shard.bytes for shard in native.manifest.shards)

@@ -121,7 +121,7 @@ def test_a_rerun_of_part_of_the_text_is_compared_over_that_part(tmp_path):
 
 def test_runs_that_cannot_be_compared_say_why(tmp_path):
     native, bh = runs(tmp_path)
-    with pytest.raises(InvalidOption, match="native: routed natively; the second run"):
+    with pytest.raises(InvalidOption, match="native: routed natively; expected a run"):
         fidelity(bh, native)
     other = write_run(tmp_path / "other", layers=(0,), n_experts=8, top_k=2)
     with pytest.raises(InvalidOption, match="models of other shape"):

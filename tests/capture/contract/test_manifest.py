@@ -159,8 +159,10 @@ def test_a_manifest_of_version_1_reads_with_what_came_later_at_its_default():
     assert found.logits
 
 
-@pytest.mark.parametrize("kind, options", [("bh", None), ("native", BhOptions()), ("top", None)])
-def test_routing_options_go_with_bh_alone(kind, options):
+@pytest.mark.parametrize(
+    "kind, options", [("bh", None), ("native", BhOptions()), ("top", None), ("minp", BhOptions())]
+)
+def test_routing_options_go_with_their_policy(kind, options):
     with pytest.raises(RouterLogError, match=kind):
         Routing(kind, options)
 
