@@ -3,6 +3,7 @@ from .apps.notebook.patcher import OLMoERouterPatcher as OLMoERouterPatcher
 from .apps.notebook.patcher import benjamini_hochberg_routing as benjamini_hochberg_routing
 from .apps.notebook.patcher import compute_pvalues_empirical as compute_pvalues_empirical
 from .apps.notebook.patcher import compute_pvalues_kde as compute_pvalues_kde
+from .checkpoint import load_model as load_model
 from .contract.errors import AlreadyPatched as AlreadyPatched
 from .contract.errors import Corrupt as Corrupt
 from .contract.errors import CorruptKde as CorruptKde
@@ -29,6 +30,5 @@ from .observe import observe as observe
 from .observe import route as route
 from .patch import RouterPatcher as RouterPatcher
 from .session import CaptureOptions as CaptureOptions
-from .session import load_model as load_model
 from .writing.fitting import KdeFit as KdeFit
 from .writing.writer import WriterOptions as WriterOptions

@@ -27,7 +27,16 @@ NUMBERS = {
     "pyarrow",
 }
 TERMINAL = {"prompt_toolkit", "rich"}
-TORCH = {"accelerate", "datasets", "safetensors", "tokenizers", "torch", "transformers", "triton"}
+TORCH = {
+    "accelerate",
+    "datasets",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "triton",
+}
 HEAVY = NUMBERS | TERMINAL | TORCH | {"scipy"}
 
 

@@ -13,9 +13,10 @@ from bhlog.analysis.commands.options import bundle, load_null, make_room
 from bhlog.capture.contract.errors import InvalidOption
 
 if TYPE_CHECKING:
+    from bhlog.capture.checkpoint import LoadedModel
     from bhlog.capture.contract.manifest import Routing
     from bhlog.capture.contract.null.model import KdeModel
-    from bhlog.capture.session import CaptureOptions, LoadedModel
+    from bhlog.capture.session import CaptureOptions
     from bhlog.capture.text import Document, Tokenizer, Window
     from bhlog.capture.writing.fitting import KdeFit
 
@@ -25,18 +26,32 @@ _NATIVE = "needs --route bh or another policy: native routing is the model's own
 
 @dataclass(frozen=True)
 class Model:
-    """The model to run; see bhlog.capture.session.load_model."""
+    """The model to run; see bhlog.capture.checkpoint.load_model."""
 
     name: str
     revision: str | None
     device: str
+    device_map: str | None
     dtype: str
+    attn: str | None
+    quantize: str | None
+    adapter: str | None
+    trust_remote_code: bool
+    tokenizer: str | None
 
     def load(self) -> "LoadedModel":
         """Load it."""
-        from bhlog.capture.session import load_model
+        from bhlog.capture.checkpoint import load_model
 
-        return load_model(self.name, device=self.device, dtype=self.dtype, revision=self.revision)
+        if self.trust_remote_code:
+            click.echo(f"{self.name}: code that comes with the model is run", err=True)
+        return load_model(**asdict(self))
+
+    def noted(self) -> dict[str, Any]:
+        """What the manifest keeps: how it was loaded, where that was asked for."""
+        options = asdict(self)
+        names = "device_map", "attn", "quantize", "adapter", "trust_remote_code"
+        return {name: options[name] for name in names if options[name]}
 
 
 @dataclass(frozen=True)
@@ -212,7 +227,31 @@ model_options = bundle(
     click.argument("model", type=PathKind("dir", remote=True)),
     click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the hub."),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ..."),
+    click.option(
+        "--device-map", metavar="MAP", help="Spread it over devices: auto, balanced, sequential."
+    ),
     click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16."),
+    click.option("--attn", metavar="NAME", help="Attention: sdpa, eager, flash_attention_2, ..."),
+    click.option(
+        "--quantize",
+        metavar="HOW",
+        help="Quantizer of transformers, and its options: bitsandbytes_4bit, quanto:weights=int8.",
+    ),
+    click.option(
+        "--adapter",
+        type=PathKind("dir", remote=True),
+        metavar="NAME",
+        help="PEFT adapter to put on it: a folder, or a name on the hub.",
+    ),
+    click.option(
+        "--trust-remote-code", is_flag=True, help="Run code that comes with the model (unsafe)."
+    ),
+    click.option(
+        "--tokenizer",
+        type=PathKind("dir", remote=True),
+        metavar="NAME",
+        help="Another tokenizer: a folder, a name on the hub, or bytes.",
+    ),
 )
 texts_options = bundle(
     "texts",

@@ -81,7 +81,7 @@ def capture(
             routing=routing,
             kde=null,
             options=options,
-            extra={**pace.noted(), **texts.noted(windows)},
+            extra={**pace.noted(), **model.noted(), **texts.noted(windows)},
             text_sha256=texts.sha256(),
             resume=resume,
             fit=fit.kde_fit(),

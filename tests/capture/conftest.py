@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from bhlog.capture.session import LoadedModel
+    from bhlog.capture.checkpoint import LoadedModel
 
 # Imported inside: the tests of the contract, below this folder, run without torch.
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def demo() -> "LoadedModel":
     """The bundled model; tests must leave it as they found it."""
-    from bhlog.capture.session import load_model
+    from bhlog.capture.checkpoint import load_model
 
     return load_model("demo")
 

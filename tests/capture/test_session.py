@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from bhlog.analysis.run import open_log
+from bhlog.capture.checkpoint import load_model
 from bhlog.capture.contract.errors import (
     InvalidOption,
     KdeMismatch,
@@ -13,7 +14,7 @@ from bhlog.capture.contract.errors import (
 )
 from bhlog.capture.contract.manifest import Routing
 from bhlog.capture.contract.rule import BhOptions
-from bhlog.capture.session import CaptureOptions, capture, load_model
+from bhlog.capture.session import CaptureOptions, capture
 from bhlog.capture.text import Document, windows
 from bhlog.capture.writing.writer import WriterOptions
 from tests.synthetic import normal_kde

@@ -15,13 +15,14 @@ from bhlog.analysis.output import write
 from bhlog.analysis.run import Run, open_log
 from bhlog.analysis.verify.replayed import verify_replay
 from bhlog.capture.apps.demo.corpus import Page, held_out_documents, training_documents
+from bhlog.capture.checkpoint import LoadedModel, load_model
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.errors import RunExists
 from bhlog.capture.contract.manifest import MANIFEST_NAME, Routing
 from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions
-from bhlog.capture.session import LoadedModel, capture, load_model
+from bhlog.capture.session import capture
 from bhlog.capture.text import Document, Window, windows
 from bhlog.capture.writing.writer import RunWriter
 

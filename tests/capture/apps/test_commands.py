@@ -10,7 +10,7 @@ import pytest
 
 from bhlog.analysis.cli import main
 from bhlog.analysis.run import open_log
-from bhlog.capture import session
+from bhlog.capture import checkpoint, session
 from bhlog.capture.apps import watch
 from tests.synthetic import normal_kde
 
@@ -204,7 +204,7 @@ def test_an_interrupted_capture_says_how_to_go_on_and_goes_on(
 
 
 def test_a_folder_in_use_is_refused_before_the_model_is_loaded(text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(session, "load_model", pytest.fail)
+    monkeypatch.setattr(checkpoint, "load_model", pytest.fail)
     assert bhlog("capture", "demo", "--text", text, "--out", text) == 1
     assert "a file; choose another name" in capsys.readouterr().err
 
