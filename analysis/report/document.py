@@ -10,15 +10,29 @@ from typing import Any
 from bokeh.embed import components
 from bokeh.resources import Resources
 
+from bhlog.analysis.report.calibrated import calibration
+from bhlog.analysis.report.equal_cost import equal_cost
 from bhlog.analysis.report.explorer import explorer_models
 from bhlog.analysis.report.markup import Panel, filled, panel_html, shipped, text
 from bhlog.analysis.report.mind import overview
 from bhlog.analysis.report.packed import pack
+from bhlog.analysis.report.reruns import saturation, trusted
 from bhlog.analysis.report.subject import Subject
+from bhlog.analysis.report.tokens import extremes, text_panel
+from bhlog.analysis.report.which_experts import load, sources
 from bhlog.capture.contract.errors import InvalidOption, RouterLogError
 from bhlog.capture.contract.files import whole_file
 
-MORE: tuple[tuple[str, Callable[[Subject], Panel | None]], ...] = ()
+MORE: tuple[tuple[str, Callable[[Subject], Panel | None]], ...] = (
+    ("policies at equal cost", equal_cost),
+    ("the text", text_panel),
+    ("calibration", calibration),
+    ("expert load", load),
+    ("sources", sources),
+    ("saturation", saturation),
+    ("tokens with most and fewest experts", extremes),
+    ("fidelity", trusted),
+)
 
 
 def report(subject: Subject, *, only_explorer: bool = False) -> str:
@@ -60,7 +74,7 @@ def report(subject: Subject, *, only_explorer: bool = False) -> str:
         title=text(title_of(subject)),
         css=shipped("page.css"),
         resources=_resources(),
-        script=shipped("explorer.js") + shipped("page.js"),
+        script="".join(map(shipped, ("explorer.js", "tokens.js", "page.js"))),
         links="".join(f'<a href="#{panel.key}">{text(panel.title)}</a>' for panel in panels),
         panels="\n".join(sections),
         data=_data(packed),

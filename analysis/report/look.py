@@ -61,7 +61,7 @@ def frame(
     return plot
 
 
-def legend_below(plot: Any) -> None:
+def legend_below(plot: Any, columns: int = 2) -> None:
     """The legend under the plot, where it hides nothing; a click hides a curve."""
     legend = plot.legend[0]
     plot.add_layout(legend, "below")
@@ -73,7 +73,7 @@ def legend_below(plot: Any) -> None:
         background_fill_color=None,
         label_text_font=FONT,
         label_text_font_size="12px",
-        ncols=2,
+        ncols=columns,
         padding=2,
         spacing=14,
     )

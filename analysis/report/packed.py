@@ -17,6 +17,7 @@ from bhlog.analysis.sweep.critical import ONE
 from bhlog.analysis.sweep.profile import Profile
 
 MOST_CELLS = 2_000_000  # counts of a page, over all its profiles
+MOST_BYTES = 1_100_000  # that they take
 MOST_KEPT = 260_000  # sums of probabilities, which compress less
 MOST_BOUNDS = 128  # ranks kept one by one; beyond, bounds grow by steps
 _ASKED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of bhlog sweep
@@ -41,11 +42,12 @@ class Named:
     alpha: float | None = None
 
 
-def pack(named: Named, *, share: int = 1) -> dict[str, Any]:
-    """A profile for JSON.
+def pack(named: Named, *, share: int = 1, most: int | None = None) -> dict[str, Any]:
+    """A profile for JSON, with as many alphas as the page has room for.
 
     Args:
         share: of how many profiles on the page this is one: they share the room.
+        most: counts, over all of them; None is MOST_CELLS.
 
     Returns:
         What `named` says; rows (by layer); alphas; bounds (ranks at which min_k and max_k may
@@ -57,13 +59,17 @@ def pack(named: Named, *, share: int = 1) -> dict[str, Any]:
     profile, E = named.profile, named.profile.n_experts
     bounds = bounds_of(E)
     cells = len(profile.layers) * len(bounds) * share
-    alphas = _within(profile.alphas, max(16, MOST_CELLS // cells), named.alpha)
+    most = MOST_CELLS if most is None else most
+    alphas = _within(profile.alphas, max(16, most // cells), named.alpha)
     counts, sums = [], []
     for layer in profile.layers:
         reached = np.cumsum(profile.counts[layer][:, :-1], axis=1)[:, alphas]
         counts.append(_steps(reached[bounds[1:] - 1]))
         if len(bounds) <= E:
             sums.append(_steps(np.cumsum(reached, axis=0)[bounds[1:] - 1]))
+    packed = deflated(np.stack(counts))
+    if len(packed) * share > MOST_BYTES and len(alphas) > 64:
+        return pack(named, share=share, most=most * 3 // 4)
     stops, kept = _kept(profile, bounds, alphas, cells)
     low, high = (None, None) if profile.bounds is None else profile.bounds.resolve(E)
     return {
@@ -79,7 +85,7 @@ def pack(named: Named, *, share: int = 1) -> dict[str, Any]:
         "bounds": bounds.tolist(),
         "min_k": low,
         "max_k": high,
-        "counts": deflated(np.stack(counts)),
+        "counts": packed,
         "sums": deflated(np.stack(sums)) if sums else None,
         "stops": stops.tolist(),
         "kept": kept,

@@ -82,6 +82,7 @@
       setTimeout(bhlog.start, 20);
       return;
     }
+    bhlog.text();
     await bhlog.explore();
     theme();
     root.dataset.page = "ready";
