@@ -12,11 +12,20 @@ from rich.console import Console
 from bhlog.analysis.bar import progress_bar
 from bhlog.analysis.database.question import find_question
 from bhlog.analysis.output import write
+from bhlog.analysis.replay.losses import loss_of
 from bhlog.analysis.run import Run, open_log
 from bhlog.analysis.verify.replayed import verify_replay
 from bhlog.capture.apps.demo.corpus import Page, held_out_documents, training_documents
+from bhlog.capture.apps.demo.equal_budget import (
+    BUDGETS,
+    FAMILIES,
+    MAX_K,
+    mean_experts,
+    reruns,
+    run_name,
+    told,
+)
 from bhlog.capture.checkpoint import LoadedModel, load_model
-from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.errors import RunExists
 from bhlog.capture.contract.manifest import MANIFEST_NAME, Routing
 from bhlog.capture.contract.null.fit import FitOptions
@@ -28,7 +37,6 @@ from bhlog.capture.writing.writer import RunWriter
 
 ALPHA = 0.3
 ALPHAS = (0.01, 0.05, 0.1, 0.3, 0.5)
-MAX_K = 16
 FIT_TOKENS = 16_384  # of each source
 HELD_OUT_TOKENS = 8_192  # of each source
 MAX_LENGTH = 512
@@ -73,16 +81,16 @@ def tell(out: Path) -> None:
     say("\n[bold]3. Capture the held-out text, routed natively and by BH[/]")
     _run(loaded, held_out, out / "native", Routing(), None)
     native = open_log(out / "native")
-    reruns: dict[float, Run] = {}
+    by_alpha: dict[float, Run] = {}
     for alpha in ALPHAS:
         run = out / f"bh-{alpha}"
         _run(loaded, held_out, run, Routing.by(BhOptions(alpha, max_k=MAX_K)), kde)
-        reruns[alpha] = open_log(run)
+        by_alpha[alpha] = open_log(run)
     totals = native.manifest.totals
     size = sum(shard.bytes for shard in native.manifest.shards)
     say(
         f"native: {totals.tokens:,} tokens, {totals.rows:,} rows, {size / totals.rows:.0f} bytes a "
-        f"row, loss {_loss(native):.3f} nats a token"
+        f"row, loss {loss_of(native).mean:.3f} nats a token"
     )
 
     say(
@@ -90,15 +98,29 @@ def tell(out: Path) -> None:
         f"with at most {MAX_K} experts.\nMean experts a token, replayed by layer and over all; "
         "beside it what a rerun gave, and its loss in nats."
     )
-    write(_what_if(native, reruns, kde))
+    write(_what_if(native, by_alpha, kde))
     say(
-        f"\nNative routing: {config.num_experts_per_tok} experts, loss {_loss(native):.3f}. A "
-        "replay holds the hidden states fixed, so it is exact\nfor the first layer and an estimate "
+        f"\nNative routing: {config.num_experts_per_tok} experts, loss "
+        f"{loss_of(native).mean:.3f}. A replay holds the hidden states fixed, so it is exact"
+        "\nfor the first layer and an estimate "
         f"below it. Replayed against rerun at alpha {ALPHA}:\n"
     )
-    write(native.fidelity(reruns[ALPHA]))
+    write(native.fidelity(by_alpha[ALPHA]))
 
-    bh = reruns[ALPHA]
+    say(
+        f"\nIs BH worth it? Every policy brought to {' and '.join(map(str, BUDGETS))} experts by "
+        "its parameter, and run: loss in nats, and\nhow much more than native "
+        f"top-{config.num_experts_per_tok}, with standard errors clustered by sequence.\n"
+    )
+
+    def run_by(run: Path, routing: Routing, null: KdeModel | None) -> None:
+        _run(loaded, held_out, run, routing, null)
+
+    table, words = told(native, reruns(native, kde, out, run_by))
+    write(table)
+    say("\n" + "\n".join(words))
+
+    bh = by_alpha[ALPHA]
     say(f"\n[bold]5. Does replay reproduce what {bh.name} logged?[/]")
     check = verify_replay(bh)
     say(f"{check['rows'].sum():,} rows replayed, {check['mismatches'].sum()} disagree")
@@ -111,7 +133,7 @@ def tell(out: Path) -> None:
     say(f"[bold]Done in {time.monotonic() - started:.0f} s.[/]")
 
 
-def _what_if(native: Run, reruns: dict[float, Run], kde: KdeModel) -> pl.DataFrame:
+def _what_if(native: Run, by_alpha: dict[float, Run], kde: KdeModel) -> pl.DataFrame:
     """A row per alpha: what replay says of the native log, and what rerunning gave."""
     summary = native.replay(ALPHAS, max_k=MAX_K, kde=kde)
     rows: list[dict[str, Any]] = []
@@ -128,25 +150,13 @@ def _what_if(native: Run, reruns: dict[float, Run], kde: KdeModel) -> pl.DataFra
                     .iter_rows()
                 },
                 "replayed": overall["mean_experts"],
-                "rerun": _mean_experts(reruns[alpha]),
+                "rerun": mean_experts(by_alpha[alpha]),
                 "probability kept": overall["probability_kept"],
                 "top-k overlap": overall["native_recall"],
-                "loss": _loss(reruns[alpha]),
+                "loss": loss_of(by_alpha[alpha]).mean,
             }
         )
     return pl.DataFrame(rows)
-
-
-def _mean_experts(log: Run) -> float:
-    """Experts per token that a run used, over all layers."""
-    counts = [values_of(batch.column("n_selected")) for batch in log.batches(["n_selected"])]
-    return float(sum(n.sum() for n in counts) / sum(len(n) for n in counts))
-
-
-def _loss(log: Run) -> float:
-    """Mean loss of a run's tokens, in nats."""
-    nll = log.tokens(["nll"])["nll"].to_numpy()
-    return float(nll[nll == nll].mean())
 
 
 def _ask(say: Callable[[str], None], log: Run, name: str, **params: str) -> pl.DataFrame:
@@ -197,6 +207,7 @@ def _make_room(out: Path) -> None:
         RunExists: the folder holds other files.
     """
     ours = {"fit", "native", "null.parquet", *(f"bh-{alpha}" for alpha in ALPHAS)}
+    ours |= {run_name(family, budget) for family in FAMILIES for budget in BUDGETS}
     found = {path.name for path in out.iterdir()} if out.exists() else set()
     runs = [out / name for name in found & ours if name != "null.parquet"]
     if not found <= ours or not all((run / MANIFEST_NAME).exists() for run in runs):

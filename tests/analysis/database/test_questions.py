@@ -482,6 +482,27 @@ def test_loss_against_experts(database, rows):
     assert close(ask(database, "loss_against_experts"), expected)
 
 
+def test_probability_against_loss(database, rows):
+    kept, losses = {}, {}
+    for (run,), group in grouped(rows, "run").items():
+        shares = []
+        for row in group:
+            weights = [math.exp(x - max(row["logits"])) for x in row["logits"]]
+            shares.append(sum(weights[e] for e in row["experts"]) / sum(weights))
+        kept[run] = mean(shares)
+        nll = {(r["rank"], r["sequence"], r["position"]): r["nll"] for r in group}
+        losses[run] = mean(x for x in nll.values() if x is not None)
+    pairs = [losses[a] < losses[b] for a in kept for b in kept if kept[a] > kept[b]]
+    found = ask(database, "probability_against_loss")
+    assert [row["run"] for row in found] == sorted(kept, key=lambda run: -kept[run])
+    for row in found:
+        run = row["run"]
+        assert row["probability_kept"] == pytest.approx(kept[run], rel=1e-5)
+        assert row["loss"] == pytest.approx(losses[run], rel=1e-6)
+        assert row["loss_rank"] == 1 + sum(x < losses[run] for x in losses.values())
+        assert row["pairs_in_order"] == pytest.approx(mean(map(float, pairs)))
+
+
 def test_trace_sequence(database, rows):
     names = ("run", "position", "token_id", "phase", "nll", "layer")
     names += ("n_selected", "n_rejected", "experts", "weights")

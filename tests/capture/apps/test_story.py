@@ -108,3 +108,19 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path):
     with pytest.raises(RunExists, match="not of an earlier demo"):
         story.tell(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_equal_costs_are_those_of_the_reruns(demo):
+    out, text = demo
+    rows = rows_after(text, "budget")
+    assert len(rows) == len(story.BUDGETS) * len(story.FAMILIES)
+    for budget, policy, experts, loss, *_ in rows:
+        run = open_log(out / story.run_name(policy.partition(":")[0], int(budget)))
+        assert str(run.manifest.routing.options.named) == policy
+        assert float(experts) == pytest.approx(story.mean_experts(run), abs=1e-3)
+        assert abs(float(experts) - int(budget)) < 0.3
+        nll = run.tokens(["nll"])["nll"].to_numpy()
+        assert float(loss) == pytest.approx(np.nanmean(nll), abs=1e-3)
+    said = re.findall(r"^At (\d) experts .*(?:wins over|lose the same)", text, re.MULTILINE)
+    assert list(map(int, said)) == list(story.BUDGETS)
+    assert "ranks all 10 reruns by loss" in text
