@@ -32,7 +32,7 @@ lint: .venv/.linked
 	.venv/bin/mypy
 
 .venv/.ready: EXTRA := dev
-.venv-demo/.ready: EXTRA := capture
+.venv-demo/.ready: EXTRA := capture,report
 .venv-offline/.ready: EXTRA := test
 .venv-offline/.ready: TORCH :=
 .venv4/.ready: EXTRA := transformers4

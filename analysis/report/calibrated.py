@@ -31,7 +31,7 @@ def calibration(subject: Subject) -> Panel | None:
         dots = small.scatter(places, shares, color=color, size=6, legend_label=f"p ≤ {level:g}")
         hover(small, (f"share at most {level:g}", "@y{0.00} x"), renderers=[dots])
     small.line([-0.5, len(layers) - 0.5], [1, 1], color="#777777", line_dash="dashed")
-    legend_below(small, columns=3)
+    legend_below(small)
     name = quoted(subject.null[0] or f"{run.path}/kde.parquet")
     return Panel(
         "calibration",

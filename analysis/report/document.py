@@ -75,7 +75,9 @@ def report(subject: Subject, *, only_explorer: bool = False) -> str:
         css=shipped("page.css"),
         resources=_resources(),
         script="".join(map(shipped, ("explorer.js", "tokens.js", "page.js"))),
-        links="".join(f'<a href="#{panel.key}">{text(panel.title)}</a>' for panel in panels),
+        links="".join(
+            f'<li><a href="#{panel.key}">{text(panel.title)}</a></li>' for panel in panels
+        ),
         panels="\n".join(sections),
         data=_data(packed),
         plots=script,

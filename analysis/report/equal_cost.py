@@ -77,7 +77,7 @@ def _plot(curves: CostCurves) -> Any:
                            line_color="white", line_width=2)  # fmt: skip
         hover(plot, ("policy", mark.text), ("experts", "@x{0.00}"), ("kept", "@y{0.0000}"),
               renderers=[dot])  # fmt: skip
-    legend_below(plot, columns=3)
+    legend_below(plot)
     return plot
 
 

@@ -308,12 +308,12 @@ window.bhlog = window.bhlog || {};
     quiet = true;
     const log = Math.log10(p.alphas[j]);
     if (p.nearest(Math.pow(10, model("alpha").value)) !== j) model("alpha").value = log;
-    model("alpha").title = `alpha: ${number(p.alphas[j])}`;
+    named("alpha", number(p.alphas[j]));
     for (const name of ["min_k", "max_k"]) {
       const bound = state[name.slice(0, 3)];
       if (model(name).end !== p.B) model(name).end = p.B;
       if (model(name).value !== bound) model(name).value = bound;
-      model(name).title = `${name}: ${boundText(p, bound)}`;
+      named(name, boundText(p, bound));
     }
     model("layer").value = l === "all" ? "all" : String(p.layers[l]);
     model("exact_alpha").value = p.alphas[j];
@@ -322,6 +322,16 @@ window.bhlog = window.bhlog || {};
     if (model("layer").options.length !== options.length) model("layer").options = options;
     model("means").selected.indices = l === "all" ? [] : [l];
     quiet = false;
+  }
+
+  // What a slider is at, above it and for readers who hear it
+  function named(name, text) {
+    element(`x-${name.replace("_", "-")}-now`).textContent = text;
+    const view = Bokeh.index.find_one ? Bokeh.index.find_one(model(name)) : null;
+    const handle = view && view.shadow_el.querySelector(".noUi-handle");
+    if (!handle) return;
+    handle.setAttribute("aria-label", name);
+    handle.setAttribute("aria-valuetext", text);
   }
 
   bhlog.explore = async function () {

@@ -45,6 +45,7 @@ def _widgets(profiles: Sequence[Named]) -> dict[str, Any]:
             step=1 / STEPS,
             value=-1.3,
             show_value=False,
+            tooltips=False,
         ),
         "min_k": _bound("min_k", last, 1),
         "max_k": _bound("max_k", last, last),
@@ -57,8 +58,10 @@ def _widgets(profiles: Sequence[Named]) -> dict[str, Any]:
 
 
 def _bound(title: str, last: int, value: int) -> Slider:
-    """A slider over the places of bounds; the page's script says in its title where it is."""
-    return Slider(title=title, start=0, end=last, step=1, value=value, show_value=False)
+    """A slider over the places of bounds; the page says above it where it is."""
+    return Slider(
+        title=title, start=0, end=last, step=1, value=value, show_value=False, tooltips=False
+    )
 
 
 def _plots(profiles: Sequence[Named]) -> dict[str, Any]:
@@ -122,8 +125,6 @@ def _plots(profiles: Sequence[Named]) -> dict[str, Any]:
 
 def _moves(name: str, widget: Any) -> Any:
     """A widget that tells the page's script what it became."""
-    widget.update(
-        name=name, stylesheets=[WIDGETS], sizing_mode="stretch_width", margin=(2, 6, 2, 6)
-    )
+    widget.update(name=name, stylesheets=[WIDGETS], sizing_mode="stretch_width", margin=0)
     widget.js_on_change("value", CustomJS(code=f"bhlog.moved('{name}', cb_obj.value)"))
     return widget

@@ -83,6 +83,7 @@ def pair_map(name: str, cells: Mapping[int, NDArray[np.float64]], *, value: str)
         value="0",
         stylesheets=[WIDGETS],
         width=160,
+        margin=0,
     )
     chosen.js_on_change(
         "value",

@@ -11,12 +11,12 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 # Widgets live in a shadow root of their own: what crosses its border are variables
 WIDGETS = """
 :host { color: var(--ink); font-family: inherit; font-size: 15px; width: 100%; }
-.bk-input-group > label, .bk-slider-title { color: var(--soft); font-size: 13px; }
-.bk-slider-value { color: var(--ink); font-weight: 600; }
+.bk-input-group > label { color: var(--soft); font-size: 13px; }
+.bk-slider-title { display: none; }
 .bk-input, select.bk-input { background: var(--field); color: var(--ink); font-size: 15px;
   border: 1px solid var(--line); border-radius: 6px; height: 36px; }
 .bk-input:focus { outline: 2px solid var(--accent); outline-offset: 1px; }
-select.bk-input { background-image: none; appearance: auto; }
+select.bk-input { background-image: none; appearance: auto; color-scheme: var(--scheme); }
 .noUi-target { background: var(--line); border: 0; box-shadow: none; border-radius: 4px; }
 .noUi-connect { background: var(--accent) !important; }
 .noUi-handle { border: 2px solid var(--accent); background: var(--card); border-radius: 50%;
@@ -61,7 +61,7 @@ def frame(
     return plot
 
 
-def legend_below(plot: Any, columns: int = 2) -> None:
+def legend_below(plot: Any) -> None:
     """The legend under the plot, where it hides nothing; a click hides a curve."""
     legend = plot.legend[0]
     plot.add_layout(legend, "below")
@@ -73,7 +73,7 @@ def legend_below(plot: Any, columns: int = 2) -> None:
         background_fill_color=None,
         label_text_font=FONT,
         label_text_font_size="12px",
-        ncols=columns,
+        ncols=2,  # as many as fit on a phone
         padding=2,
         spacing=14,
     )

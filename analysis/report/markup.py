@@ -125,9 +125,10 @@ def table_html(frame: pl.DataFrame, caption: str) -> str:
     )
     more = frame.height - MOST_ROWS
     left_out = f'<p class="note">{more:,} more rows: see the command.</p>' if more > 0 else ""
+    name = text(caption)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption)}"><table>'
-        f"<caption>{text(caption)}</caption><thead><tr>{heads}</tr></thead>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Table: {name}"><table>'
+        f"<caption>{name}</caption><thead><tr>{heads}</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>{left_out}"
     )
 

@@ -7,10 +7,13 @@
   function colours() {
     const style = getComputedStyle(root);
     const get = (name) => style.getPropertyValue(name).trim();
-    const [ink, soft, line] = [get("--ink"), get("--soft"), get("--line")];
+    const [ink, soft, line, card] = ["--ink", "--soft", "--line", "--card"].map(get);
     for (const doc of Bokeh.documents) {
       for (const model of doc._all_models.values()) {
-        if (/Axis$/.test(model.type)) {
+        if (model.type === "Figure" || model.type === "Plot") {
+          model.border_fill_color = card;
+          model.background_fill_color = card;
+        } else if (/Axis$/.test(model.type)) {
           model.axis_label_text_color = soft;
           model.major_label_text_color = soft;
         } else if (model.type === "Grid") {
@@ -70,12 +73,24 @@
   });
   dark.addEventListener("change", () => theme());
 
-  let opened = [];
+  let opened = null; // while printing
+  let before;
   addEventListener("beforeprint", () => {
+    if (opened) return;
+    before = root.dataset.theme;
+    theme("light");
     opened = Array.from(document.querySelectorAll("details:not([open])"));
     for (const one of opened) one.open = true;
   });
-  addEventListener("afterprint", () => { for (const one of opened) one.open = false; });
+  addEventListener("afterprint", () => {
+    for (const one of opened || []) one.open = false;
+    opened = null;
+    if (before) theme(before);
+    else {
+      delete root.dataset.theme;
+      theme();
+    }
+  });
 
   bhlog.start = async function () {
     if (!Bokeh.documents.length && document.querySelector("[data-root-id]")) {

@@ -82,5 +82,5 @@ def _by_layer(
         plot.line(places, answer[column], color=color, line_width=2.5, legend_label=label)
         dots = plot.scatter(places, answer[column], color=color, size=8, legend_label=label)
         hover(plot, (label, "@y{0.000}"), renderers=[dots])
-    legend_below(plot, columns=3)
+    legend_below(plot)
     return plot

@@ -118,10 +118,11 @@ def _piece(run: Log, vocabulary: Vocabulary, kde: KdeModel, options: BhOptions) 
             curve = kde[group.layer].curves[0]
             thresholds = curve.thresholds(options.alpha, run.n_experts)
             logits = logits_of(batch)
-            decided = decide(logits, thresholds, min_k=low, max_k=high)
+            decided = decide(logits, thresholds, min_k=low, max_k=run.n_experts)
+            n_selected = np.minimum(decided.n_selected, high)  # ranks beyond it are shown too
             first = decided.order[:, :RANKS].astype(np.int64)
             p = curve.p_value(np.take_along_axis(logits, first, axis=1))
-            rows = zip(values_of(batch.column("position")).tolist(), decided.n_selected.tolist(),
+            rows = zip(values_of(batch.column("position")).tolist(), n_selected.tolist(),
                        first.tolist(), p.tolist(), strict=True)  # fmt: skip
             seen.setdefault(group.layer, []).extend(
                 {"at": at, "n": n, "experts": e, "p": [float(f"{x:.3g}") for x in ps]}
