@@ -1,7 +1,8 @@
 """A capture session: run text through a model, log a run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class CaptureOptions:
 
 def capture(
     loaded: LoadedModel,
-    texts: Sequence[Window],
+    texts: Iterable[Window],
     run: str | Path,
     *,
     routing: Routing | None = None,
@@ -61,7 +62,8 @@ def capture(
 ) -> Manifest:
     """Run windows of text through a model and log a run; return its manifest.
 
-    Of the processes of a launch, each runs its share of the windows: every world_size-th. Batches
+    Windows are taken one batch after another, so they may be cut while the model runs. Of the
+    processes of a launch, each runs its share of them: every world_size-th. Batches
     are logged whole or not at all: what stops a run in the middle of one leaves the batch out, and
     resuming the run begins with it.
 
@@ -91,14 +93,15 @@ def capture(
         resume=resume,
         fit=fit,
     )
-    texts = share(texts)
+    mine = iter(share(texts))
     with recording(patcher, routing, kde, writer, fit):
         assert patcher.recorder is not None
         done = writer.windows
         writer.checkpoint()
+        before = n_tokens(islice(mine, done), options.generate)
         if progress is not None and done:
-            progress(n_tokens(texts[:done], options.generate), writer)
-        for batch in batches(texts[done:], batch_size=options.batch_size, pad_id=loaded.pad_id):
+            progress(before, writer)
+        for batch in batches(mine, batch_size=options.batch_size, pad_id=loaded.pad_id):
             patcher.name_sources(batch.sources)
             tokens = _run(loaded.model, batch, options.generate, loaded.pad_id)
             patcher.recorder.flush()
@@ -115,14 +118,14 @@ def _notes(patcher: RouterPatcher, routing: Routing) -> dict[str, Any]:
     return notes
 
 
-def n_tokens(texts: Sequence[Window], generate: int) -> int:
+def n_tokens(texts: Iterable[Window], generate: int) -> int:
     """Tokens that windows hold, and at most generate after them."""
     return sum(len(window.token_ids) + generate for window in texts)
 
 
-def share(texts: Sequence[Window]) -> Sequence[Window]:
+def share(texts: Iterable[Window]) -> Iterator[Window]:
     """The windows that this process of a launch runs."""
-    return texts[rank() :: world_size()]
+    return islice(texts, rank(), None, world_size())
 
 
 @torch.inference_mode()

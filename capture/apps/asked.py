@@ -1,6 +1,5 @@
 """What `bhlog capture` is asked for: bundles of its options, each of which does its own part."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from bhlog.capture.contract.manifest import Routing
     from bhlog.capture.contract.null.model import KdeModel
     from bhlog.capture.session import CaptureOptions
-    from bhlog.capture.text import Document, Tokenizer, Window
     from bhlog.capture.writing.fitting import KdeFit
 
 
@@ -52,44 +50,6 @@ class Model:
         options = asdict(self)
         names = "device_map", "attn", "quantize", "adapter", "trust_remote_code"
         return {name: options[name] for name in names if options[name]}
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The text to run, and how it is cut; see bhlog.capture.text."""
-
-    paths: tuple[str, ...]
-    field: str
-    max_length: int
-    max_tokens: int | None
-
-    def read(self) -> "list[Document]":
-        """Every document."""
-        from bhlog.capture.text import read_documents
-
-        return list(read_documents(self.paths, field=self.field))
-
-    def sha256(self) -> dict[str, str]:
-        """Sha256 of each file by its source."""
-        from bhlog.capture.text import text_sha256
-
-        return text_sha256(self.paths)
-
-    def windows(self, documents: "Sequence[Document]", tokenizer: "Tokenizer") -> "list[Window]":
-        """The documents in windows."""
-        from bhlog.capture.text import windows
-
-        return windows(documents, tokenizer, max_length=self.max_length, max_tokens=self.max_tokens)
-
-    def noted(self, windows: "Sequence[Window]") -> dict[str, Any]:
-        """What the manifest keeps, so that a resumed run is of the same text."""
-        from bhlog.capture.text import digest
-
-        return {
-            "max_length": self.max_length,
-            "windows": len(windows),
-            "windows_sha256": digest(windows),
-        }
 
 
 @dataclass(frozen=True)
@@ -252,22 +212,6 @@ model_options = bundle(
         metavar="NAME",
         help="Another tokenizer: a folder, a name on the hub, or bytes.",
     ),
-)
-texts_options = bundle(
-    "texts",
-    lambda texts, **values: Texts(texts, **values),
-    click.option(
-        "--text",
-        "texts",
-        multiple=True,
-        required=True,
-        type=PathKind("file"),
-        metavar="PATH",
-        help="Text file, JSON-lines file, or a folder of them; repeatable. Each file is a source.",
-    ),
-    click.option("--field", default="text", show_default=True, help="Text field of JSON lines."),
-    click.option("--max-length", type=int, default=512, show_default=True, help="Tokens a window."),
-    click.option("--max-tokens", type=int, help="Tokens to read of each source (default: all)."),
 )
 rule_options = bundle(
     "rule",

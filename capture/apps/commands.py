@@ -12,13 +12,12 @@ from bhlog.capture.apps.asked import (
     Model,
     Pace,
     Rule,
-    Texts,
     fit_options,
     model_options,
     pace_options,
     rule_options,
-    texts_options,
 )
+from bhlog.capture.apps.asked_text import Texts, texts_options
 from bhlog.capture.apps.watch import ProgressLines, in_bytes, interruptible
 from bhlog.capture.writing.launch import rank
 
@@ -55,7 +54,10 @@ def capture(
     fit.make_room()
     if not resume and rank() == 0:
         check_new(Path(out))
-    documents = texts.read()
+    if resume:
+        texts.require_again()
+    full: set[str] = set()
+    documents, sums = texts.read(full), texts.sha256()
 
     # from here on torch, which takes seconds to import
     from bhlog.capture.session import capture as run_capture
@@ -64,8 +66,8 @@ def capture(
 
     options = pace.options()
     loaded = model.load()
-    windows = texts.windows(documents, loaded.tokenizer)
-    total = n_tokens(share(windows), options.generate)
+    windows, known = texts.cut(documents, loaded.tokenizer, full)
+    total = None if known is None else n_tokens(share(known), options.generate)
     with interruptible(out), progress_bar(Path(out).name, total, unit="tokens") as advance:
         lines = ProgressLines(out, total)
 
@@ -81,8 +83,8 @@ def capture(
             routing=routing,
             kde=null,
             options=options,
-            extra={**pace.noted(), **model.noted(), **texts.noted(windows)},
-            text_sha256=texts.sha256(),
+            extra={**pace.noted(), **model.noted(), **texts.noted(sums)},
+            text_sha256=sums,
             resume=resume,
             fit=fit.kde_fit(),
             progress=progress,

@@ -27,7 +27,7 @@ class ProgressLines:
 
     EVERY_SECONDS = 30.0
 
-    def __init__(self, run: str, total: int) -> None:
+    def __init__(self, run: str, total: int | None) -> None:
         self._run, self._total, self._done = run, total, 0
         self._first: tuple[float, int] | None = None  # when speed is measured from
         self._said = time.monotonic()
@@ -42,8 +42,9 @@ class ProgressLines:
             return
         self._said = now
         speed = (self._done - self._first[1]) / max(1e-9, now - self._first[0])
+        of = "" if self._total is None else f" of {self._total:,}"
         click.echo(
-            f"{self._run}: {self._done:,} of {self._total:,} tokens, {speed:,.0f} tokens/s"
+            f"{self._run}: {self._done:,}{of} tokens, {speed:,.0f} tokens/s"
             + (f", {in_bytes(n_bytes)}" if n_bytes else ""),
             err=True,
         )

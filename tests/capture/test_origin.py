@@ -9,10 +9,11 @@ import pytest
 
 from bhlog.analysis.run import open_log
 from bhlog.capture.checkpoint import load_model
+from bhlog.capture.documents import MOST_NAMED, read_documents, text_sha256
 from bhlog.capture.observe import observe
 from bhlog.capture.origin import origin_here
 from bhlog.capture.session import capture
-from bhlog.capture.text import MOST_NAMED, read_documents, text_sha256, windows
+from bhlog.capture.text import windows
 from tests.capture.tiny import batch
 
 

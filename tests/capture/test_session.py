@@ -14,8 +14,9 @@ from bhlog.capture.contract.errors import (
 )
 from bhlog.capture.contract.manifest import Routing
 from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.documents import Document
 from bhlog.capture.session import CaptureOptions, capture
-from bhlog.capture.text import Document, windows
+from bhlog.capture.text import windows
 from bhlog.capture.writing.writer import WriterOptions
 from tests.synthetic import normal_kde
 

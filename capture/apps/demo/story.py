@@ -31,8 +31,9 @@ from bhlog.capture.contract.manifest import MANIFEST_NAME, Routing
 from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.documents import Document
 from bhlog.capture.session import capture
-from bhlog.capture.text import Document, Window, windows
+from bhlog.capture.text import Window, windows
 from bhlog.capture.writing.writer import RunWriter
 
 ALPHA = 0.3
