@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import polars as pl
 
+from bhlog.analysis.cells import cell
 from bhlog.analysis.fold import Progress, Scope
 from bhlog.analysis.imports import needed
 from bhlog.analysis.log import Log
 from bhlog.analysis.nulls import Named, load_null, null_model
 from bhlog.analysis.replay.settings import settings_of
+from bhlog.analysis.report.markup import small_table
+from bhlog.analysis.verify.facts import facts_of
 from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import Bounds, Renormalize
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from bhlog.analysis.database.connection import Database
     from bhlog.analysis.figures.drawing import Image
     from bhlog.analysis.replay.policy import Policy
+    from bhlog.analysis.report.embedded import Explorer
     from bhlog.analysis.sweep.profile import Profile
 
 
@@ -272,6 +276,30 @@ class Run(Log):
         kdes = [] if kde is None else [kde]
         subject = Subject([self, *map(_log, also)], kdes, tokenizer=self.tokenizer)
         return write_report(subject, path)
+
+    def explore(
+        self, *, kde: Named | None = None, also: Sequence[Log | str | Path] = ()
+    ) -> "Explorer":
+        """The alpha explorer in a notebook's output; arguments as of report.
+
+        Raises:
+            MissingExtra: Bokeh is not installed.
+            KdeMismatch: there is no null model.
+        """
+        needed("bokeh", "report")
+        from bhlog.analysis.report.embedded import explorer_of
+        from bhlog.analysis.report.subject import Subject
+
+        return explorer_of(Subject([self, *map(_log, also)], [] if kde is None else [kde]))
+
+    def _repr_html_(self) -> str:
+        facts = facts_of(self)
+        names = ("model", "layers", "experts", "top_k", "routing", "alpha", "min_k", "max_k",
+                 "null_model", "rows", "tokens", "nonfinite", "dropped", "sampled_out")  # fmt: skip
+        known = {name: facts[name] for name in names if facts.get(name) not in (None, 0)}
+        known["layers"] = len(facts["layers"])
+        frame = pl.DataFrame({"fact": [*known], "value": [cell(one) for one in known.values()]})
+        return small_table(frame, f"Run {self.path}")
 
     def verify(self, *, replay: bool = False, progress: Progress | None = None) -> pl.DataFrame:
         """Is the run whole, and with `replay`, does replaying it give what it logged?

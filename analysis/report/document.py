@@ -20,7 +20,7 @@ from bhlog.analysis.report.reruns import saturation, trusted
 from bhlog.analysis.report.subject import Subject
 from bhlog.analysis.report.tokens import extremes, text_panel
 from bhlog.analysis.report.which_experts import load, sources
-from bhlog.capture.contract.errors import InvalidOption, RouterLogError
+from bhlog.capture.contract.errors import InvalidOption, KdeMismatch, RouterLogError
 from bhlog.capture.contract.files import whole_file
 
 MORE: tuple[tuple[str, Callable[[Subject], Panel | None]], ...] = (
@@ -40,8 +40,13 @@ def report(subject: Subject, *, only_explorer: bool = False) -> str:
 
     Args:
         only_explorer: without the panels that read the log again.
+
+    Raises:
+        KdeMismatch: the explorer alone is asked for and no null model serves any of the runs.
     """
     profiles = subject.profiles
+    if only_explorer and not profiles:
+        raise KdeMismatch(next(iter(subject.failed.values())))
     panels = [] if only_explorer else [overview(subject)]
     models: dict[str, Any] = {}
     packed = [pack(named, share=len(profiles)) for named in profiles]
@@ -69,6 +74,7 @@ def report(subject: Subject, *, only_explorer: bool = False) -> str:
         sections.append(panel_html(panels[-1], at))
     return filled(
         "page.html",
+        bare=" data-bare" if only_explorer else "",
         version=text(version("bhlog")),
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         title=text(title_of(subject)),

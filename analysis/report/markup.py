@@ -150,3 +150,26 @@ def command_html(command: str) -> str:
         f'<div class="command"><code>{text(command)}</code><button type="button" class="copy" '
         f'aria-label="Copy the command">Copy</button></div>'
     )
+
+
+def small_table(frame: pl.DataFrame, title: str) -> str:
+    """A table for a cell of a notebook, which brings its own style; no rows are left out."""
+    right = [dtype.is_numeric() for dtype in frame.dtypes]
+    sides = ["right" if one else "left" for one in right]
+    heads = "".join(
+        f'<th style="text-align:{side}">{text(name)}</th>'
+        for name, side in zip(frame.columns, sides, strict=True)
+    )
+    rows = "".join(
+        "<tr>"
+        + "".join(
+            f'<td style="text-align:{side}">{text(cell(value))}</td>'
+            for value, side in zip(row, sides, strict=True)
+        )
+        + "</tr>"
+        for row in frame.iter_rows()
+    )
+    return (
+        f'<table><caption style="text-align:left;font-weight:bold">{text(title)}</caption>'
+        f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    )

@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from bhlog.analysis.report.markup import small_table, text
 from bhlog.analysis.sweep import profile_file
 from bhlog.analysis.sweep.budget import share_budget
 from bhlog.analysis.sweep.critical import ONE
@@ -81,6 +82,16 @@ class Profile:
         alphas = f"{len(self.alphas):,} alphas from {self.alphas[0]:g} to {self.alphas[-1]:g}"
         rows = f"{sum(map(self.rows, self.layers)):,} rows"
         return f"Profile({layers} of {self.n_experts} experts, {alphas}, {rows})"
+
+    def _repr_html_(self) -> str:
+        if self.bounds is None:
+            return f"<code>{text(repr(self))}</code>"
+        asked = [0.001, 0.01, 0.02, 0.05, *(i / 10 for i in range(1, 10))]
+        inside = [alpha for alpha in asked if self.alphas[0] <= alpha <= self.alphas[-1]]
+        frame = self.frame(inside or self.alphas[:1].tolist())
+        if len(self.layers) > 12:
+            frame = frame.select("alpha", "overall")
+        return small_table(frame, f"Mean experts a token: {self!r}")
 
     @property
     def n_experts(self) -> int:

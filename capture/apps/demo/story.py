@@ -26,7 +26,7 @@ from bhlog.capture.apps.demo.equal_budget import (
     told,
 )
 from bhlog.capture.checkpoint import LoadedModel, load_model
-from bhlog.capture.contract.errors import RunExists
+from bhlog.capture.contract.errors import MissingExtra, RunExists
 from bhlog.capture.contract.manifest import MANIFEST_NAME, Routing
 from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.null.model import KdeModel
@@ -131,7 +131,17 @@ def tell(out: Path) -> None:
     write(_ask(say, native, "experts_by_source", top="4"))
     figures = bh.plot()
     say(f"\n{len(figures)} figures in {figures[0].parent}")
+    say(_report(native, bh, out))
     say(f"[bold]Done in {time.monotonic() - started:.0f} s.[/]")
+
+
+def _report(native: Run, bh: Run, out: Path) -> str:
+    """Write the page about the runs; what to do where Bokeh is missing."""
+    try:
+        page = native.report(out / "report.html", kde=out / "null.parquet", also=[bh])
+    except MissingExtra as error:
+        return f"For a page to explore it all, {error}"
+    return f"All of it on one page, with an alpha to move: open {page}"
 
 
 def _what_if(native: Run, by_alpha: dict[float, Run], kde: KdeModel) -> pl.DataFrame:
@@ -207,10 +217,11 @@ def _make_room(out: Path) -> None:
     Raises:
         RunExists: the folder holds other files.
     """
-    ours = {"fit", "native", "null.parquet", *(f"bh-{alpha}" for alpha in ALPHAS)}
+    files = {"null.parquet", "report.html"}
+    ours = {"fit", "native", *files, *(f"bh-{alpha}" for alpha in ALPHAS)}
     ours |= {run_name(family, budget) for family in FAMILIES for budget in BUDGETS}
     found = {path.name for path in out.iterdir()} if out.exists() else set()
-    runs = [out / name for name in found & ours if name != "null.parquet"]
+    runs = [out / name for name in (found & ours) - files]
     if not found <= ours or not all((run / MANIFEST_NAME).exists() for run in runs):
         raise RunExists(f"{out}: holds files that are not of an earlier demo; choose another --out")
     for run in runs:
