@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from bhlog.capture.contract.errors import InvalidOption, RouterLogError
-from bhlog.capture.text import ByteTokenizer, Tokenizer
+from bhlog.capture.documents import Message
+from bhlog.capture.text import NO_TEMPLATE, ByteTokenizer, Tokenizer
 
 # owner/name, or a name alone; what starts with a dot or a slash is a path
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -296,6 +297,20 @@ class _HubTokenizer:
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+    def chat(self, messages: Sequence[Message], *, answer: bool = False) -> str:
+        if not self._tokenizer.chat_template:
+            raise RouterLogError(NO_TEMPLATE)
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=answer
+                )
+            )
+        except Exception as error:  # templates are programs, and refuse in ways of their own
+            raise RouterLogError(
+                f"the chat template refuses a conversation ({_first_line(error)})"
+            ) from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(token_ids))

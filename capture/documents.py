@@ -9,10 +9,11 @@ import io
 import json
 import lzma
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,6 +41,9 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+Message = Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Document:
     """A text and where it came from.
@@ -47,14 +51,65 @@ class Document:
     Attributes:
         source: the file or dataset, as `tokens.source` names it.
         text: the text.
+        messages: in place of it, those of a conversation.
     """
 
     source: str
     text: str
+    messages: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True)
+class Field:
+    """What is read of a record.
+
+    Attributes:
+        name: its field.
+        chat: whether that holds messages, each with a role and its content, in place of a text.
+    """
+
+    name: str = "text"
+    chat: bool = False
+
+    def document(self, source: str, record: Any, where: str) -> Document:
+        """The document in a record.
+
+        Raises:
+            RouterLogError: it has no such field, or the field holds something else.
+        """
+        value: Any = record.get(self.name) if isinstance(record, dict) else None
+        if self.chat and isinstance(value, list) and value and all(map(_is_message, value)):
+            return Document(source, "", tuple(value))
+        if self.chat or not isinstance(value, str):
+            found = map(str, record) if isinstance(record, dict) else [type(record).__name__]
+            raise self.missing(found, where)
+        return Document(source, value)
+
+    def text(self, source: str, text: str) -> Document:
+        """The document that a text is.
+
+        Raises:
+            RouterLogError: messages are asked for.
+        """
+        if self.chat:
+            raise RouterLogError(f"{source}: is text; messages are in records, such as JSON lines")
+        return Document(source, text)
+
+    def missing(self, found: Iterable[str], where: str) -> RouterLogError:
+        """The error that a record has other fields."""
+        kind = "list of messages with role and content" if self.chat else "text"
+        return RouterLogError(
+            f"{where}: no {kind} in field '{self.name}'; it has {', '.join(found)}: name one with "
+            "--field"
+        )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str)
 
 
 def read_documents(
-    paths: Iterable[str | Path], *, field: str = "text", full: Container[str] = ()
+    paths: Iterable[str | Path], *, field: Field = Field(), full: Container[str] = ()
 ) -> Iterator[Document]:
     """Documents of files, folders of them, globs and standard input, in the order of their paths.
 
@@ -80,7 +135,7 @@ def read_documents(
 
 
 def read_dataset(
-    name: str, *, split: str, field: str = "text", full: Container[str] = ()
+    name: str, *, split: str, field: Field = Field(), full: Container[str] = ()
 ) -> Iterator[Document]:
     """Documents of a data set of the library `datasets`, as they are needed.
 
@@ -113,7 +168,7 @@ def read_dataset(
         for number, record in enumerate(found, 1):
             if name in full:
                 break
-            yield Document(name, _text_in(record, field, f"{name}, record {number}"))
+            yield field.document(name, record, f"{name}, record {number}")
     except RouterLogError:
         raise
     except Exception as error:  # what a data set may lack has many names
@@ -188,22 +243,21 @@ def _printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _read_file(path: Path, source: str, field: str) -> Iterator[Document]:
+def _read_file(path: Path, source: str, field: Field) -> Iterator[Document]:
     if str(path) == STDIN:
         yield from _read_stdin(field)
         return
     kind = _kind(path)
     opener = _OPENERS.get(path.suffix.lower())
+    where = _Where(source, str(path))
     try:
         with path.open("rb") if opener is None else opener(path) as raw:
             if kind == ".parquet":
-                texts = _of_parquet(raw, field, str(path))
-            else:
-                newline = "" if kind in (".csv", ".tsv") else None
-                file = io.TextIOWrapper(_readable(raw), encoding="utf-8-sig", newline=newline)
-                texts = _READERS.get(kind, _of_text)(file, field, str(path))
-            for text in texts:
-                yield Document(source, text)
+                yield from _of_parquet(raw, field, where)
+                return
+            newline = "" if kind in (".csv", ".tsv") else None
+            file = io.TextIOWrapper(_readable(raw), encoding="utf-8-sig", newline=newline)
+            yield from _READERS.get(kind, _of_text)(file, field, where)
     except UnicodeDecodeError as error:
         raise RouterLogError(f"{path}: not UTF-8 text; convert it first") from error
     except (pa.ArrowException, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
@@ -217,109 +271,109 @@ def _readable(raw: Any) -> IO[bytes]:
     return raw if not isinstance(raw, pa.NativeFile) else io.BufferedReader(raw)
 
 
-def _read_stdin(field: str) -> Iterator[Document]:
+class _Where(NamedTuple):
+    """Where a record is: its source, and the words for it in messages."""
+
+    source: str
+    words: str
+
+    def parsed(self, text: str, place: str) -> Any:
+        """What a text holds as JSON."""
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise RouterLogError(f"{self.words}{place}: not JSON ({error})") from error
+        except RecursionError as error:
+            raise RouterLogError(
+                f"{self.words}{place}: JSON nested too deeply to be read"
+            ) from error
+
+
+def _read_stdin(field: Field) -> Iterator[Document]:
     file = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig")
+    where = _Where("stdin", "standard input")
     try:
         first = file.readline()
         try:
             record = json.loads(first) if first.startswith("{") else None
         except (ValueError, RecursionError):
             record = None
-        where = "standard input"
-        if isinstance(record, dict) and field in record:
-            yield Document("stdin", _text_in(record, field, f"{where}, line 1"))
-            texts = _of_lines(file, field, where, start=2)
+        if isinstance(record, dict) and field.name in record:
+            yield field.document("stdin", record, f"{where.words}, line 1")
+            yield from _of_lines(file, field, where, start=2)
         else:
             texts = _of_text(file, field, where)
-            yield Document("stdin", first + next(texts, ""))
-        for text in texts:
-            yield Document("stdin", text)
+            rest = next(texts, None)
+            yield field.text("stdin", first + ("" if rest is None else rest.text))
+            yield from texts
     except UnicodeDecodeError as error:
         raise RouterLogError("standard input: not UTF-8 text; convert it first") from error
     finally:
         file.detach()
 
 
-def _of_text(file: IO[str], field: str, where: str) -> Iterator[str]:
+def _of_text(file: IO[str], field: Field, where: _Where) -> Iterator[Document]:
     """A text, in pieces of whole lines if it is very long."""
     while piece := file.read(_PIECE):
-        yield piece + (file.readline() if len(piece) == _PIECE else "")
+        whole = piece + (file.readline() if len(piece) == _PIECE else "")
+        yield field.text(where.source, whole)
 
 
-def _of_lines(file: IO[str], field: str, where: str, *, start: int = 1) -> Iterator[str]:
+def _of_lines(file: IO[str], field: Field, where: _Where, *, start: int = 1) -> Iterator[Document]:
     for number, line in enumerate(file, start):
         if line.strip():
-            at = f"{where}, line {number}"
-            yield _text_in(_parsed(line, at), field, at)
+            place = f", line {number}"
+            yield field.document(where.source, where.parsed(line, place), where.words + place)
 
 
-def _of_json(file: IO[str], field: str, where: str) -> Iterator[str]:
+def _of_json(file: IO[str], field: Field, where: _Where) -> Iterator[Document]:
     """JSON lines, as many files of this name are, or one list of records."""
-    start = ""
-    while not start.strip():
-        start = file.readline()
-        if not start:
+    first = ""
+    while not first.strip():
+        first = file.readline()
+        if not first:
             return
-    if not start.lstrip().startswith("["):
-        yield _text_in(_parsed(start, f"{where}, line 1"), field, f"{where}, line 1")
+    if not first.lstrip().startswith("["):
+        yield field.document(
+            where.source, where.parsed(first, ", line 1"), f"{where.words}, line 1"
+        )
         yield from _of_lines(file, field, where, start=2)
         return
-    for number, record in enumerate(_parsed(start + file.read(), where), 1):
-        yield _text_in(record, field, f"{where}, record {number}")
+    for number, record in enumerate(where.parsed(first + file.read(), ""), 1):
+        yield field.document(where.source, record, f"{where.words}, record {number}")
 
 
-def _of_table(file: IO[str], field: str, where: str, *, delimiter: str) -> Iterator[str]:
+def _of_table(
+    file: IO[str], field: Field, where: _Where, *, delimiter: str = ","
+) -> Iterator[Document]:
     csv.field_size_limit(1 << 30)
     try:
         rows = csv.DictReader(file, delimiter=delimiter, strict=True)
         for number, row in enumerate(rows, 1):
-            yield _text_in(row, field, f"{where}, record {number}")
+            yield field.document(where.source, row, f"{where.words}, record {number}")
     except csv.Error as error:
-        raise RouterLogError(f"{where}: not a table ({error})") from error
+        raise RouterLogError(f"{where.words}: not a table ({error})") from error
 
 
-def _of_parquet(raw: Any, field: str, where: str) -> Iterator[str]:
+def _of_parquet(raw: Any, field: Field, where: _Where) -> Iterator[Document]:
     table = pq.ParquetFile(raw)
-    if field not in table.schema_arrow.names:
-        raise _no_field(field, table.schema_arrow.names, where)
+    if field.name not in table.schema_arrow.names:
+        raise field.missing(table.schema_arrow.names, where.words)
     number = 0
-    for batch in table.iter_batches(batch_size=_RECORDS, columns=[field]):
-        for value in batch.column(field).to_pylist():
+    for batch in table.iter_batches(batch_size=_RECORDS, columns=[field.name]):
+        for record in batch.to_pylist():
             number += 1
-            yield _text_in({field: value}, field, f"{where}, record {number}")
+            yield field.document(where.source, record, f"{where.words}, record {number}")
 
 
-_READERS: dict[str, Callable[[IO[str], str, str], Iterator[str]]] = {
+_READERS: dict[str, Callable[[IO[str], Field, _Where], Iterator[Document]]] = {
     ".jsonl": _of_lines,
     ".ndjson": _of_lines,
     ".json": _of_json,
-    ".csv": lambda file, field, where: _of_table(file, field, where, delimiter=","),
-    ".tsv": lambda file, field, where: _of_table(file, field, where, delimiter="\t"),
+    ".csv": _of_table,
+    ".tsv": partial(_of_table, delimiter="\t"),
 }
 
 
 def _unreadable(path: Path, error: OSError) -> RouterLogError:
     return RouterLogError(f"{path}: cannot be read ({error.strerror or error})")
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise RouterLogError(f"{where}: not JSON ({error})") from error
-    except RecursionError as error:
-        raise RouterLogError(f"{where}: JSON nested too deeply to be read") from error
-
-
-def _text_in(record: Any, field: str, where: str) -> str:
-    value: Any = record.get(field) if isinstance(record, dict) else None
-    if not isinstance(value, str):
-        found = map(str, record) if isinstance(record, dict) else [type(record).__name__]
-        raise _no_field(field, found, where)
-    return value
-
-
-def _no_field(field: str, found: Iterable[str], where: str) -> RouterLogError:
-    return RouterLogError(
-        f"{where}: no text in field '{field}'; it has {', '.join(found)}: name one with --field"
-    )

@@ -146,6 +146,16 @@ class RouterPatcher:
         if self.tracker is not None:
             self.tracker.next_texts["sample_id"] = tuple(ids)
 
+    def name_roles(self, roles: Sequence[Sequence[str]], *, then: str = "") -> None:
+        """Say who says each token of the next forward's new sequences: `role` of tokens in the log.
+
+        Args:
+            roles: a name, "" for none, per row (or prompt of several rows) and column, padding too.
+            then: who says what follows, as generation does.
+        """
+        if self.tracker is not None:
+            self.tracker.next_roles = tuple(map(tuple, roles)), then
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Log nothing of what this thread runs inside the block, such as a trial of batch sizes."""

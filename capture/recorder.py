@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -180,7 +181,10 @@ class Recorder:
                 forward=np.repeat(np.array([f.number for f in forwards], dtype=np.uint32), rows),
                 phase=np.repeat(np.array([f.phase for f in forwards], dtype=np.int8), rows),
                 parent=np.repeat(parents, widths),
-                texts={column: _texts(column, forwards, widths) for column in TEXT_COLUMNS},
+                texts={
+                    **{column: _texts(column, forwards, widths) for column in TEXT_COLUMNS},
+                    "role": _roles(forwards),
+                },
                 rejected=sum(record.rejected for record in records),
             )
         )
@@ -200,6 +204,17 @@ def _texts(column: str, forwards: list[Forward], widths: NDArray[np.int64]) -> T
     code = {name: i for i, name in enumerate(sorted(set(named) - {""}))}
     codes = np.array([code.get(name, -1) for name in named], dtype=np.int32)
     return Texts(np.repeat(codes, widths), tuple(code))
+
+
+def _roles(forwards: list[Forward]) -> Texts:
+    """Who says each row of these forwards."""
+    if not any(forward.roles for forward in forwards):
+        return Texts(np.full(sum(f.rows for f in forwards), -1, dtype=np.int32), ())
+    named: list[str] = []
+    for forward in forwards:
+        named += chain(*forward.roles) if forward.roles else ("",) * forward.rows
+    code = {name: i for i, name in enumerate(sorted(set(named) - {""}))}
+    return Texts(np.array([code.get(name, -1) for name in named], dtype=np.int32), tuple(code))
 
 
 def _stack(by_layer: dict[int, dict[str, Tensor]], layers: tuple[int, ...]) -> dict[str, Tensor]:

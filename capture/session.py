@@ -103,12 +103,21 @@ def capture(
             progress(before, writer)
         for batch in batches(mine, batch_size=options.batch_size, pad_id=loaded.pad_id):
             patcher.name_sources(batch.sources)
+            if any(batch.roles):
+                patcher.name_roles(_by_column(batch, options.generate), then="assistant")
             tokens = _run(loaded.model, batch, options.generate, loaded.pad_id)
             patcher.recorder.flush()
             writer.checkpoint(windows=len(batch.sources))
             if progress is not None:
                 progress(tokens, writer)
     return writer.manifest
+
+
+def _by_column(batch: Batch, generate: int) -> list[tuple[str, ...]]:
+    """Roles of a batch's columns, as `_run` feeds them."""
+    fill = [("",) * (batch.mask.shape[1] - len(roles)) for roles in batch.roles]
+    pairs = zip(fill, batch.roles, strict=True)
+    return [(*f, *roles) if generate else (*roles, *f) for f, roles in pairs]
 
 
 def _notes(patcher: RouterPatcher, routing: Routing) -> dict[str, Any]:

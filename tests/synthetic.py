@@ -240,6 +240,7 @@ def write_run(
                 "sample_id": pa.array(
                     [sample_ids[s % len(sample_ids)] for s in sequence], pa.string()
                 ).dictionary_encode(),
+                "role": pa.nulls(T, pa.string()).dictionary_encode(),
                 "parent": pa.nulls(T, pa.uint32()),
             },
             schema=tokens_schema(),

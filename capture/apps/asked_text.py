@@ -12,7 +12,7 @@ import click
 from bhlog.analysis.commands.kinds import PathKind
 from bhlog.analysis.commands.options import bundle
 from bhlog.capture.contract.errors import EmptyText, InvalidOption
-from bhlog.capture.documents import Document, read_dataset, read_documents, text_sha256
+from bhlog.capture.documents import Document, Field, read_dataset, read_documents, text_sha256
 from bhlog.capture.writing.launch import world_size
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class Texts:
     paths: tuple[str, ...]
     datasets: tuple[str, ...]
     split: str
-    field: str
+    field: str | None
+    chat: bool
     max_length: int
     max_tokens: int | None
 
@@ -44,23 +45,35 @@ class Texts:
         Args:
             full: sources of which nothing more is read.
         """
-        parts = [read_documents(self.paths, field=self.field, full=full)]
+        field = self._field
+        parts = [read_documents(self.paths, field=field, full=full)]
         parts += [
-            read_dataset(name, split=self.split, field=self.field, full=full)
-            for name in self.datasets
+            read_dataset(name, split=self.split, field=field, full=full) for name in self.datasets
         ]
         documents = chain(*parts)
         first = list(islice(documents, 1))
         return chain(first, documents)
+
+    @property
+    def _field(self) -> Field:
+        return Field(self.field or ("messages" if self.chat else "text"), self.chat)
 
     def sha256(self) -> dict[str, str]:
         """Sha256 of each file by its source."""
         return text_sha256(self.paths)
 
     def cut(
-        self, documents: Iterable[Document], tokenizer: "Tokenizer", full: set[str]
+        self,
+        documents: Iterable[Document],
+        tokenizer: "Tokenizer",
+        full: set[str],
+        *,
+        answers: bool = False,
     ) -> "tuple[Iterator[Window], list[Window] | None]":
         """The documents in windows, as they are read; all of them too if they are few.
+
+        Args:
+            full, answers: see bhlog.capture.text.cut.
 
         Raises:
             EmptyText: there is not a single token.
@@ -68,7 +81,12 @@ class Texts:
         from bhlog.capture.text import EMPTY, cut
 
         found = cut(
-            documents, tokenizer, max_length=self.max_length, max_tokens=self.max_tokens, full=full
+            documents,
+            tokenizer,
+            max_length=self.max_length,
+            max_tokens=self.max_tokens,
+            full=full,
+            answers=answers,
         )
         first = list(islice(found, _AHEAD))
         if not first:
@@ -82,11 +100,12 @@ class Texts:
             sums: see `sha256`.
         """
         sources = [*sums.items(), *((name, self.split) for name in self.datasets)]
-        words = json.dumps([sources, self.field, self.max_tokens])
+        words = json.dumps([sources, self._field.name, self.chat, self.max_tokens])
         return {
             "max_length": self.max_length,
             "texts_sha256": hashlib.sha256(words.encode()).hexdigest(),
             **({"datasets": list(self.datasets)} if self.datasets else {}),
+            **({"chat": True} if self.chat else {}),
         }
 
     def require_again(self) -> None:
@@ -115,7 +134,12 @@ texts_options = bundle(
         help="Data set of the library datasets: a folder, or NAME or NAME:CONFIG on the hub.",
     ),
     click.option("--split", default="train", show_default=True, help="Of --dataset."),
-    click.option("--field", default="text", show_default=True, help="Text field of records."),
+    click.option("--field", help="Field of records: text, or messages with --chat."),
+    click.option(
+        "--chat",
+        is_flag=True,
+        help="Records hold messages: written by the model's chat template, their roles logged.",
+    ),
     click.option("--max-length", type=int, default=512, show_default=True, help="Tokens a window."),
     click.option("--max-tokens", type=int, help="Tokens to read of each source (default: all)."),
 )

@@ -66,7 +66,7 @@ def capture(
 
     options = pace.options()
     loaded = model.load()
-    windows, known = texts.cut(documents, loaded.tokenizer, full)
+    windows, known = texts.cut(documents, loaded.tokenizer, full, answers=options.generate > 0)
     total = None if known is None else n_tokens(share(known), options.generate)
     with interruptible(out), progress_bar(Path(out).name, total, unit="tokens") as advance:
         lines = ProgressLines(out, total)

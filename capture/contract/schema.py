@@ -17,7 +17,9 @@ from typing import TypeVar
 import pyarrow as pa
 
 MAJOR_VERSION = 1
-SCHEMA_VERSION = 2  # 2: tokens.sample_id and parent; the manifest says whether logits were logged
+SCHEMA_VERSION = (
+    2  # 2: tokens.sample_id, role and parent; the manifest says whether logits were logged
+)
 PHASES = ("prefill", "decode")
 
 SHARD_NAME = re.compile(r"rank(?P<rank>\d{5})-(?P<number>\d{5,})\.parquet")
@@ -123,6 +125,14 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
             "sample_id",
             TEXT,
             "id that the caller gave the sequence; NULL where none",
+            since=2,
+            nullable=True,
+        ),
+        Column(
+            "role",
+            TEXT,
+            "who says the token in a conversation, such as user or assistant; NULL where it is "
+            "none, or not known",
             since=2,
             nullable=True,
         ),

@@ -45,6 +45,8 @@ class Tracker:
         next_sequence, next_forward: the numbers given next.
         next_texts: by text column of the log, what the next new sequences have there, one name per
             row or per prompt of several rows; used up by the forward that starts them.
+        next_roles: who says what is at each column of the next new sequences, one row of names per
+            row or per prompt of several rows, and who says what follows; used up likewise.
         pad_token_id: id that is padding at either end of rows without attention mask, if known.
         suspects: counts what may be padding in those, if it is not known.
         on_cut: called with a stream and its new length when a cache drops its last columns.
@@ -53,6 +55,7 @@ class Tracker:
     next_sequence: int = 0
     next_forward: int = 0
     next_texts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    next_roles: tuple[tuple[tuple[str, ...], ...], str] = ((), "")
     pad_token_id: int | None = None
     suspects: Suspects | None = None
     on_cut: Callable[[Stream, int], None] | None = None
@@ -199,6 +202,7 @@ class Tracker:
             sequences=stream.sequences,
             parents=stream.parents,
             texts=stream.texts,
+            roles=stream.said_at(start, S),
             # the caller may write its next token into the same tensor
             token_ids=None if token_ids is None else token_ids.clone(),
             positions=before + (keep if S == 1 else keep.cumsum(dim=1)),
@@ -249,6 +253,10 @@ class Tracker:
 
     def _new_stream(self, mask: Any, batch: int, start: int, device: torch.device) -> Stream:
         texts, self.next_texts = self.next_texts, {}
+        (roles, then), self.next_roles = self.next_roles, ((), "")
+        repeats, rest = divmod(batch, len(roles) or batch + 1)
+        before = ("",) * start
+        roles = () if rest else tuple((*before, *row) for row in roles for _ in range(repeats))
         # columns that went in before the tracker looked count as tokens unless the mask hides them
         columns = past_columns(mask, batch, start, device)
         return Stream(
@@ -256,6 +264,8 @@ class Tracker:
             parents=np.full(batch, -1),
             begun=np.full(batch, start),
             texts={column: _by_row(names, batch) for column, names in texts.items()},
+            roles=roles,
+            then=then,
             columns=columns,
             length=start,
             tokens=columns.sum(dim=1),

@@ -19,6 +19,8 @@ class Stream:
         parents: (B,) int64, the sequence that each row left, -1 if it is whole.
         begun: (B,) int64, the column at which each row's sequence begins.
         texts: by text column of the log, (B,) what each row has there, "" for unknown.
+        roles: (B,) who says what is at each column from 0 on, "" for unknown.
+        then: who says what comes after those.
         columns: (B, capacity) bool on the model's device, which columns hold a logged token; the
             first `length` count, the others are padding or follow the end of a sequence.
         length: columns in the cache.
@@ -37,6 +39,8 @@ class Stream:
     length: int
     tokens: Tensor
     ends: Tensor
+    roles: tuple[tuple[str, ...], ...] = ()
+    then: str = ""
     last_start: int = 0
     settled: int = 0
     last_logits: Tensor | None = None
@@ -51,11 +55,17 @@ class Stream:
         self.columns[:, start : self.length] = keep
         self.last_start, self.tokens, self.ends = start, tokens, ends
 
+    def said_at(self, start: int, length: int) -> tuple[tuple[str, ...], ...]:
+        """(B, length) who says what is at these columns; empty if no row is a conversation."""
+        rows = (row[start : start + length] for row in self.roles)
+        return tuple((*row, *(self.then,) * (length - len(row))) for row in rows)
+
     def cut(self, length: int) -> None:
         """Forget the columns from `length` on."""
         if self.last_logits is not None:
             kept = self.last_logits.shape[1] - (self.length - length)
             self.last_logits = self.last_logits[:, :kept] if kept > 0 else None
+        self.roles = tuple(row[:length] for row in self.roles)
         self.length, self.settled = length, min(length, self.settled)
         self.tokens = self.columns[:, :length].sum(dim=1)
         self.ends = torch.where(self.ends > length, NEVER, self.ends)
@@ -68,6 +78,7 @@ class Stream:
         self.texts = {
             column: tuple(names[row] for row in rows) for column, names in self.texts.items()
         }
+        self.roles = tuple(self.roles[row] for row in rows) if self.roles else ()
         self.columns, self.tokens = self.columns[index], self.tokens[index]
         self.ends = self.ends[index]
         if self.last_logits is not None:
@@ -94,6 +105,7 @@ class Forward:
     Attributes:
         number: forwards are numbered from 0.
         sequences, parents, texts: see Stream.
+        roles: (B, S) who says each token, "" for unknown; empty if no row is a conversation.
         token_ids: (B, S) int64, a copy; None when the model was given embeddings.
         positions: (B, S) int64, in the sequence, padding not counted.
         keep: (B, S) bool; False for padding and for what follows a row's end of sequence.
@@ -124,6 +136,7 @@ class Forward:
     head_start: Tensor | None = None
     follows: Tensor | None = None
     foreign: bool = False
+    roles: tuple[tuple[str, ...], ...] = ()
 
     @property
     def rows(self) -> int:

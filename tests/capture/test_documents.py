@@ -16,7 +16,7 @@ import pytest
 from bhlog.analysis.run import open_log
 from bhlog.capture import documents
 from bhlog.capture.contract.errors import EmptyText, RouterLogError
-from bhlog.capture.documents import read_dataset, read_documents, text_sha256
+from bhlog.capture.documents import Field, read_dataset, read_documents, text_sha256
 from bhlog.capture.session import CaptureOptions, capture
 from bhlog.capture.text import ByteTokenizer, cut
 
@@ -52,7 +52,7 @@ def test_records_of_every_kind_are_documents(tmp_path, kind):
     write(path, kind.lower())
     assert texts_of(path) == TEXTS
     with pytest.raises(RouterLogError, match="no text in field 'body'; it has"):
-        texts_of(path, field="body")
+        texts_of(path, field=Field("body"))
 
 
 COMPRESS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
@@ -164,7 +164,7 @@ def test_data_sets_are_read_from_what_the_library_saved(data_set, tmp_path):
     with pytest.raises(RouterLogError, match="no split 'dev'; it has train, test"):
         list(read_dataset(str(tmp_path / "both"), split="dev"))
     with pytest.raises(RouterLogError, match="no text in field 'body'; it has text"):
-        list(read_dataset(str(tmp_path / "one"), split="train", field="body"))
+        list(read_dataset(str(tmp_path / "one"), split="train", field=Field("body")))
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ def test_folders_files_and_json_lines_are_read_in_order(tmp_path):
     (folder / "ignored.bin").write_bytes(b"\xff")
     lines = tmp_path / "c.jsonl"
     lines.write_text(json.dumps({"body": "one"}) + "\n\n" + json.dumps({"body": "two"}) + "\n")
-    found = [(d.source, d.text) for d in read_documents([folder, lines], field="body")]
+    found = [(d.source, d.text) for d in read_documents([folder, lines], field=Field("body"))]
     assert found == [("b.txt", "bee"), ("sub/a.md", "ay"), ("c.jsonl", "one"), ("c.jsonl", "two")]
 
 

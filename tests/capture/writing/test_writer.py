@@ -42,7 +42,7 @@ def test_rows_come_out_as_they_went_in(run, dtype, padding):
         assert row == {
             "rank": 0, "sequence": s, "position": p, "token_id": 100 * s + p, "phase": "prefill",
             "forward": s, "nll": None if p == 0 else p / 8, "source": f"text {s % 3}",
-            "parent": None, "sample_id": None,
+            "parent": None, "sample_id": None, "role": None,
         }  # fmt: skip
     for batch in log.batches(["experts", "weights", "n_selected", "n_rejected", "rank"]):
         for row in batch.to_pylist():
