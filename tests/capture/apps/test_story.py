@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from bhlog.analysis.replay.settings import settings_of
-from bhlog.analysis.run import open_log
+from bhlog.analysis.run import Run, open_log
 from bhlog.analysis.verify.verification import verify
 from bhlog.capture.apps.demo import story
-from bhlog.capture.contract.errors import RunExists
+from bhlog.capture.contract.errors import MissingExtra, RunExists
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import Bounds
 
@@ -100,7 +100,23 @@ def test_an_earlier_demo_makes_room(demo, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(story, "ALPHAS", ALPHAS)
     shutil.copytree(demo[0], tmp_path / "demo")
     story._make_room(tmp_path / "demo")
-    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["null.parquet"]
+    left = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert left == {"null.parquet", "report.html"}
+
+
+def test_it_ends_in_a_page(demo):
+    out, text = demo
+    assert f"open {out / 'report.html'}" in text
+    assert 'id="bhlog-profiles"' in (out / "report.html").read_text()
+
+
+def test_without_bokeh_it_names_the_command_that_installs_it(demo, tmp_path: Path, monkeypatch):
+    def missing(*_: object, **__: object) -> None:
+        raise MissingExtra("this needs the package bokeh: pip install 'bhlog[report]'")
+
+    monkeypatch.setattr(Run, "report", missing)
+    native, bh = open_log(demo[0] / "native"), open_log(demo[0] / f"bh-{story.ALPHA}")
+    assert story._report(native, bh, tmp_path).endswith("pip install 'bhlog[report]'")
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path):
