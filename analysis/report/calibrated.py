@@ -24,7 +24,7 @@ def calibration(subject: Subject) -> Panel | None:
     most = max(float(checks["ks"].max() or 0), WORST_KS)  # type: ignore[arg-type]
     plot.y_range = Range1d(0, 1.15 * most)
     plot.line([-0.5, len(layers) - 0.5], [WORST_KS] * 2, color=REFERENCE, line_dash="dashed")
-    small = _plot("small", "share of p-values, over the level", layers)
+    small = _plot("small", "share, over the level", layers)
     for level, color in ((0.05, MAIN), (0.01, REFERENCE), (0.001, NATIVE)):
         shares = checks[f"p_{level}"] / level
         small.line(places, shares, color=color, line_width=2, legend_label=f"p ≤ {level:g}")

@@ -57,7 +57,8 @@ def _run_facts(run: Log) -> str:
     routed = f"natively, top-{model.top_k}"
     if options is not None:
         low, high = options.bounds(run.n_experts)
-        routed = f"by BH at alpha {options.alpha:g}, {low} to {high} experts"
+        rule = f"BH at alpha {options.alpha:g}" if options.policy is None else options.policy
+        routed = f"by {rule}, {low} to {high} experts"
     sources = list(facts["sources"])
     named = ", ".join(sources[:4]) + (f" and {len(sources) - 4} more" if sources[4:] else "")
     lines = {

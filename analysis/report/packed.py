@@ -17,8 +17,8 @@ from bhlog.analysis.sweep.critical import ONE
 from bhlog.analysis.sweep.profile import Profile
 
 MOST_CELLS = 2_000_000  # counts of a page, over all its profiles
-MOST_BYTES = 1_100_000  # that they take
-MOST_KEPT = 260_000  # sums of probabilities, which compress less
+MOST_BYTES = 900_000  # that they take
+MOST_KEPT = 130_000  # sums of probabilities, which compress less
 MOST_BOUNDS = 128  # ranks kept one by one; beyond, bounds grow by steps
 _ASKED = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of bhlog sweep
 

@@ -38,9 +38,9 @@ def saturation(subject: Subject) -> Panel | None:
 
 
 def trusted(subject: Subject) -> Panel | None:
-    """Fidelity of the first native run against the first BH run of the same text."""
-    native = _first(subject, bh=False)
-    rerun = _first(subject, bh=True)
+    """Fidelity of the first native run against the first one that a policy routed."""
+    native = _first(subject, routed=False)
+    rerun = _first(subject, routed=True)
     if native is None or rerun is None:
         return None
     answer = fidelity(native, rerun)
@@ -61,8 +61,8 @@ def trusted(subject: Subject) -> Panel | None:
     )
 
 
-def _first(subject: Subject, *, bh: bool) -> Log | None:
-    return next((r for r in subject.runs if (r.manifest.routing.kind == "bh") == bh), None)
+def _first(subject: Subject, *, routed: bool) -> Log | None:
+    return next((r for r in subject.runs if (r.manifest.routing.kind != "native") == routed), None)
 
 
 def _by_layer(

@@ -60,15 +60,13 @@ class Subject:
                 command = f"bhlog sweep {quoted(run.path)}" + (
                     f" --kde {quoted(name)}" if name else ""
                 )
-                options = run.manifest.routing.options
                 try:
                     profile = profile_log(run, kde, kept=True, scope=Scope(progress=self._progress))
                 except RouterLogError as error:
                     self.failed[f"the explorer of {label}"] = str(error)
                     continue
                 top_k = run.manifest.model.top_k
-                alpha = None if options is None else options.alpha
-                found.append(Named(label, profile, top_k, command, alpha))
+                found.append(Named(label, profile, top_k, command, alpha_of(run)))
         return found
 
     def nulls_of(self, run: Log) -> Sequence[tuple[str, KdeModel | None]]:
@@ -101,6 +99,12 @@ class Subject:
     def kde_words(self) -> str:
         """How commands on the first run name the null model."""
         return f" --kde {quoted(self.null[0])}" if self.null is not None and self.null[0] else ""
+
+
+def alpha_of(run: Log) -> float | None:
+    """The level of a run that BH routed; None of any other."""
+    routing = run.manifest.routing
+    return routing.options.alpha if routing.kind == "bh" and routing.options else None
 
 
 def quoted(text: str) -> str:

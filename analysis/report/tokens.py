@@ -39,7 +39,9 @@ def text_panel(subject: Subject) -> Panel | None:
     kde = run.kde if subject.null is None else subject.null[1]
     if kde is None or not kde.pooled:
         raise InvalidOption("p-values of tokens need a null model pooled over experts")
-    options = run.manifest.routing.options or BhOptions()
+    options = run.manifest.routing.options
+    if options is None or options.policy is not None:
+        options = BhOptions()
     data = {
         **_piece(run, vocabulary, kde, options),
         "pages": _pages(run, vocabulary),
