@@ -22,6 +22,10 @@ COMMANDS = {
         "bhlog.capture.apps.commands:capture",
         "Run text through a model and log its routing.",
     ),
+    "eval": (
+        "bhlog.capture.apps.evaluation:evaluate",
+        "Benchmark scores of a model under native routing and under...",
+    ),
     "info": (
         "bhlog.analysis.commands.info:info",
         "What a run is and what it holds.",

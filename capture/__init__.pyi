@@ -1,3 +1,5 @@
+from .apps.harness import harness_model as harness_model
+from .apps.harness import named_requests as named_requests
 from .apps.notebook.logger import BHRoutingLogger as BHRoutingLogger
 from .apps.notebook.patcher import OLMoERouterPatcher as OLMoERouterPatcher
 from .apps.notebook.patcher import benjamini_hochberg_routing as benjamini_hochberg_routing

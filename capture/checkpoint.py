@@ -292,10 +292,12 @@ class _HubTokenizer:
     """A transformers tokenizer without special tokens, quiet about long texts."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.of_transformers = tokenizer
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = self.of_transformers(text, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         return ids
 
     def chat(self, messages: Sequence[Message], *, answer: bool = False) -> str:
@@ -313,7 +315,7 @@ class _HubTokenizer:
             ) from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(token_ids))
+        return str(self.of_transformers.decode(token_ids))
 
 
 def _pad_id(model: nn.Module) -> int:

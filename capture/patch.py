@@ -156,6 +156,14 @@ class RouterPatcher:
         if self.tracker is not None:
             self.tracker.next_roles = tuple(map(tuple, roles)), then
 
+    def name_lengths(self, lengths: Sequence[int]) -> None:
+        """Say how many tokens each row of the next forward holds, where no attention mask does.
+
+        What follows them is padding, which is not logged.
+        """
+        if self.tracker is not None:
+            self.tracker.next_lengths = tuple(lengths)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Log nothing of what this thread runs inside the block, such as a trial of batch sizes."""

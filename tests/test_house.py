@@ -30,6 +30,7 @@ TERMINAL = {"prompt_toolkit", "rich"}
 TORCH = {
     "accelerate",
     "datasets",
+    "lm_eval",
     "peft",
     "safetensors",
     "tokenizers",

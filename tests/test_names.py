@@ -29,7 +29,9 @@ ONLINE = {
     "KdeFit",
     "RouterPatcher",
     "WriterOptions",
+    "harness_model",
     "load_model",
+    "named_requests",
     "observe",
     "route",
 }

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 
 from bhlog.capture.contract.errors import InvalidOption
 
-Subject = Literal["run", "check", "tails", "policies"]
+Subject = Literal["run", "check", "tails", "policies", "scores"]
 
 _PACKAGE = "bhlog.analysis.figures.gallery"
 

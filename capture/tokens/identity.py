@@ -47,6 +47,8 @@ class Tracker:
             row or per prompt of several rows; used up by the forward that starts them.
         next_roles: who says what is at each column of the next new sequences, one row of names per
             row or per prompt of several rows, and who says what follows; used up likewise.
+        next_lengths: tokens of each row of the next forward without attention mask, padding after
+            them; used up by it.
         pad_token_id: id that is padding at either end of rows without attention mask, if known.
         suspects: counts what may be padding in those, if it is not known.
         on_cut: called with a stream and its new length when a cache drops its last columns.
@@ -56,6 +58,7 @@ class Tracker:
     next_forward: int = 0
     next_texts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     next_roles: tuple[tuple[tuple[str, ...], ...], str] = ((), "")
+    next_lengths: tuple[int, ...] | None = None
     pad_token_id: int | None = None
     suspects: Suspects | None = None
     on_cut: Callable[[Stream, int], None] | None = None
@@ -161,7 +164,13 @@ class Tracker:
                 "bhlog cannot tell them apart; run one sequence per row, padded, with "
                 "attention_mask"
             )
-        if mask is None and given.dim() == 2:
+        lengths, self.next_lengths = self.next_lengths, None
+        if mask is None and lengths is not None:
+            if len(lengths) != B:
+                raise UnknownIdentity(f"{len(lengths)} lengths are named, of {B} rows")
+            held = torch.tensor(lengths, device=real.device)[:, None]
+            real = real & (torch.arange(S, device=real.device) < held)
+        elif mask is None and given.dim() == 2:
             if self.pad_token_id is not None:
                 real = without_runs(given, self.pad_token_id, begins=start == 0)
             elif self.suspects is not None and start == 0:
