@@ -85,7 +85,7 @@ def test_a_wheel_holds_each_file_once_and_no_test(wheel):
         f"bhlog/{path.relative_to(ROOT)}"
         for top in FOLDERS
         for path in (ROOT / top).rglob("*")
-        if path.suffix in (".py", ".pyi", ".sql", ".json", ".safetensors")
+        if path.suffix in (".py", ".pyi", ".sql", ".json", ".safetensors", ".css", ".html", ".js")
         and not {"__pycache__", "names"} & {*path.parts}
     }
     facade = {"analysis.py", "capture.py", "bhlog/__init__.py", "bhlog/__init__.pyi"}

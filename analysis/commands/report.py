@@ -62,7 +62,7 @@ def explore(runs: tuple[str, ...], kdes: tuple[str, ...], tokenizer: str | None)
 def _write(runs: tuple[str, ...], kdes: tuple[str, ...], tokenizer: str | None, out: str) -> None:
     """The page into a file; a bar moves while the logs are counted."""
     needed("bokeh", "report")
-    from bhlog.analysis.report.document import write_report
+    from bhlog.analysis.report.document import MORE, write_report
     from bhlog.analysis.report.subject import Subject
 
     logs = [open_run(run) for run in runs]
@@ -70,4 +70,5 @@ def _write(runs: tuple[str, ...], kdes: tuple[str, ...], tokenizer: str | None, 
     rows = sum(log.manifest.totals.rows for log in logs) * max(1, len(kdes))
     with progress_bar("report", rows or None) as advance:
         subject.count(advance)
-    write_report(subject, out)
+    with progress_bar("panels", len(MORE), unit="panels") as advance:
+        write_report(subject, out, advance)

@@ -10,6 +10,7 @@ from typing import Any
 from bokeh.embed import components
 from bokeh.resources import Resources
 
+from bhlog.analysis.fold import Progress
 from bhlog.analysis.report.calibrated import calibration
 from bhlog.analysis.report.equal_cost import equal_cost
 from bhlog.analysis.report.explorer import explorer_models
@@ -35,11 +36,14 @@ MORE: tuple[tuple[str, Callable[[Subject], Panel | None]], ...] = (
 )
 
 
-def report(subject: Subject, *, only_explorer: bool = False) -> str:
+def report(
+    subject: Subject, *, only_explorer: bool = False, progress: Progress | None = None
+) -> str:
     """The page as text.
 
     Args:
         only_explorer: without the panels that read the log again.
+        progress: called with 1 after each of those panels, of which there are len(MORE).
 
     Raises:
         KdeMismatch: the explorer alone is asked for and no null model serves any of the runs.
@@ -59,6 +63,8 @@ def report(subject: Subject, *, only_explorer: bool = False) -> str:
             subject.failed[what] = str(error)
         else:
             panels += [] if panel is None else [panel]
+        if progress is not None:
+            progress(1)
     drawn = {f"plot_{i}": d.model for i, d in enumerate(d for p in panels for d in p.drawn)}
     every = {**models, **drawn}
     script, places = components(every) if every else ("", {})
@@ -97,13 +103,13 @@ def title_of(subject: Subject) -> str:
     return f"{shown}: {Path(subject.run.manifest.model.name).name}"
 
 
-def write_report(subject: Subject, path: str | Path) -> Path:
-    """Write the page, whole or not at all.
+def write_report(subject: Subject, path: str | Path, progress: Progress | None = None) -> Path:
+    """Write the page, whole or not at all; see report.
 
     Raises:
         InvalidOption: the file cannot be written there.
     """
-    page, path = report(subject), Path(path)
+    page, path = report(subject, progress=progress), Path(path)
     try:
         with whole_file(path) as file:
             file.write(page.encode())
