@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from bhlog.analysis.condition import TOKEN, Condition, ShardTokens, condition
-from bhlog.analysis.storage import filesystem, reached, read_manifest
+from bhlog.analysis.run_folder import RunFolder
+from bhlog.analysis.storage import reached
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.checksum import MOST_BYTES
 from bhlog.capture.contract.errors import (
@@ -20,19 +21,14 @@ from bhlog.capture.contract.errors import (
     CorruptShard,
     InvalidOption,
 )
-from bhlog.capture.contract.manifest import (
-    manifest_name,
-)
 from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.opening import refused
 from bhlog.capture.contract.schema import (
     COLUMNS,
-    SHARD_NAME,
     filled,
     lacking,
-    schema_difference,
     shard_schema,
 )
-from bhlog.capture.contract.uris import shown
 
 _MOST_TOKENS = 8  # shards of tokens kept for conditions that ask for their columns
 
@@ -54,7 +50,7 @@ class RowGroup:
     rows: int
 
 
-class Log:
+class Log(RunFolder):
     """A run's folder, on disk or in an object store, open for reading.
 
     Attributes:
@@ -63,10 +59,8 @@ class Log:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = shown(str(path))
-        self._fs, self._root = filesystem(str(path))
+        super().__init__(path)
         self._tokens: dict[tuple[str, tuple[str, ...]], ShardTokens] = {}
-        self.manifest = read_manifest(self.path, self._fs, self._root)
 
     def __repr__(self) -> str:
         model = self.manifest.model
@@ -78,36 +72,6 @@ class Log:
             f"experts, {rows})"
         )
 
-    @property
-    def location(self) -> PurePosixPath:
-        """The folder in its file system: absolute on a disk, bucket and key in an object store."""
-        return PurePosixPath(self._root)
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the folder is on a disk of this machine."""
-        return isinstance(self._fs, pafs.LocalFileSystem)
-
-    @property
-    def name(self) -> str:
-        """Last part of the path: how tables call the run."""
-        return self.location.name
-
-    @property
-    def n_experts(self) -> int:
-        """Experts per router."""
-        return self.manifest.model.n_experts
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Decoder layers with a router, rising."""
-        return self.manifest.model.layers
-
-    @property
-    def has_logits(self) -> bool:
-        """Whether the run logged logits, not decisions alone."""
-        return self.manifest.logits
-
     def require_logits(self) -> None:
         """Raise InvalidOption if the run has no logits."""
         if not self.has_logits:
@@ -115,21 +79,6 @@ class Log:
                 f"{self.path} has no logits, only the experts that were chosen: replays, sweeps, "
                 "null models and their checks need a run with logits"
             )
-
-    def schema(self, folder: str) -> pa.Schema:
-        """Columns of the run's shards in `routing` or `tokens`: those of its own version."""
-        version = self.manifest.schema_version
-        return shard_schema(folder, self.n_experts, version, logits=self.has_logits)
-
-    @cached_property
-    def shards(self) -> tuple[str, ...]:
-        """File names of the sealed routing shards, in order of rank and number."""
-        return self._shards("routing")
-
-    @cached_property
-    def token_shards(self) -> tuple[str, ...]:
-        """File names of the sealed token shards."""
-        return self._shards("tokens")
 
     @cached_property
     def kde(self) -> KdeModel | None:
@@ -143,64 +92,14 @@ class Log:
             info = self._fs.get_file_info(path)
             if info.type == pafs.FileType.NotFound:
                 return None
+            why = refused(Path(self._root), "kde.parquet") if self.is_local else None
+            if why is not None:
+                raise CorruptKde(f"{name}: {why}; replace it by a copy of the file")
             if info.type != pafs.FileType.File or info.size > MOST_BYTES:
                 raise CorruptKde(f"{name}: no file of at most {MOST_BYTES:,} bytes")
             with self._fs.open_input_stream(path) as stream:
                 data = stream.read()
         return KdeModel.from_bytes(data, name, sha256=self.manifest.routing.kde_sha256)
-
-    @cached_property
-    def missing(self) -> tuple[str, ...]:
-        """Files that the run should have and has not, by their path inside it: rows are gone."""
-        listed = {shard.name for shard in self.manifest.shards}
-        routing, tokens = set(self.shards), set(self.token_shards)
-        manifests = {manifest_name(rank) for rank in range(self.manifest.ranks)}
-        return (
-            *sorted(manifests - set(self._names(""))),
-            *(f"routing/{name}" for name in sorted(listed - routing)),
-            *(f"tokens/{name}" for name in sorted((listed | routing) - tokens)),
-        )
-
-    def files(self, folder: str = "") -> dict[str, int]:
-        """Bytes of each file in the run's folder or in one of its folders, by name, sorted."""
-        selector = pafs.FileSelector(f"{self._root}/{folder}", allow_not_found=True)
-        with reached(self.path):
-            found = self._fs.get_file_info(selector)
-        return {f.base_name: f.size for f in sorted(found, key=lambda f: f.base_name) if f.is_file}
-
-    def tree(self) -> dict[str, int]:
-        """Bytes of each file in the run's folder and below, by its path inside the run, sorted."""
-        with reached(self.path):
-            found = self._fs.get_file_info(pafs.FileSelector(self._root, recursive=True))
-        sizes = {f.path[len(self._root) + 1 :]: f.size for f in found if f.is_file}
-        return dict(sorted(sizes.items()))
-
-    def open_file(self, path: str) -> pa.NativeFile:
-        """A file of the run for reading, by its path inside the run."""
-        return self._fs.open_input_file(f"{self._root}/{path}")
-
-    def open_shard(self, folder: str, name: str) -> pq.ParquetFile:
-        """A sealed shard of `routing` or `tokens`, its columns checked against the schema.
-
-        Raises:
-            CorruptShard: no readable footer, or other columns.
-        """
-        where = f"{self.path}/{folder}/{name}"
-        file = None
-        try:
-            file = self._fs.open_input_file(f"{self._root}/{folder}/{name}")
-            shard = pq.ParquetFile(file, page_checksum_verification=True)
-        except (pa.ArrowException, OSError) as error:
-            size = 0 if file is None else file.size()
-            raise CorruptShard(
-                f"{where}: no readable Parquet footer in {size:,} bytes. Shards get their name "
-                "only when complete, so this copy is probably cut short: compare its size with "
-                "the original, or move it away to read the rest."
-            ) from error
-        difference = schema_difference(shard.schema_arrow, self.schema(folder))
-        if difference:
-            raise CorruptShard(f"{where}: {difference}")
-        return shard
 
     def row_groups(self, layers: Iterable[int] | None = None) -> Iterator[RowGroup]:
         """Row groups of the routing shards in log order, of these layers (None: all).
@@ -228,6 +127,11 @@ class Log:
                 raise CorruptShard(
                     f"{self.path}/routing/{name}: row group {index} holds several layers or "
                     "has no statistics; expected one layer per row group"
+                )
+            if statistics.min not in self.layers:
+                raise CorruptShard(
+                    f"{self.path}/routing/{name}: row group {index} is of layer {statistics.min}, "
+                    "which the manifest does not have; restore the file from a copy"
                 )
             groups.append(RowGroup(name, index, statistics.min, group.num_rows))
         return groups
@@ -373,16 +277,6 @@ class Log:
                 f"{self.path}/{path}: column '{name}' lacks values; restore the file, or move it "
                 "away to read the rest"
             )
-
-    def _shards(self, folder: str) -> tuple[str, ...]:
-        return tuple(sorted(name for name in self._names(folder) if SHARD_NAME.fullmatch(name)))
-
-    def _names(self, folder: str) -> list[str]:
-        selector = pafs.FileSelector(
-            f"{self._root}/{folder}" if folder else self._root, allow_not_found=True
-        )
-        with reached(self.path):
-            return [info.base_name for info in self._fs.get_file_info(selector)]
 
 
 def logits_of(batch: pa.RecordBatch) -> NDArray[np.float32]:

@@ -14,6 +14,7 @@ from bhlog.capture.contract.manifest import (
     Manifest,
     merge_manifests,
 )
+from bhlog.capture.contract.opening import refused
 from bhlog.capture.contract.uris import shown, without_secrets
 
 
@@ -41,10 +42,10 @@ def read_manifest(path: str, fs: pafs.FileSystem, root: str) -> Manifest:
         MissingRun: nothing there, not a run, or its storage does not answer.
         CorruptManifest: a manifest cannot be read, or they belong to different runs.
     """
+    local = isinstance(fs, pafs.LocalFileSystem)
     with reached(path):
         info = fs.get_file_info(root)
         if info.type == pafs.FileType.NotFound:
-            local = isinstance(fs, pafs.LocalFileSystem)
             raise MissingRun(f"{path}: no such {'folder' if local else 'bucket or folder'}")
         if info.type == pafs.FileType.File:
             raise MissingRun(f"{path}: a file; expected the folder of a run")
@@ -58,6 +59,9 @@ def read_manifest(path: str, fs: pafs.FileSystem, root: str) -> Manifest:
         # run.json (rank 0) holds the facts; it sorts before run.rank00001.json
         for name in sorted(n for n in found if n.startswith("run.") and n.endswith(".json")):
             if name == MANIFEST_NAME or name.startswith("run.rank"):
+                why = refused(Path(root), name) if local else None
+                if why is not None:
+                    raise CorruptManifest(f"{path}/{name}: {why}; replace it by a copy of the file")
                 with fs.open_input_stream(f"{root}/{name}") as stream:
                     text = stream.read(MOST_MANIFEST_BYTES + 1)
                 ranks.append(Manifest.from_json(text, f"{path}/{name}"))

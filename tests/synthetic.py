@@ -14,6 +14,7 @@ from bhlog.capture.contract.files import write_shard
 from bhlog.capture.contract.manifest import Manifest, ModelInfo, Routing, ShardEntry, Totals
 from bhlog.capture.contract.null.histogram import Histogram
 from bhlog.capture.contract.null.model import KdeModel, LayerNull, NullCurve
+from bhlog.capture.contract.opening import seal_of
 from bhlog.capture.contract.rule import BhOptions, Decisions, decide, finite_keys, softmax_weights
 from bhlog.capture.contract.schema import PHASES, routing_schema, shard_name, tokens_schema
 
@@ -149,6 +150,7 @@ def write_run(
     cdfs: dict[str, NDArray] | None = None,
     logits: NDArray[np.float32] | None = None,
     seed: int = 0,
+    sealed: bool = False,
 ) -> Path:
     """Write a whole run: manifest, null model if given, routing and token shards.
 
@@ -157,6 +159,8 @@ def write_run(
         decode_from: position from which tokens count as decoded, one forward each.
         cdfs: arrays x0, dx, cdf by layer (16 layers), to draw logits with real marginals.
         logits: (len(layers), n_shards, tokens per shard, E): chosen logits in place of drawn ones.
+        sealed: whether the manifest seals the shards, as that of a capture does; tests that change
+            a shard to see what its rows are checked for leave it out.
 
     Sequence s is read by forward s (prefill); its source is sources[s % len(sources)], its
     sample_id sample_ids[s % len(sample_ids)].
@@ -249,7 +253,9 @@ def write_run(
         size = write_shard(folder / "routing" / name, tables)
         size += write_shard(folder / "tokens" / name, [tokens])
         rows = sum(table.num_rows for table in tables)
-        entries.append(ShardEntry(name, rows, tokens.num_rows, size))
+        paths = [folder / inside / name for inside in ("routing", "tokens")]
+        seals = map(seal_of, paths) if sealed else (None, None)
+        entries.append(ShardEntry(name, rows, tokens.num_rows, size, *seals))
     for rank in range(n_ranks):
         mine = tuple(e for e in entries if e.name.startswith(f"rank{rank:05d}"))
         Manifest(

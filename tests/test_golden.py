@@ -127,6 +127,7 @@ def write_golden(folder: Path) -> None:
         decode_from=2,
         logits=logits,
         sample_ids=SAMPLE_IDS,
+        sealed=True,
     )
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from bhlog.analysis.database.failures import Failures
@@ -23,7 +22,7 @@ from bhlog.analysis.database.pages import Chunk, chunks_of, page_error
 from bhlog.analysis.log import Log
 from bhlog.analysis.replay.decisions import SCHEMA as DECISIONS
 from bhlog.capture.contract.errors import CorruptShard
-from bhlog.capture.contract.schema import SHARD_NAME, schema_difference
+from bhlog.capture.contract.schema import SHARD_NAME
 
 SCHEME = "bhlog"
 _SMALL_BYTES = 1 << 15  # of a chunk whose headers take longer to read than its data to check
@@ -134,23 +133,11 @@ class _Layout:
         self, log: Log, inside: str, size: int, file: pa.NativeFile, unchecked: "_Unchecked"
     ) -> None:
         self.where, self.size = f"{log.path}/{inside}", size
-        try:
-            parquet = pq.ParquetFile(file)
-            self._metadata = parquet.metadata
-            schema = parquet.schema_arrow
-        except (pa.ArrowException, OSError) as error:
-            raise CorruptShard(
-                f"{self.where}: no readable Parquet footer in {size:,} bytes. Shards get their "
-                "name only when complete, so this copy is probably cut short: compare its size "
-                "with the original, or move it away to read the rest."
-            ) from error
         folder = inside.partition("/")[0]
         expected = DECISIONS if folder == "replay" else None
         if folder in ("routing", "tokens"):
             expected = log.schema(folder)
-        difference = None if expected is None else schema_difference(schema, expected)
-        if difference:
-            raise CorruptShard(f"{self.where}: {difference}")
+        self._metadata = log.open_parquet(inside, file, expected).metadata
         self.footer = size - self._metadata.serialized_size - 8
         self._chunks: list[Chunk] | None = None
         self._seen: dict[int, int] = {}  # CRC-32 of small chunks that were checked page by page

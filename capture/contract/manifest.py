@@ -1,5 +1,6 @@
 """run.json: what a run is, how it was routed, and what it holds."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +18,7 @@ from bhlog.capture.contract.schema import MAJOR_VERSION, SCHEMA_VERSION, SHARD_N
 
 MANIFEST_NAME = "run.json"
 MOST_MANIFEST_BYTES = 1 << 26
+_CHECKSUM = "checksum"  # key of run.json: sha256 of the rest
 
 Count = Annotated[int, Meta(ge=0, lt=1 << 53)]  # sums of many ranks fit 64 bits
 Layer = Annotated[int, Meta(ge=0, lt=1 << 16)]
@@ -104,6 +106,21 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class Seal:
+    """What a Parquet file was when it was written; its pages carry checksums of their own.
+
+    Attributes:
+        bytes: its size.
+        rows: its rows.
+        footer: sha256 of its footer, with the length and magic after it.
+    """
+
+    bytes: Count
+    rows: Count
+    footer: Sha256
+
+
+@dataclass(frozen=True)
 class ShardEntry:
     """A sealed pair of shards: routing/NAME and tokens/NAME.
 
@@ -111,12 +128,15 @@ class ShardEntry:
         name: file name, the same in both folders.
         rows, tokens: rows of the two files.
         bytes: size of the two files together.
+        routing_seal, tokens_seal: what the two files were; None in runs of earlier bhlogs.
     """
 
     name: str
     rows: Count
     tokens: Count
     bytes: Count
+    routing_seal: Seal | None = None
+    tokens_seal: Seal | None = None
 
     def __post_init__(self) -> None:
         if not SHARD_NAME.fullmatch(self.name):
@@ -186,8 +206,10 @@ class Manifest:
     schema_major: Annotated[int, Meta(ge=1)] = MAJOR_VERSION
 
     def to_json(self) -> str:
-        """The text of run.json."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        """The text of run.json, with a checksum of what it says."""
+        data = json.loads(json.dumps(asdict(self)))
+        data[_CHECKSUM] = _checksum(data)
+        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, name: str) -> "Manifest":
@@ -204,6 +226,9 @@ class Manifest:
                 raise CorruptManifest(f"larger than {MOST_MANIFEST_BYTES >> 20} MiB")
             data = msgspec.json.decode(text)
             version = _check_version(data)
+            checksum = data.pop(_CHECKSUM, None)
+            if checksum not in (None, _checksum(data)):
+                raise CorruptManifest("it does not have its checksum: restore it from a copy")
             manifest = msgspec.convert(data, cls)
             unknown = _unknown(data, asdict(manifest)) if version <= SCHEMA_VERSION else None
             if unknown:
@@ -236,6 +261,12 @@ class Manifest:
         """Write the manifest of one rank into the run's folder, whole or not at all."""
         with whole_file(folder / manifest_name(rank)) as file:
             file.write(self.to_json().encode())
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    """Sha256 of what a manifest says, in hex digits, however its JSON is spaced."""
+    text = json.dumps(data, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_version(data: object) -> int:

@@ -20,6 +20,7 @@ from bhlog.capture.contract.errors import (
 from bhlog.capture.contract.files import require_local
 from bhlog.capture.contract.manifest import Count, Manifest, ShardEntry, Totals, manifest_name
 from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.opening import refused, seal_of
 from bhlog.capture.contract.schema import SCHEMA_VERSION, SHARD_NAME
 from bhlog.capture.writing.launch import world_size
 from bhlog.capture.writing.meeting import Meeting
@@ -164,16 +165,19 @@ def resume(
     for routing in sorted((folder / "routing").glob(f"rank{rank:05d}-*.parquet")):
         tokens = folder / "tokens" / routing.name
         try:
-            n_rows = pq.read_metadata(routing).num_rows
-            footer = pq.read_metadata(tokens)
-            progress = Standing.of(footer.metadata)
+            for path in (routing, tokens):
+                why = refused(folder, path.relative_to(folder).as_posix())
+                if why is not None:
+                    raise ValueError(why)
+            seals = seal_of(routing), seal_of(tokens)
+            progress = Standing.of(pq.read_metadata(tokens).metadata)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptShard(
                 f"{routing}: cannot resume after a broken shard; move it and {tokens} away, and "
                 "what comes after them"
             ) from error
-        size = routing.stat().st_size + tokens.stat().st_size
-        entries.append(ShardEntry(routing.name, n_rows, footer.num_rows, size))
+        size = sum(seal.bytes for seal in seals)
+        entries.append(ShardEntry(routing.name, seals[0].rows, seals[1].rows, size, *seals))
     totals = progress.totals
     lost = before.error is not None and before.totals.dropped > totals.dropped
     if before.closed is not None and before.totals.shards == totals.shards and not lost:

@@ -9,6 +9,7 @@ from pathlib import Path
 from bhlog.capture.contract.files import final_path, seal, write_part
 from bhlog.capture.contract.manifest import ShardEntry, Totals
 from bhlog.capture.contract.null.histogram import HistogramAccumulator
+from bhlog.capture.contract.opening import seal_of
 from bhlog.capture.contract.schema import shard_name
 from bhlog.capture.writing.buffer import Buffer
 from bhlog.capture.writing.counting import counted
@@ -104,7 +105,8 @@ class Sealer:
                     tables if counts is None else counted(tables, counts),
                 )
             )
-            n_bytes = sum(part.stat().st_size for part in parts)
+            tokens_seal, routing_seal = map(seal_of, parts)
+            n_bytes = tokens_seal.bytes + routing_seal.bytes
             if before is not None:
                 before.result()
             for part in parts:  # tokens first: a routing shard without its tokens cannot exist
@@ -116,6 +118,6 @@ class Sealer:
             raise
         if self.histograms is not None and counts is not None:  # one shard at a time comes here
             self.histograms.merge(counts)
-        entry = ShardEntry(name, buffer.rows, buffer.tokens, n_bytes)
+        entry = ShardEntry(name, buffer.rows, buffer.tokens, n_bytes, routing_seal, tokens_seal)
         with self._lock:
             self._shards, self._totals = (*self._shards, entry), progress.totals

@@ -313,6 +313,7 @@ def test_a_manifest_is_text_and_nothing_else(tmp_path):
     path = run / "run.json"
     manifest = json.loads(path.read_text())
     manifest["model"]["name"] = manifest["run_id"] = evil
+    del manifest["checksum"]
     path.write_text(json.dumps(manifest))
     with connect(open_log(run)) as database:
         assert answer(database, "SELECT model FROM runs") == [{"model": evil}]
@@ -349,8 +350,11 @@ def test_a_shard_that_is_a_link_out_of_the_run_is_not_read(tmp_path, linked):
         with pytest.raises(RouterLogError, match="leads out of the run") as error:
             connect(open_log(where))
         assert "\n" not in str(error.value)
-    with connect(open_log(run), unsafe=True) as database:
-        assert answer(database, "SELECT count(*) AS n FROM routing") == [{"n": 63}]
+    with (
+        pytest.raises(RouterLogError, match="outside of the run, which is not followed"),
+        connect(open_log(run), unsafe=True) as database,
+    ):
+        answer(database, "SELECT count(*) AS n FROM routing")
 
 
 def test_a_link_to_the_run_itself_is_followed(tmp_path):

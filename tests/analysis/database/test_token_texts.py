@@ -17,6 +17,7 @@ def run(tmp_path):
 def name_tokenizer(run, name: str) -> None:
     path = run / "run.json"
     manifest = json.loads(path.read_text())
+    del manifest["checksum"]
     path.write_text(json.dumps({**manifest, "origin": {"tokenizer": name}}))
 
 

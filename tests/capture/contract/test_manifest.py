@@ -65,6 +65,7 @@ def test_any_manifest_survives_json(manifest):
 
 def edited(change):
     data = json.loads(MANIFEST.to_json())
+    del data["checksum"]  # so that what is tested is reached
     change(data)
     return json.dumps(data)
 
@@ -131,6 +132,16 @@ def test_what_is_no_manifest_is_one_line(text):
 def test_a_field_of_another_type_or_an_impossible_number_is_named(change, message):
     with pytest.raises(CorruptManifest, match=rf"^RUN/run\.json: not a manifest .*{message}"):
         Manifest.from_json(edited(change), "RUN/run.json")
+
+
+def test_a_manifest_that_was_changed_does_not_have_its_checksum():
+    text = MANIFEST.to_json()
+    changed = text.replace('"n_experts": 64', '"n_experts": 65')
+    assert changed != text and json.loads(text)["checksum"]
+    with pytest.raises(CorruptManifest, match="does not have its checksum"):
+        Manifest.from_json(changed, "run.json")
+    with pytest.raises(CorruptManifest, match="unknown field `checkstm`"):
+        Manifest.from_json(text.replace('"checksum"', '"checkstm"'), "run.json")
 
 
 def test_a_manifest_without_end_is_not_decoded(monkeypatch):
