@@ -301,11 +301,11 @@ class _HubTokenizer:
         return ids
 
     def chat(self, messages: Sequence[Message], *, answer: bool = False) -> str:
-        if not self._tokenizer.chat_template:
+        if not self.of_transformers.chat_template:
             raise RouterLogError(NO_TEMPLATE)
         try:
             return str(
-                self._tokenizer.apply_chat_template(
+                self.of_transformers.apply_chat_template(
                     list(messages), tokenize=False, add_generation_prompt=answer
                 )
             )

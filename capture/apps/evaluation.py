@@ -20,6 +20,7 @@ from bhlog.analysis.imports import needed
 from bhlog.capture.apps.asked import Fit, Model, fit_options, model_options
 from bhlog.capture.apps.watch import interruptible
 from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.documents import read_documents
 
 if TYPE_CHECKING:
     from bhlog.capture.apps.scoring import Examiner
@@ -77,7 +78,7 @@ class Null:
         """The model, fitted if it is to be; a fit that is finished is kept on resuming."""
         from bhlog.capture.apps.scoring import FIT, remove_run
         from bhlog.capture.session import capture
-        from bhlog.capture.text import read_documents, windows
+        from bhlog.capture.text import windows
 
         if self.kde is not None:
             return load_null(self.kde)
