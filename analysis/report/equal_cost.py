@@ -30,7 +30,8 @@ def equal_cost(subject: Subject) -> Panel | None:
     names = (*(TESTS if kde is not None else ()), *OTHERS)
     scope = Scope(sample=min(1.0, MOST_ROWS / max(1, run.manifest.totals.rows)))
     top_k = run.manifest.model.top_k
-    open_policies = [parse_policy(name, open_value=True) for name in names]
+    texts = [f"topk:{top_k}" if name == "topk" else name for name in names]
+    open_policies = [parse_policy(one, open_value=True) for one in texts]
     matched = match_experts(run, open_policies, top_k, kde=kde, scope=scope)
     alpha = next((named.alpha for named in subject.profiles if named.alpha is not None), 0.05)
     chosen = [parse_policy(f"bh:{alpha:g}")] if kde is not None else []

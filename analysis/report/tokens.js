@@ -68,7 +68,7 @@
         const row = make("tr");
         const level = (k + 1) * data.alpha / data.n_experts;
         row.append(make("td", k + 1), make("td", layer.experts[i][k]), make("td", number(value)),
-          make("td", `${number(level)} ${value <= level ? "✓" : ""}`),
+          make("td", `${number(level)} ${value !== null && value <= level ? "✓" : ""}`),
           make("td", k < n ? "yes" : "no"));
         return row;
       });

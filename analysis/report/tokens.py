@@ -33,8 +33,11 @@ MOST_ROWS = 20_000_000  # of a run whose extremes are looked for
 def text_panel(subject: Subject) -> Panel | None:
     """A piece of text with its decisions, and what each expert reads."""
     run = _run_of(subject)
+    run.require_logits()
+    if not run.manifest.token_ids:
+        raise InvalidOption(f"{run.path} was captured without token ids")
     vocabulary = vocabulary_of({run.name: run}, subject.tokenizer)
-    if vocabulary is None or not run.has_logits or not run.manifest.token_ids:
+    if vocabulary is None:
         raise InvalidOption("a log holds no text: name its tokenizer with --tokenizer")
     kde = run.kde if subject.null is None else subject.null[1]
     if kde is None or not kde.pooled:
@@ -127,7 +130,7 @@ def _piece(run: Log, vocabulary: Vocabulary, kde: KdeModel, options: BhOptions) 
             rows = zip(values_of(batch.column("position")).tolist(), n_selected.tolist(),
                        first.tolist(), p.tolist(), strict=True)  # fmt: skip
             seen.setdefault(group.layer, []).extend(
-                {"at": at, "n": n, "experts": e, "p": [float(f"{x:.3g}") for x in ps]}
+                {"at": at, "n": n, "experts": e, "p": [_short(x) for x in ps]}
                 for at, n, e, ps in rows
             )
     for layer in run.layers:
@@ -144,6 +147,11 @@ def _piece(run: Log, vocabulary: Vocabulary, kde: KdeModel, options: BhOptions) 
     nll = [None if x is None or x != x else round(x, 3) for x in frame["nll"].to_list()]
     texts = vocabulary.of(frame["token_id"].to_arrow()).to_pylist()
     return {"texts": [t or "\ufffd" for t in texts], "nll": nll, "layers": layers}
+
+
+def _short(p: float) -> float | None:
+    """Three digits of a p-value; a NaN logit has none."""
+    return float(f"{p:.3g}") if p == p else None
 
 
 @dataclass(eq=False)
