@@ -76,6 +76,11 @@ class Changes:
             if next(reversed(hooks)) != number:
                 hooks.move_to_end(number)
 
+    @property
+    def lost(self) -> bool:
+        """Whether somebody else has taken off a hook that was put on a module."""
+        return any(handle.id not in (handle.hooks_dict_ref() or ()) for handle in self._handles)
+
     def undo(self) -> None:
         """Leave every module as it was found."""
         self._last = []

@@ -1,5 +1,6 @@
 """Patching a model: observe its routers, or route them by BH, and undo it without a trace."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Self
@@ -176,6 +177,12 @@ class RouterPatcher:
         Raises:
             WriterFailed: the writer stopped on an error.
         """
+        if self._changes.lost:
+            warnings.warn(
+                "hooks of bhlog were taken off the model inside the block: what ran without them "
+                "is not logged",
+                stacklevel=2,
+            )
         self._changes.undo()
         forwards, self.forwards = self.forwards, None
         if forwards is not None:

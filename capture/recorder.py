@@ -104,8 +104,6 @@ class Recorder:
         Raises:
             UnknownIdentity: a router did not run.
         """
-        if not record.layers:
-            return
         missing = set(self._layers) - set(record.layers)
         if missing:
             raise UnknownIdentity(

@@ -160,6 +160,32 @@ def test_a_mask_that_numbers_sequences_in_a_row_is_refused(model, run):
     assert read(run).sequences == {}
 
 
+def test_hooks_that_somebody_takes_off_are_missed(model, run):
+    ids, _ = batch([6])
+    with pytest.warns(UserWarning, match="taken off the model inside"), observed(model, run):
+        model(ids)
+        for module in model.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        model(ids)
+    assert list(read(run).sequences.values()) == ids.tolist()
+
+
+@needs_router
+@pytest.mark.parametrize("layers", [[1], range(LAYERS)])
+def test_a_router_that_is_exchanged_inside_the_block_is_missed(run, layers):
+    """All of them too, as get_peft_model(modules_to_save=["gate"]) does inside."""
+    model, other = tiny_model(), tiny_model(seed=1)
+    ids, _ = batch([6])
+    with observed(model, run):
+        model(ids)
+        for layer in layers:
+            model.model.layers[layer].mlp.gate = other.model.layers[layer].mlp.gate
+        with pytest.raises(UnknownIdentity, match=r"the routers of layers .* did not run"):
+            model(ids)
+    assert list(read(run).sequences.values()) == ids.tolist()
+
+
 def test_arguments_by_position_are_known_where_a_forward_was_replaced(run):
     model = tiny_model()
     forward = model.model.forward
