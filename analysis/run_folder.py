@@ -1,5 +1,6 @@
 """The folder of a run, on disk or in an object store, whose files are checked at the door."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -7,6 +8,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from bhlog.analysis.replay.listed import LIST_NAME, MOST_LIST_BYTES, read_list
 from bhlog.analysis.storage import filesystem, reached, read_manifest
 from bhlog.capture.contract.errors import CorruptShard, one_line
 from bhlog.capture.contract.manifest import Seal, manifest_name
@@ -27,6 +29,7 @@ class RunFolder:
         self.path = shown(str(path))
         self._fs, self._root = filesystem(str(path))
         self.manifest = read_manifest(self.path, self._fs, self._root)
+        self._replays: dict[str, Mapping[str, Seal] | None] = {}
 
     @property
     def location(self) -> PurePosixPath:
@@ -113,7 +116,35 @@ class RunFolder:
 
     def seal(self, path: str) -> Seal | None:
         """What a shard was when it was written, by its path inside the run; None if unknown."""
+        folder, _, name = path.rpartition("/")
+        if folder.startswith("replay/"):
+            parts = self.replay_parts(folder)
+            if parts is not None and name not in parts:
+                raise CorruptShard(f"{self.path}/{path}: not in {LIST_NAME} beside it")
+            return None if parts is None else parts[name]
         return self._seals.get(path)
+
+    @cached_property
+    def replay_folders(self) -> tuple[str, ...]:
+        """Folders of the run's replays, by their path inside the run, sorted."""
+        folders = {path.rpartition("/")[0] for path in self.tree()}
+        return tuple(sorted(f for f in folders if f.startswith("replay/") and f.count("/") == 1))
+
+    def replay_parts(self, folder: str) -> Mapping[str, Seal] | None:
+        """Seals of a replay's parts by file name; None if no list of them is there.
+
+        Raises:
+            CorruptShard: the list cannot be read.
+        """
+        if folder not in self._replays:
+            path = f"{folder}/{LIST_NAME}"
+            parts = None
+            if path in self.tree():
+                with self.open_file(path) as file:
+                    text = file.read(MOST_LIST_BYTES)
+                parts = read_list(text, f"{self.path}/{path}")
+            self._replays[folder] = parts
+        return self._replays[folder]
 
     @cached_property
     def _seals(self) -> dict[str, Seal]:

@@ -22,6 +22,7 @@ from bhlog.analysis.database.pages import Chunk, chunks_of, page_error
 from bhlog.analysis.log import Log
 from bhlog.analysis.replay.decisions import SCHEMA as DECISIONS
 from bhlog.capture.contract.errors import CorruptShard
+from bhlog.capture.contract.manifest import Seal
 from bhlog.capture.contract.schema import SHARD_NAME
 
 SCHEME = "bhlog"
@@ -55,9 +56,21 @@ class RunFiles(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships no typ
                 shard = folder in ("routing", "tokens") or re.fullmatch(r"replay/[^/]+", folder)
                 if path == "kde.parquet" or (shard and SHARD_NAME.fullmatch(file)):
                     self._files[f"{name}/{path}"] = (log, path, size)
+            for folder in log.replay_folders:  # a part that is gone is met when it is opened
+                for file, seal in (self._listed(log, folder) or {}).items():
+                    self._files.setdefault(
+                        f"{name}/{folder}/{file}", (log, f"{folder}/{file}", seal.bytes)
+                    )
         self._layouts: dict[str, _Layout] = {}
         self._held = _Held()
         self._unchecked = _Unchecked()
+
+    def _listed(self, log: Log, folder: str) -> Mapping[str, Seal] | None:
+        """Seals of a replay's parts; a list that cannot be read is told when a part is opened."""
+        try:
+            return log.replay_parts(folder)
+        except CorruptShard:
+            return None
 
     def listing(self, run: str, folder: str) -> dict[str, int]:
         """Bytes of a file of a run or of those below a folder, by path for DuckDB, sorted."""

@@ -15,6 +15,7 @@ import pyarrow as pa
 from bhlog.analysis.fold import WHOLE, Scope
 from bhlog.analysis.log import Log, logits_of
 from bhlog.analysis.replay.decide import COLUMNS, Decider, decider_of
+from bhlog.analysis.replay.listed import write_list
 from bhlog.capture.contract.errors import InvalidOption, RouterLogError, RunExists
 from bhlog.capture.contract.files import open_part, seal, sync_folder
 from bhlog.capture.contract.manifest import ModelInfo
@@ -73,9 +74,9 @@ def write_decisions(
 ) -> list[Path]:
     """Write the decisions of a replay: OUT/NAME/rank00000-00000.parquet for each setting.
 
-    A file has the rows of the routing shard of the same name, in the same order. A folder gets its
-    name when it is whole; until then it is in OUT/.part, which one call at a time writes. Memory
-    stays flat.
+    A file has the rows of the routing shard of the same name, in the same order; _replay.json lists
+    them. A folder gets its name when it is whole; until then it is in OUT/.part, which one call at
+    a time writes. Memory stays flat.
 
     Weights follow the model's formula as far as the manifest tells it, in float32: a softmax or
     sigmoid of each logit, divided by its sum where the model does so, times its scale. Models that
@@ -124,6 +125,8 @@ def write_decisions(
                 for name, folder in zip(names, folders, strict=True)
             ]
             _write_shards(log, decider, settings, parts, scope)
+            for part in parts:
+                write_list(part)
             for part, folder in zip(parts, folders, strict=True):
                 _name(part, folder)
         sync_folder(Path(out))

@@ -34,7 +34,8 @@ from bhlog.capture.contract.files import whole_file
 from bhlog.capture.contract.rule import Bounds
 from bhlog.capture.contract.schema import list_type
 
-PROFILE_SCHEMA_VERSION = 1
+PROFILE_SCHEMA_VERSION = 2
+_READ = ("1", "2")  # versions
 
 SCHEMA = pa.schema(
     [
@@ -127,14 +128,14 @@ def read(path: str | Path) -> tuple[Facts, Counts, Counts | None, dict[int, int]
             f"{path}: columns are {', '.join(table.column_names)}; "
             f"a profile file has {', '.join(SCHEMA.names)}"
         )
-    if version != str(PROFILE_SCHEMA_VERSION):
+    if version not in _READ:
         raise CorruptProfile(
             f"{path}: a profile file of version {version or 'none'}, this bhlog reads "
             f"{PROFILE_SCHEMA_VERSION}; make it anew with: bhlog sweep RUN --save FILE"
         )
     try:
         parts = _parts(table, _bounds(metadata))
-        check_checksum(table)
+        check_checksum(table, required=version != "1")
     except (RouterLogError, ValueError) as error:
         raise CorruptProfile(f"{path}: {error}") from error
     return parts

@@ -14,6 +14,7 @@ from bhlog.analysis.fold import Progress, in_order
 from bhlog.analysis.log import Log
 from bhlog.analysis.verify.pair import Pair, checked, rank_and_number
 from bhlog.analysis.verify.replayed import verify_replay
+from bhlog.analysis.verify.replays import replay_problems
 from bhlog.capture.contract.card import CARD_NAME
 from bhlog.capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch
 from bhlog.capture.contract.manifest import MANIFEST_NAME, ShardEntry, manifest_name
@@ -47,7 +48,13 @@ def verify(log: Log, progress: Progress | None = None) -> list[Finding]:
     the tokens of one shard and one row group. A run that is open, or whose capture was killed, is
     whole as far as it goes: what is missing is a warning.
     """
-    return [*_manifest(log), *_files(log), *_null_model(log), *_shards(log, progress)]
+    return [
+        *_manifest(log),
+        *_files(log),
+        *_null_model(log),
+        *_shards(log, progress),
+        *_replays(log),
+    ]
 
 
 def verify_decisions(
@@ -194,6 +201,11 @@ def _null_model(log: Log) -> Iterator[Finding]:
             yield Finding("null model", "error", where, "missing: the run was routed by it")
         return
     yield Finding("null model", "ok", where, f"{len(null)} layers, sha256 {null.sha256[:12]}...")
+
+
+def _replays(log: Log) -> Iterator[Finding]:
+    for status, where, detail in replay_problems(log):
+        yield Finding("replay", "error" if status == "error" else "warning", where, detail)
 
 
 def _orders_by_logit(log: Log) -> bool:

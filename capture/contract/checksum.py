@@ -1,7 +1,7 @@
 """Parquet files of one table beside the log: null models and profiles, bounded and checked.
 
-Such a file carries the sha256 of what its rows hold in its metadata. Files of earlier versions
-have none, and are read as they are.
+Such a file carries the sha256 of what its rows hold in its metadata, from version 2 on. Files of
+version 1 have none, and are read as they are.
 """
 
 import errno
@@ -62,9 +62,15 @@ def read_table(file: pq.ParquetFile, rows: str = "rows") -> pa.Table:
     return file.read(use_threads=False)
 
 
-def check_checksum(table: pa.Table) -> None:
-    """Raise ValueError if the rows are not those that were written."""
+def check_checksum(table: pa.Table, *, required: bool) -> None:
+    """Raise ValueError if the rows are not those that were written.
+
+    Args:
+        required: whether files of its version have a checksum.
+    """
     expected = (table.schema.metadata or {}).get(_CHECKSUM)
+    if expected is None and required:
+        raise ValueError("it lacks its checksum: restore the file from a copy")
     if expected is not None and checksum(table).encode() != expected:
         raise ValueError("its rows are not those that were written: restore the file from a copy")
 

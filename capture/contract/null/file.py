@@ -15,7 +15,7 @@ the histogram of the same logits at another trimming level, from which a refit c
 
 The file's metadata holds `bhlog.kde_schema_version`, where it is known `bhlog.n_experts`, the
 experts per router of the model that the logits are of, and `bhlog.sha256` of what the rows hold,
-which loading compares; files of earlier versions have none.
+which loading compares; files of version 1 may have none.
 """
 
 import io
@@ -34,7 +34,8 @@ from bhlog.capture.contract.null.histogram import BIN_WIDTH, LARGEST_LOGIT, Hist
 from bhlog.capture.contract.null.layer import LayerNull
 from bhlog.capture.contract.schema import list_type, schema_difference
 
-KDE_SCHEMA_VERSION = 1
+KDE_SCHEMA_VERSION = 2
+_READ = ("1", "2")  # versions; those of before had none
 
 _VERSION, _N_EXPERTS = b"bhlog.kde_schema_version", b"bhlog.n_experts"
 KDE_SCHEMA = pa.schema(
@@ -113,7 +114,8 @@ def from_bytes(data: bytes) -> tuple[dict[int, LayerNull], int | None]:
             raise CorruptKde(f"layer {layer}: {error}") from error
     layers = {i: LayerNull(i, tuple(c)) for i, c in sorted(curves.items())}
     try:
-        check_checksum(table)
+        version = (table.schema.metadata or {}).get(_VERSION, b"1")
+        check_checksum(table, required=version != b"1")
     except ValueError as error:
         raise CorruptKde(str(error)) from error
     return layers, n_experts
@@ -124,7 +126,7 @@ def _check_schema(file: pq.ParquetFile) -> int | None:
     schema: pa.Schema = file.schema_arrow
     metadata = schema.metadata or {}
     version = metadata.get(_VERSION, b"").decode("ascii", "replace")
-    if version and version != str(KDE_SCHEMA_VERSION):
+    if version and version not in _READ:
         raise CorruptKde(
             f"a null model file of version {version[:20]!r}, this bhlog reads "
             f"{KDE_SCHEMA_VERSION}; read it with the bhlog that wrote it"

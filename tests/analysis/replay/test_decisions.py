@@ -35,7 +35,7 @@ def tables(folder):
 def test_decisions_at_the_settings_of_the_run_are_the_logged_rows(run, tmp_path):
     (folder,) = write_decisions(open_log(run), [OPTIONS], tmp_path / "out")
     names = ["rank00000-00000.parquet", "rank00000-00001.parquet"]
-    assert sorted(path.name for path in folder.iterdir()) == names
+    assert sorted(path.name for path in folder.iterdir()) == ["_replay.json", *names]
     for mine, logged in zip(tables(folder), tables(run / "routing"), strict=True):
         assert mine == [{name: row[name] for name in mine[0]} for row in logged]
 

@@ -218,7 +218,8 @@ def test_other_rows_than_were_written_are_noticed(profile, tmp_path):
     with pytest.raises(CorruptProfile, match="not those that were written"):
         Profile.load(path)
     plain = {k: v for k, v in table.schema.metadata.items() if k != b"bhlog.sha256"}
-    pq.write_table(table.replace_schema_metadata(plain), path)  # of before checksums
+    plain[b"bhlog.profile_schema_version"] = b"1"  # of before checksums
+    pq.write_table(table.replace_schema_metadata(plain), path)
     assert Profile.load(path).alphas.tolist() == profile.alphas.tolist()
 
 
@@ -282,7 +283,10 @@ def test_an_older_file_has_no_bounds(bounded, tmp_path):
     bounded.save(path)
     table = pq.read_table(path)
     version = b"bhlog.profile_schema_version"
-    older = {version: table.schema.metadata[version]}
+    older = {version: b"1"}
+    pq.write_table(table.replace_schema_metadata({version: b"2"}), path)
+    with pytest.raises(CorruptProfile, match="lacks its checksum"):
+        Profile.load(path)
     pq.write_table(table.replace_schema_metadata(older), path)
     assert Profile.load(path).bounds == Bounds()
     assert Profile.load(path).mean_experts(0.3) == bounded.mean_experts(0.3, min_k=1, max_k=16)

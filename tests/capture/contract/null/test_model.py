@@ -309,7 +309,7 @@ def test_a_file_that_is_no_null_model_is_named(tmp_path):
             KdeModel.load(path)
     newer = pa.table({"layer": [1]}).replace_schema_metadata({"bhlog.kde_schema_version": "9"})
     pq.write_table(newer, path)
-    with pytest.raises(CorruptKde, match="of version '9', this bhlog reads 1"):
+    with pytest.raises(CorruptKde, match="of version '9', this bhlog reads 2"):
         KdeModel.load(path)
     with pytest.raises(CorruptKde, match="at least one layer"):
         KdeModel({})
@@ -365,6 +365,10 @@ def test_a_file_of_before_checksums_reads(tmp_path):
     table = normal_kde([0, 1]).to_table()
     metadata = {k: v for k, v in table.schema.metadata.items() if k != b"bhlog.sha256"}
     assert len(metadata) == len(table.schema.metadata) - 1
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "null.parquet")
+    with pytest.raises(CorruptKde, match="lacks its checksum"):
+        KdeModel.load(tmp_path / "null.parquet")
+    metadata[b"bhlog.kde_schema_version"] = b"1"
     pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "null.parquet")
     assert sorted(KdeModel.load(tmp_path / "null.parquet")) == [0, 1]
 
