@@ -30,6 +30,7 @@ def equal_cost(subject: Subject) -> Panel | None:
     names = (*(TESTS if kde is not None else ()), *OTHERS)
     scope = Scope(sample=min(1.0, MOST_ROWS / max(1, run.manifest.totals.rows)))
     top_k = run.manifest.model.top_k
+    asked = " ".join(f"--policy {name}" for name in names)
     texts = [f"topk:{top_k}" if name == "topk" else name for name in names]
     open_policies = [parse_policy(one, open_value=True) for one in texts]
     matched = match_experts(run, open_policies, top_k, kde=kde, scope=scope)
@@ -51,7 +52,7 @@ def equal_cost(subject: Subject) -> Panel | None:
             Listed(f"Policies brought to {top_k} experts a token", table, shown=True),
             Listed("Points of the curves", _points(curves)),
         ),
-        commands=(f"bhlog compare {quoted(run.path)} {' '.join(names)} --experts {top_k}{flags}",),
+        commands=(f"bhlog compare {quoted(run.path)} {asked} --experts {top_k}{flags}",),
     )
 
 

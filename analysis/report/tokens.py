@@ -90,7 +90,10 @@ def extremes(subject: Subject) -> Panel | None:
             Listed("Most experts", _of(shown, "most"), shown=True),
             Listed("Fewest experts", _of(shown, "fewest")),
         ),
-        commands=(f"bhlog sql {quoted(run.path)}{tokens} --query easiest_and_hardest_tokens",),
+        commands=(
+            f"bhlog sql {quoted(run.path)}{tokens} --query easiest_and_hardest_tokens "
+            "--param top=15 --param around=8",
+        ),
     )
 
 

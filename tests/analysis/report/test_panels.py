@@ -2,10 +2,13 @@
 
 import json
 import re
+import shlex
+from html import unescape
 
 import numpy as np
 import pytest
 
+from bhlog.analysis.cli import main
 from bhlog.analysis.log import logits_of
 from bhlog.analysis.report.document import report
 from bhlog.analysis.report.mind import of_null, of_run
@@ -99,3 +102,15 @@ def test_what_to_mind_is_said_with_a_command(tmp_path):
     assert said[0].what.startswith("The null model was fitted from all logits")
     assert said[0].command == f"bhlog kde fit {path} --trim-high 8 --out null.parquet"
     assert said[1].what.startswith("P-values are not uniform in")
+
+
+@pytest.mark.slow
+def test_every_command_on_the_page_runs(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = [unescape(one) for one in re.findall(r"<code>(bhlog .*?)</code>", text)]
+    assert len(commands) >= 11
+    for command in commands:
+        with pytest.raises(SystemExit) as end:
+            main(shlex.split(command)[1:])
+        out, err = capsys.readouterr()
+        assert end.value.code == 0 and out, (command, err)
