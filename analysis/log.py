@@ -196,6 +196,14 @@ class Log(RunFolder):
             if batch is None:
                 return
             self._check_values(batch, f"routing/{group.shard}")
+            if "layer" in there:
+                layers = values_of(batch.column("layer"))
+                if (layers != group.layer).any():
+                    raise CorruptShard(
+                        f"{self.path}/routing/{group.shard}: row group {group.index} has rows of "
+                        f"layer {layers[layers != group.layer][0]}, its statistics say "
+                        f"{group.layer}; restore the file from a copy"
+                    )
             if len(there) < len(needed):
                 batch = filled(batch, "routing", needed)
             if asked is not None:

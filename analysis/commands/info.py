@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bhlog.analysis.bar import progress_bar
-from bhlog.analysis.cells import cell
+from bhlog.analysis.cells import cell, spelled_out
 from bhlog.analysis.commands.kinds import RUN
 from bhlog.analysis.commands.options import Output, output_options
 from bhlog.capture.contract.errors import CorruptRun
@@ -13,6 +13,9 @@ from bhlog.capture.contract.errors import CorruptRun
 if TYPE_CHECKING:
     import polars as pl
 
+    from bhlog.analysis.run import Run
+
+NOT_CLOSED = 3  # exit status of verify
 _MOST_SOURCES = 8  # shown in a table; programs get all of them
 
 
@@ -46,11 +49,13 @@ def info(run: str, output: Output) -> None:
 @click.argument("run", type=RUN)
 @click.option("--replay", is_flag=True, help="Also replay the run at its own settings.")
 @output_options()
-def verify(run: str, replay: bool, output: Output) -> None:
+def verify(run: str, replay: bool, output: Output) -> int:
     """Is a run whole, and does replay reproduce it?
 
     Reads every page of every shard and prints what was found: ok, warning (worth knowing, nothing
-    is wrong) or error. Exits 1 if there is an error.
+    is wrong) or error. Exits 1 if there is an error, 3 if there is none but the run was not closed:
+    its capture still runs or was killed. It cannot tell whether the model gave these logits and
+    losses; weights it compares with the formula that the manifest tells.
     """
     import polars as pl
 
@@ -64,6 +69,20 @@ def verify(run: str, replay: bool, output: Output) -> None:
     errors = frame.filter(pl.col("status") == "error").height
     if errors:
         raise CorruptRun(f"{run}: {errors} {'error' if errors == 1 else 'errors'} found")
+    if log.manifest.closed is None:
+        click.echo(f"bhlog: {spelled_out(_missing(log))}", err=True)
+        return NOT_CLOSED
+    return 0
+
+
+def _missing(log: "Run") -> str:
+    """What an open run has and lacks, in a line."""
+    tokens = sum(log.open_shard("tokens", name).metadata.num_rows for name in log.token_shards)
+    shards = "1 sealed shard" if len(log.shards) == 1 else f"{len(log.shards):,} sealed shards"
+    return (
+        f"{log.path}: not closed: {tokens:,} tokens in {shards} are whole, what came after them "
+        "is missing; let the capture end, or continue it with --resume"
+    )
 
 
 def _one_row(facts: dict[str, Any], *, words: bool) -> "pl.DataFrame":

@@ -7,6 +7,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from bhlog.analysis.log import Log, logits_of
+from bhlog.analysis.verify.weighed import not_finite
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.rule import finite_keys, no_finite_logit
 
@@ -47,6 +48,7 @@ def _checks(
     )
     yield n != lengths, "n_selected is not the number of experts"
     yield weights != lengths, "experts and weights differ in number"
+    yield not_finite(batch), "a weight is NaN, infinite or negative, its logits are finite"
     width = max(1, int(lengths.max(initial=0)))
     logged = padded_experts(experts, width).astype(np.int64)
     used = np.arange(width) < lengths[:, None]  # (T, width)

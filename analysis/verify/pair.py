@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 
 from bhlog.analysis.fold import Progress
 from bhlog.analysis.log import Log
-from bhlog.analysis.verify.decided import expert_problems
+from bhlog.analysis.verify.decided import expert_problems, padded_experts
 from bhlog.analysis.verify.token_rows import Identity, identity_of
+from bhlog.analysis.verify.weighed import loss_remark, unlike_the_formula
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.errors import CorruptShard
 from bhlog.capture.contract.schema import SHARD_NAME, routing_schema, tokens_schema
@@ -64,6 +65,9 @@ class Pair:
         self.tokens = table.num_rows
         self.digest = identity.digest() if table.num_rows else None
         self._check_identity("tokens", table, identity)
+        odd = loss_remark(table)
+        if odd is not None:
+            self.remarks.append(odd)
         twice = identity.repeated()
         if twice is not None:
             self._row_error(f"tokens: {twice} is there twice")
@@ -97,6 +101,8 @@ class Pair:
                 problems, nonfinite = expert_problems(self.log, batch, by_logit=self.by_logit)
                 for row, problem in problems:
                     self._row_error(f"layer {layer}: {part.words(row)}: {problem}")
+                if not problems:
+                    self._check_weights(layer, batch)
                 self.rows += batch.num_rows
                 self.nonfinite += nonfinite
                 if progress is not None:
@@ -104,6 +110,17 @@ class Pair:
             difference = None if tokens is None else Identity.join(parts).difference(tokens)
             if difference is not None:
                 self._row_error(f"layer {layer}: {difference}")
+
+    def _check_weights(self, layer: int, batch: pa.RecordBatch) -> None:
+        """A remark, for a model may have a formula that the manifest does not tell whole."""
+        width = max(1, int(values_of(batch.column("n_selected")).max(initial=0)))
+        experts = padded_experts(batch.column("experts"), width)
+        unlike = int(unlike_the_formula(self.log, batch, experts).sum())
+        if unlike:
+            self.remarks.append(
+                f"layer {layer}: weights of {unlike:,} rows are not by the model's formula as the "
+                "manifest tells it"
+            )
 
     def _check_schema(self, shard: pq.ParquetFile, expected: pa.Schema) -> None:
         found = shard.schema_arrow
