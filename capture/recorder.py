@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from bhlog.capture.contract.errors import UnknownIdentity
 from bhlog.capture.routers.routing import finite_keys
@@ -48,8 +49,14 @@ class Record:
             tensors: (T, ...) by name.
 
         Raises:
-            UnknownIdentity: the router saw other rows than the model was given, or ran too often.
+            UnknownIdentity: the router saw other rows than the model was given, or ran too often,
+                or its tensors stand for others.
         """
+        if is_functorch_wrapped_tensor(tensors["logits"]):
+            raise UnknownIdentity(
+                "the model runs inside a transform of torch.func (vmap, grad, jvp), where tensors "
+                "stand for others: run it outside of that, or inside `with patcher.paused():`"
+            )
         rows = tensors["logits"].shape[0]
         if rows != self.forward.rows:
             raise UnknownIdentity(

@@ -160,6 +160,27 @@ def test_a_mask_that_numbers_sequences_in_a_row_is_refused(model, run):
     assert read(run).sequences == {}
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("transform", ["vmap", "grad"])
+def test_a_model_inside_a_transform_of_torch_func_is_refused(model, run, transform):
+    ids, _ = batch([6, 6])
+    embeds = model.get_input_embeddings()(ids).detach()
+
+    def first(row: Tensor) -> Tensor:
+        return model(inputs_embeds=row[None], use_cache=False).logits[0]
+
+    with observed(model, run) as patcher:
+        with pytest.raises(UnknownIdentity, match=r"inside a transform of torch\.func"):
+            if transform == "vmap":
+                torch.func.vmap(first)(embeds)
+            else:
+                torch.func.grad(lambda row: first(row).sum())(embeds[0])
+        with patcher.paused():
+            torch.func.grad(lambda row: first(row).sum())(embeds[0])
+        model(ids)
+    assert list(read(run).sequences.values()) == ids.tolist()
+
+
 def test_hooks_that_somebody_takes_off_are_missed(model, run):
     ids, _ = batch([6])
     with pytest.warns(UserWarning, match="taken off the model inside"), observed(model, run):
