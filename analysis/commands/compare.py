@@ -20,6 +20,7 @@ from bhlog.analysis.commands.options import (
     scope_options,
     write_figure,
 )
+from bhlog.capture.contract.errors import InvalidOption
 
 if TYPE_CHECKING:
     import polars as pl
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from bhlog.analysis.fold import Scope
     from bhlog.analysis.log import Log
     from bhlog.analysis.replay.policy import Policy
+    from bhlog.analysis.run import Run
     from bhlog.capture.contract.null.model import KdeModel
     from bhlog.capture.contract.rule import Bounds
 
@@ -46,12 +48,23 @@ SHORT = (
     "dead_experts",
     "flops",
 )
+HELD_OUT = (
+    "policy",
+    "null",
+    "fitted_experts",
+    "mean_experts",
+    "sd_experts",
+    "probability_kept",
+    "native_recall",
+    "flops",
+)
 
 
 @click.command(
     epilog="\b\nexamples:\n"
     "  bhlog compare runs/demo/bh-0.3 --policy bh:0.3 --policy topk:8 --policy topp:0.5\n"
     "  bhlog compare runs/demo/native --kde runs/demo/null.parquet --experts 8 --figure cost.png\n"
+    "  bhlog compare --fit-on runs/demo/fit --test-on runs/demo/native --experts 6 --max-k 16\n"
     "  bhlog compare --list"
 )
 @click.argument("run", required=False, type=RUN)
@@ -70,6 +83,14 @@ SHORT = (
     metavar="K",
     help="Bring every policy to K mean experts per token first, by its value.",
 )
+@click.option(
+    "--fit-on",
+    type=RUN,
+    metavar="RUN",
+    help="Choose parameters on this run, under null models fitted from it: whole, trimmed, by "
+    "expert.",
+)
+@click.option("--test-on", type=RUN, metavar="RUN", help="Report on this one, of another text.")
 @kde_option
 @bounds_options()
 @scope_options
@@ -82,6 +103,8 @@ def compare(
     run: str | None,
     texts: tuple[str, ...],
     experts: float | None,
+    fit_on: str | None,
+    test_on: str | None,
     kde: str | None,
     bounds: "Bounds",
     scope: "Scope",
@@ -94,12 +117,23 @@ def compare(
     """Compare policies over a run: what each would have chosen, and at what cost.
 
     Reads only the log: no model, no GPU. --figure draws probability kept against experts, a curve a
-    policy.
+    policy. --fit-on and --test-on hold a text out: what one run chose, on the other.
     """
     import polars as pl
 
     if listing:
         output.write(_families())
+        return
+    if fit_on is not None or test_on is not None:
+        if fit_on is None or test_on is None or run is not None:
+            raise InvalidOption("--fit-on RUN goes with --test-on RUN, and no other run")
+        if kde is not None or by_layer or figure is not None:
+            raise InvalidOption(
+                "--fit-on fits nulls of its own and prints one table: leave "
+                "--kde, --by-layer and --figure out"
+            )
+        frame = _held_out(open_run(fit_on), open_run(test_on), texts, experts, bounds, scope)
+        output.write(frame if all_columns or not output.for_people else frame.select(HELD_OUT))
         return
     if run is None:
         raise click.UsageError("name the run to compare policies on, or --list")
@@ -118,6 +152,23 @@ def compare(
         _note_misses(frame.filter(pl.col("layer").is_null()), experts)
     if figure is not None:
         _draw(log, policies, null, kde, figure, bounds, scope)
+
+
+def _held_out(
+    fitted: "Run",
+    tested: "Run",
+    texts: tuple[str, ...],
+    experts: float | None,
+    bounds: "Bounds",
+    scope: "Scope",
+) -> "pl.DataFrame":
+    from bhlog.analysis.replay.held_out import held_out
+    from bhlog.analysis.replay.registry import families
+
+    budget = fitted.manifest.model.top_k if experts is None else experts
+    with progress_bar("held out", None) as advance:
+        rows = scope.but(progress=advance)
+        return held_out(fitted, tested, texts or (*families(),), budget, bounds=bounds, scope=rows)
 
 
 def _policies(
