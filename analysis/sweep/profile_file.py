@@ -111,8 +111,9 @@ def read(path: str | Path) -> tuple[Facts, Counts, Counts | None, dict[int, int]
         CorruptProfile: it is not there, or not a profile file.
     """
     try:
-        with pq.ParquetFile(pa.BufferReader(read_bytes(Path(path)))) as file:
-            table = read_table(file)
+        data = read_bytes(Path(path))
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            table = read_table(file, len(data))
     except OSError as error:
         raise CorruptProfile(
             f"{path}: cannot read a profile ({error.strerror or error}); "

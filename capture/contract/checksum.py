@@ -17,6 +17,8 @@ from bhlog.capture.contract.arrays import values_of
 MOST_BYTES = 1 << 31  # of a file
 MOST_ROWS = 1 << 20  # a small file can claim more than any memory holds
 MOST_VALUES = 1 << 28  # in a column
+FREE_BYTES = 1 << 28  # that any file may take in memory
+MOST_RATIO = 1 << 10  # of bytes in memory to bytes in the file, beyond those: histograms are sparse
 _CHECKSUM = b"bhlog.sha256"
 
 
@@ -42,8 +44,11 @@ def with_checksum(table: pa.Table) -> pa.Table:
     )
 
 
-def read_table(file: pq.ParquetFile, rows: str = "rows") -> pa.Table:
+def read_table(file: pq.ParquetFile, size: int, rows: str = "rows") -> pa.Table:
     """The table of a file whose columns were looked at; its rows go by a name of their own.
+
+    Args:
+        size: bytes of the file.
 
     Raises:
         ValueError: it claims to hold more than fits, or other rows than were written.
@@ -53,11 +58,15 @@ def read_table(file: pq.ParquetFile, rows: str = "rows") -> pa.Table:
     footer = file.metadata
     if footer.num_rows > MOST_ROWS:
         raise ValueError(f"claims to hold {footer.num_rows:,} {rows}")
+    claimed, most = 0, FREE_BYTES + MOST_RATIO * size
     for group in range(footer.num_row_groups):
         for column in range(footer.num_columns):
             values = footer.row_group(group).column(column).num_values
             if not 0 <= values <= MOST_VALUES // footer.num_row_groups:
                 raise ValueError(f"claims to hold {values:,} values in a column")
+            claimed += 8 * values
+    if claimed > most:
+        raise ValueError(f"claims to hold {claimed >> 20:,} MiB in {size:,} bytes")
     # one of Arrow's threads would end the process if it let go of the bytes at exit
     return file.read(use_threads=False)
 

@@ -100,7 +100,7 @@ def from_bytes(data: bytes) -> tuple[dict[int, LayerNull], int | None]:
     try:
         with pq.ParquetFile(pa.BufferReader(data)) as file:
             n_experts = _check_schema(file)
-            table = read_table(file, rows="curves")
+            table = read_table(file, len(data), rows="curves")
         for row in _read_rows(table):
             groups.setdefault((row["layer"], row["expert"]), []).append(row)
     except (pa.ArrowException, OSError, ValueError) as error:

@@ -6,6 +6,7 @@ module: numpy itself is never imported or called by a pickle. An array is rebuil
 its number format and its bytes.
 """
 
+import errno
 import io
 import pickle
 import pickletools
@@ -85,6 +86,8 @@ def read_curve(path: Path) -> NullCurve:
         UnsafePickle: it names something other than numpy arrays.
     """
     try:
+        if path.exists() and not path.is_file():  # a FIFO would wait for ever
+            raise OSError(errno.EINVAL, "not a file")
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
     except OSError as error:

@@ -416,3 +416,15 @@ def test_saving_where_nothing_can_be_written_is_one_clear_error(tmp_path):
 def test_thresholds_exist_for_alphas_between_0_and_1(alpha):
     with pytest.raises(InvalidOption, match="between 0 and 1"):
         normal_kde([0])[0].thresholds(alpha, 64)
+
+
+def test_a_small_file_that_would_fill_memory_is_refused_before_it_is_read(tmp_path):
+    lists = pa.array([np.zeros(1 << 20, np.int64)] * 40, pa.list_(pa.int64()))
+    pq.write_table(pa.table({"counts": lists}), tmp_path / "bomb", compression="zstd")
+    size = (tmp_path / "bomb").stat().st_size
+    assert size < 50_000
+    with (
+        pq.ParquetFile(tmp_path / "bomb") as file,
+        pytest.raises(ValueError, match=r"claims to hold 320 MiB in [\d,]+ bytes"),
+    ):
+        table_file.read_table(file, size)

@@ -257,3 +257,9 @@ def test_a_pickle_that_is_no_null_model_is_named(tmp_path, content, message):
     write(tmp_path, "distribution_model_layer_3.pkl", content)
     with pytest.raises(CorruptKde, match=f"layer_3.pkl: .*{message}"):
         load_kde_models(tmp_path)
+
+
+def test_a_pickle_that_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "distribution_model_layer_0.pkl")
+    with pytest.raises(CorruptKde, match=r"cannot be read \(not a file|Invalid argument"):
+        load_kde_models(tmp_path)
