@@ -78,8 +78,10 @@ class Field:
             RouterLogError: it has no such field, or the field holds something else.
         """
         value: Any = record.get(self.name) if isinstance(record, dict) else None
-        if self.chat and isinstance(value, list) and value and all(map(_is_message, value)):
-            return Document(source, "", tuple(value))
+        if isinstance(value, list) and value and all(map(_is_message, value)):
+            if self.chat:
+                return Document(source, "", tuple(value))
+            raise RouterLogError(f"{where}: field '{self.name}' holds messages: read with --chat")
         if self.chat or not isinstance(value, str):
             found = map(str, record) if isinstance(record, dict) else [type(record).__name__]
             raise self.missing(found, where)

@@ -11,6 +11,7 @@ from bhlog.analysis.cli import main
 from bhlog.analysis.run import open_log
 from bhlog.capture.checkpoint import load_model
 from bhlog.capture.contract.errors import RouterLogError
+from bhlog.capture.documents import Field, read_documents
 from bhlog.capture.observe import observe
 from bhlog.capture.text import ByteTokenizer, conversation
 from tests.capture.tiny import batch, rows_of
@@ -128,6 +129,13 @@ def test_what_holds_no_messages_is_refused_in_a_line(tmp_path, capsys, name, con
     assert bhlog("capture", "demo", "--text", tmp_path / name, "--chat", "--out", out) == 1
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1 and not out.exists()
+
+
+def test_messages_that_are_read_as_text_are_told_of_chat(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": TALK}))
+    with pytest.raises(RouterLogError, match="field 'messages' holds messages: read with --chat"):
+        list(read_documents([path], field=Field("messages")))
 
 
 def test_roles_that_callers_name_follow_prompts_and_forks(model, run):
