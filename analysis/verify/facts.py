@@ -3,8 +3,6 @@
 import shlex
 from typing import Any
 
-import pyarrow.compute as pc
-
 from bhlog.analysis.log import Log
 from bhlog.capture.contract.errors import CorruptShard
 
@@ -84,6 +82,8 @@ def _null_model(log: Log) -> str | None:
 
 
 def _counts(log: Log) -> dict[str, Any]:
+    import pyarrow.compute as pc  # takes long to import, and every open run knows its facts
+
     rows = tokens = unreadable = n_bytes = 0
     sources: dict[str, int] = {}
     sizes = log.tree()

@@ -14,7 +14,19 @@ from tests.synthetic import normal_kde, write_run
 
 LAYERS = (0, 2)
 SHAPE = {"layers": LAYERS, "n_experts": 16, "n_sequences": 4, "length": 30, "top_k": 4}
-VERBS = {"replay", "sweep", "compare", "fidelity", "fit", "check", "sql", "plot", "verify"}
+VERBS = {
+    "replay",
+    "sweep",
+    "compare",
+    "explore",
+    "fidelity",
+    "report",
+    "fit",
+    "check",
+    "sql",
+    "plot",
+    "verify",
+}
 
 
 @pytest.fixture(scope="module")
