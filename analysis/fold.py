@@ -166,23 +166,26 @@ def in_order(
 
 
 def sampled(batch: pa.RecordBatch, share: float) -> NDArray[np.bool_]:
-    """(T,) bool: rows of the tokens in a sample, decided by (rank, sequence, position) alone.
+    """(T,) bool: rows of the tokens in a sample, decided by (rank, sequence, position) alone."""
+    mixed = mix(*(values_of(batch.column(name)) for name in _OF_A_TOKEN))
+    uniform = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    chosen: NDArray[np.bool_] = uniform < share
+    return chosen
+
+
+def mix(*columns: NDArray[Any]) -> NDArray[np.uint64]:
+    """(T,) uint64, even over all values: the same for the same numbers in a row.
 
     Reference:
         Steele, Lea and Flood (2014), OOPSLA: the finalizer of SplitMix64.
     """
-    rank, sequence, position = (
-        values_of(batch.column(name)).astype(np.uint64) for name in ("rank", "sequence", "position")
-    )
-    mixed = np.zeros(len(rank), dtype=np.uint64)
-    for part in (rank, sequence, position):
+    mixed = np.zeros(len(columns[0]), dtype=np.uint64)
+    for part in (column.astype(np.uint64) for column in columns):
         mixed = (mixed ^ part) + np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         mixed ^= mixed >> np.uint64(31)
-    uniform = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    chosen: NDArray[np.bool_] = uniform < share
-    return chosen
+    return mixed
 
 
 def _stretches(groups: list[RowGroup], most: int) -> list[list[RowGroup]]:

@@ -21,9 +21,10 @@ from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions, Renormalize
 from bhlog.capture.graphs import WHOLE_GRAPH
 from bhlog.capture.origin import origin_here
+from bhlog.capture.parallel import Group
 from bhlog.capture.patch import RouterPatcher
 from bhlog.capture.writing.fitting import KdeFit
-from bhlog.capture.writing.launch import rank
+from bhlog.capture.writing.launch import rank, world_size
 from bhlog.capture.writing.writer import RunWriter, WriterOptions
 
 
@@ -56,7 +57,7 @@ def observe(
     patcher = RouterPatcher(model, allow_missing_layers=allow_missing_layers)
     patcher.check(Routing(), None)
     fit = as_fit(fit_kde)
-    writer = new_writer(run, patcher.info, Routing(), options=options, fit=fit)
+    writer, _ = group_writer(patcher.group, run, patcher.info, Routing(), options=options, fit=fit)
     with recording(patcher, Routing(), None, writer, fit, pad_token_id=pad_token_id):
         yield patcher
 
@@ -113,7 +114,8 @@ def route(
     patcher.check(routing, kde)
     writer, fit = None, as_fit(fit_kde)
     if run is not None:
-        writer = new_writer(
+        writer, _ = group_writer(
+            patcher.group,
             run,
             patcher.info,
             routing,
@@ -189,6 +191,29 @@ def as_fit(fit_kde: KdeFit | str | Path | None) -> KdeFit | None:
     return KdeFit(fit_kde) if isinstance(fit_kde, str | Path) else fit_kde
 
 
+def group_writer(
+    group: Group, run: str | Path, info: ModelInfo, routing: Routing, **given: Any
+) -> tuple[RunWriter | None, int]:
+    """The writer of a group of ranks that see the same tokens: one of them has it, others None.
+
+    Args:
+        given: see new_writer.
+
+    Returns:
+        The writer, and on every rank the windows of text that were done when it was opened.
+
+    Raises:
+        RouterLogError: on every rank, if the run cannot be written.
+    """
+
+    def begin() -> tuple[RunWriter, str]:
+        writer = new_writer(run, info, routing, group=group, **given)
+        return writer, str(writer.windows)
+
+    writer, windows = group.once(begin)
+    return writer, int(windows)
+
+
 def new_writer(
     run: str | Path,
     info: ModelInfo,
@@ -200,8 +225,13 @@ def new_writer(
     origin: Origin | None = None,
     resume: bool = False,
     fit: KdeFit | None = None,
+    group: Group | None = None,
 ) -> RunWriter:
-    """A writer for a run of this process's rank, which notes the versions at work."""
+    """A writer for a run of this process's rank, which notes the versions at work.
+
+    Args:
+        group: the ranks that this one writes for; None: itself alone.
+    """
     if fit is not None:
         fit.check(run, info.n_experts)
     writer = RunWriter(
@@ -213,7 +243,8 @@ def new_writer(
         versions={name: _version(name) for name in ("bhlog", "torch", "transformers")},
         extra=extra,
         origin=origin or origin_here(),
-        rank=rank(),
+        rank=rank() if group is None else group.number,
+        ranks=world_size() if group is None else group.count,
         resume=resume,
     )
     if fit is not None:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -12,9 +13,11 @@ from transformers import PreTrainedModel
 from bhlog.capture.changes import Changes
 from bhlog.capture.contract.errors import AlreadyPatched, UnsupportedModel
 from bhlog.capture.contract.manifest import ModelInfo, Routing
+from bhlog.capture.contract.named import Bh, By
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.forwards import Forwards
 from bhlog.capture.graphs import Graph, at_router
+from bhlog.capture.parallel import Group
 from bhlog.capture.recorder import Recorder
 from bhlog.capture.routers.expert_code import (
     implementation,
@@ -102,6 +105,11 @@ class RouterPatcher:
         if kde is not None:
             kde.require(self.info.layers, self.info.n_experts)
 
+    @cached_property
+    def group(self) -> Group:
+        """The ranks that see the same tokens as this one: of those, one writes."""
+        return Group.of(self.model)
+
     @property
     def experts_implementation(self) -> str:
         """Which code computes the experts while the model is routed, for the manifest."""
@@ -128,6 +136,7 @@ class RouterPatcher:
         Raises: see `check`.
         """
         self.check(routing, kde)
+        self.group.check_alike(routing, self._thresholds(routing, kde))
         try:
             self._attach(routing, kde, writer, collect_stats, pad_token_id)
         except BaseException:
@@ -198,6 +207,8 @@ class RouterPatcher:
     ) -> None:
         for module in (self.model, *(r.module for r in self.routers)):
             self._changes.set(module, _MARK, True)
+        for router in self.routers:
+            router.unslice(self._changes)
         # a graph compiled before would run without the hooks
         torch._dynamo.reset_code_caches()  # type: ignore[no-untyped-call, unused-ignore]
         self.stats = {}
@@ -217,6 +228,7 @@ class RouterPatcher:
                         self._changes, at_router(observe, self.forwards.graph), steer=False
                     )
                     self._watch_door(router, self.forwards)
+                router.slice_again(self._changes)
                 continue
             if collect_stats:
                 self.stats.setdefault(router.layer, LayerStats.empty(router.n_experts))
@@ -228,8 +240,19 @@ class RouterPatcher:
             router.attach(self._changes, at_router(steer, graph, exported=True), steer=True)
             if router.block is None and self.recorder is not None:
                 witness = at_router(self._witness(router), graph)
-                self._changes.after_forward(router.module, witness, last=True)
+                self._changes.after_forward(router.module, witness, last=not router.sliced)
                 self._watch_door(router, self.forwards)
+            router.slice_again(self._changes)
+
+    def _thresholds(self, routing: Routing, kde: KdeModel | None) -> Iterator[bytes]:
+        """What each router's logits are compared with, to the bit."""
+        options = routing.options
+        if options is None or kde is None:
+            return
+        E, policy = self.info.n_experts, options.named
+        alpha = policy.level(E) if isinstance(policy, Bh | By) else options.alpha
+        for router in self.routers:
+            yield kde[router.layer].thresholds(alpha, E).tobytes()
 
     def _observer(self, router: Router, forwards: Forwards) -> Any:
         layers = router.layer, *router.again
@@ -283,6 +306,8 @@ class RouterPatcher:
     def _watch_door(self, router: Router, forwards: Forwards | None) -> None:
         """Compare what the experts get with what is logged: a block may change it in between."""
         if router.block is not None or router.experts is None or forwards is None:
+            return
+        if router.sliced:  # they get what is left of it on this rank
             return
         layers = router.layer, *router.again
 

@@ -12,8 +12,9 @@ from bhlog.capture.checkpoint import LoadedModel
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.manifest import Manifest, Routing
 from bhlog.capture.contract.null.model import KdeModel
-from bhlog.capture.observe import new_writer, recording
+from bhlog.capture.observe import group_writer, recording
 from bhlog.capture.origin import origin_here
+from bhlog.capture.parallel import Group
 from bhlog.capture.patch import RouterPatcher
 from bhlog.capture.text import Batch, Window, batches
 from bhlog.capture.writing.fitting import KdeFit
@@ -63,7 +64,8 @@ def capture(
     """Run windows of text through a model and log a run; return its manifest.
 
     Windows are taken one batch after another, so they may be cut while the model runs. Of the
-    processes of a launch, each runs its share of them: every world_size-th. Batches
+    processes of a launch, each runs its share of them; those that a model is spread over by tensor
+    or expert parallelism run the same, and one of them logs. Batches
     are logged whole or not at all: what stops a run in the middle of one leaves the batch out, and
     resuming the run begins with it.
 
@@ -82,7 +84,9 @@ def capture(
     routing, options = routing or Routing(), options or CaptureOptions()
     patcher = RouterPatcher(loaded.model, allow_missing_layers=options.allow_missing_layers)
     patcher.check(routing, kde)
-    writer = new_writer(
+    group = patcher.group
+    writer, done = group_writer(
+        group,
         run,
         patcher.info,
         routing,
@@ -93,24 +97,32 @@ def capture(
         resume=resume,
         fit=fit,
     )
-    mine = iter(share(texts))
+    mine = iter(share(texts, group))
     with recording(patcher, routing, kde, writer, fit):
-        assert patcher.recorder is not None
-        done = writer.windows
-        writer.checkpoint()
+        if writer is not None:
+            writer.checkpoint()
         before = n_tokens(islice(mine, done), options.generate)
-        if progress is not None and done:
+        if progress is not None and writer is not None and done:
             progress(before, writer)
         for batch in batches(mine, batch_size=options.batch_size, pad_id=loaded.pad_id):
             patcher.name_sources(batch.sources)
             if any(batch.roles):
                 patcher.name_roles(_by_column(batch, options.generate), then="assistant")
             tokens = _run(loaded.model, batch, options.generate, loaded.pad_id)
+            if writer is None:
+                continue
+            assert patcher.recorder is not None
             patcher.recorder.flush()
             writer.checkpoint(windows=len(batch.sources))
             if progress is not None:
                 progress(tokens, writer)
-    return writer.manifest
+
+    def finished() -> tuple[Manifest, str]:
+        assert writer is not None  # of the rank that writes
+        return writer.manifest, writer.manifest.to_json()
+
+    manifest, told = group.once(finished)
+    return manifest or Manifest.from_json(told, str(run))
 
 
 def _by_column(batch: Batch, generate: int) -> list[tuple[str, ...]]:
@@ -121,7 +133,7 @@ def _by_column(batch: Batch, generate: int) -> list[tuple[str, ...]]:
 
 
 def _notes(patcher: RouterPatcher, routing: Routing) -> dict[str, Any]:
-    notes: dict[str, Any] = {"processes": world_size()}  # the windows' shares depend on it
+    notes: dict[str, Any] = {"processes": patcher.group.count}  # the windows' shares depend on it
     if routing.options is not None:
         notes["experts_implementation"] = patcher.experts_implementation
     return notes
@@ -132,9 +144,11 @@ def n_tokens(texts: Iterable[Window], generate: int) -> int:
     return sum(len(window.token_ids) + generate for window in texts)
 
 
-def share(texts: Iterable[Window]) -> Iterator[Window]:
-    """The windows that this process of a launch runs."""
-    return islice(texts, rank(), None, world_size())
+def share(texts: Iterable[Window], group: Group | None = None) -> Iterator[Window]:
+    """The windows that this process of a launch runs, which are those of its group."""
+    if group is None:
+        return islice(texts, rank(), None, world_size())
+    return islice(texts, group.number, None, group.count)
 
 
 @torch.inference_mode()

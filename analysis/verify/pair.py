@@ -24,6 +24,7 @@ class Pair:
         problems: (check, detail) of each error.
         remarks: warnings on rows.
         digest: of the identity of its tokens; None before they are read.
+        fingerprint: of their text, see Identity.fingerprint.
     """
 
     def __init__(self, log: Log, name: str, *, by_logit: bool) -> None:
@@ -32,6 +33,7 @@ class Pair:
         self.problems: list[tuple[str, str]] = []
         self.remarks: list[str] = []
         self.digest: bytes | None = None
+        self.fingerprint: int | None = None
 
     @property
     def whole(self) -> bool:
@@ -64,6 +66,7 @@ class Pair:
         identity = identity_of(table)
         self.tokens = table.num_rows
         self.digest = identity.digest() if table.num_rows else None
+        self.fingerprint = identity.fingerprint()
         self._check_identity("tokens", table, identity)
         odd = loss_remark(table)
         if odd is not None:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from bhlog.analysis.fold import mix
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.schema import PHASES
 
@@ -57,6 +58,15 @@ class Identity:
         rows = self.sorted()
         key = np.stack([rows.sequence, rows.position, rows.forward])
         return hashlib.sha256(key.tobytes()).digest()
+
+    def fingerprint(self) -> int | None:
+        """Of the tokens at their places, in any order; those of parts add up modulo 2^64.
+
+        None if a token is withheld: then the places may be those of other texts.
+        """
+        if (self.token_id < 0).any():
+            return None
+        return int(mix(self.sequence, self.position, self.token_id).sum(dtype=np.uint64))
 
     def repeated(self) -> str | None:
         """A token that is there twice in one forward, in words; None if there is none."""

@@ -229,6 +229,7 @@ def _shards(log: Log, progress: Progress | None) -> Iterator[Finding]:
     names = sorted({*log.shards, *log.token_shards})
     stopped = threading.Event()
     check = partial(checked, log, _orders_by_logit(log), progress, stopped)
+    texts: dict[int, tuple[int, int | None]] = {}  # by rank: tokens, and their fingerprint
     rows = tokens = nonfinite = n_whole = broken = 0
     with closing(in_order(check, names, os.cpu_count() or 1, stopped)) as pairs:
         for pair in pairs:
@@ -236,11 +237,15 @@ def _shards(log: Log, progress: Progress | None) -> Iterator[Finding]:
             twin = seen.setdefault((rank, pair.digest), pair.name) if pair.digest else pair.name
             if twin != pair.name:
                 pair.problems.append(("rows", f"holds the same tokens as {twin}"))
+            before, text = texts.get(rank, (0, 0))
+            known = None if text is None or pair.fingerprint is None else text + pair.fingerprint
+            texts[rank] = before + pair.tokens, None if known is None else known % (1 << 64)
             yield from _told(pair, listed.get(pair.name))
             n_whole += pair.whole
             broken += bool(pair.problems)
             rows, tokens = rows + pair.rows, tokens + pair.tokens
             nonfinite += pair.nonfinite
+    yield from _twice(texts)
     if broken:
         detail = f"{n_whole:,} whole, {broken:,} not: see the errors above"
         yield Finding("shards", "warning", log.path, detail)
@@ -248,6 +253,21 @@ def _shards(log: Log, progress: Progress | None) -> Iterator[Finding]:
         detail = f"{_pairs(n_whole)}: {rows:,} rows of {tokens:,} tokens, every page read"
         yield Finding("shards", "ok", log.path, detail)
         yield from _totals(log, rows, tokens, nonfinite)
+
+
+def _twice(texts: dict[int, tuple[int, int | None]]) -> Iterator[Finding]:
+    """Ranks that logged the same tokens at the same places: every count of them doubles."""
+    first: dict[tuple[int, int], int] = {}
+    for rank, (tokens, text) in sorted(texts.items()):
+        if not tokens or text is None:
+            continue
+        twin = first.setdefault((tokens, text), rank)
+        if twin != rank:
+            detail = (
+                f"logged the same {tokens:,} tokens as rank {twin}, so each counts twice: were "
+                "they spread over one model, or given the same text? Keep the shards of one of them"
+            )
+            yield Finding("rows", "error", manifest_name(rank), detail)
 
 
 def _told(pair: Pair, entry: ShardEntry | None) -> Iterator[Finding]:

@@ -110,9 +110,10 @@ def skips_sentinels(router: Router) -> bool:
     """Whether the library's own code can skip unused slots (see Family.sentinel).
 
     Its experts do once they think that others of them sit on other devices, from transformers 5.23
-    on.
+    on. If others really do, what carries tokens there knows no unused slots.
     """
-    return router.family.sentinel and hasattr(router.experts, "_is_expert_parallel")
+    spread = getattr(router.experts, "_is_expert_parallel", None)
+    return router.family.sentinel and spread is False
 
 
 def used_pairs(self: Any, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:

@@ -140,6 +140,25 @@ class Router:
         changes.after_forward(self.module.get_submodule(self.family.logits), keep_raw, last=True)
         changes.after_forward(self.module, with_raw, last=True)
 
+    @cached_property
+    def sliced(self) -> "_Slices | None":
+        """What leaves a rank its own experts of the router's choice, inside the router's forward.
+
+        Under expert parallelism transformers before 5.24 replaces the forward of each router by one
+        that numbers the experts of this rank from 0 and drops the others.
+        """
+        return _Slices.of(self.module)
+
+    def unslice(self, changes: Changes) -> None:
+        """Have the router return its whole choice, until the changes are undone."""
+        if self.sliced is not None:
+            changes.set(self.module, "forward", self.sliced.whole)
+
+    def slice_again(self, changes: Changes) -> None:
+        """Leave a rank its own experts once the hooks so far have run."""
+        if self.sliced is not None:
+            changes.after_forward(self.module, self.sliced)
+
     def triple(self, output: Any) -> tuple[Tensor, Tensor, Tensor]:
         """(T, E) logits, (T, top_k) weights and (T, top_k) indices in what the router returned.
 
@@ -179,6 +198,44 @@ class Router:
                 f"{self.family.name} is read; is transformers {version('transformers')} one that "
                 "bhlog supports?"
             ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Slices:
+    """A forward hook that does to a router's output what expert parallelism does.
+
+    Attributes:
+        whole: the router's forward without it.
+        style: the library's, with `transform_output_post_forward`.
+        mesh: the devices that the experts are on.
+    """
+
+    whole: Callable[..., Any]
+    style: Any
+    mesh: Any
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "_Slices | None":
+        """As the library put it on a router, whose hidden variables it reads; None if it did not.
+
+        Raises:
+            UnsupportedModel: the library did something else to the router.
+        """
+        forward: Any = vars(module).get("forward")
+        if getattr(forward, "__name__", "") != "tp_forward":
+            return None
+        cells = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
+        try:
+            found = [cells[name].cell_contents for name in ("original_forward", "self", "mesh")]
+        except KeyError as error:
+            raise UnsupportedModel(
+                f"{type(module).__name__} is spread over devices by transformers "
+                f"{version('transformers')} in a way that bhlog does not know"
+            ) from error
+        return cls(*found)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self.style.transform_output_post_forward(module, output, self.mesh)
 
 
 def model_info(model: nn.Module, routers: Iterable[Router]) -> ModelInfo:

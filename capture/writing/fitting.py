@@ -13,7 +13,6 @@ from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.null.histogram import Histogram, HistogramKey, Trim
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.writing.counting import count_shard
-from bhlog.capture.writing.launch import world_size
 from bhlog.capture.writing.writer import RunWriter
 
 
@@ -90,7 +89,7 @@ class KdeFit:
         """
         assert writer.sealer.histograms is not None
         histograms = writer.sealer.histograms.histograms()
-        ranks, run_id = world_size(), writer.manifest.run_id
+        ranks, run_id = writer.manifest.ranks, writer.manifest.run_id
         if ranks > 1:
             _save_part(self._part(writer.rank), histograms, run_id)
             merged = self._merge_parts(ranks, run_id)

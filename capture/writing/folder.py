@@ -22,7 +22,6 @@ from bhlog.capture.contract.manifest import Count, Manifest, ShardEntry, Totals,
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.opening import refused, seal_of
 from bhlog.capture.contract.schema import SCHEMA_VERSION, SHARD_NAME
-from bhlog.capture.writing.launch import world_size
 from bhlog.capture.writing.meeting import Meeting
 
 _MAY_CHANGE = (
@@ -86,7 +85,7 @@ def create(folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int) ->
         RouterLogError: it cannot be written, or the ranks cannot find each other.
     """
     meeting = Meeting.of(folder, rank)
-    manifest = replace(manifest, launch=meeting.launch, ranks=max(world_size(), rank + 1))
+    manifest = replace(manifest, launch=meeting.launch)
     try:
         if rank == 0:
             check_new(folder)

@@ -16,6 +16,7 @@ from bhlog.capture.contract.manifest import Manifest, ModelInfo, Origin, Routing
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.writing.buffer import Block, Buffer, logged_rows
 from bhlog.capture.writing.folder import Standing, create, remove_run, resume
+from bhlog.capture.writing.launch import world_size
 from bhlog.capture.writing.queue import Queue
 from bhlog.capture.writing.sealer import Sealer
 from bhlog.capture.writing.stage import Staged
@@ -56,6 +57,7 @@ class RunWriter:
         versions: versions of the packages at work.
         extra: other options for the manifest.
         rank: of this process; others than 0 join the run that rank 0 makes.
+        ranks: how many write; None means every process of the launch.
         resume: continue the run in the folder after its last sealed shard.
 
     Attributes:
@@ -80,6 +82,7 @@ class RunWriter:
         extra: dict[str, Any] | None = None,
         origin: Origin | None = None,
         rank: int = 0,
+        ranks: int | None = None,
         resume: bool = False,
     ) -> None:
         self.folder = Path(folder)
@@ -97,6 +100,7 @@ class RunWriter:
                 versions=versions or {},
                 options=extra or {},
                 origin=origin,
+                ranks=max(ranks or world_size(), rank + 1),
             ),
             kde,
             rank,

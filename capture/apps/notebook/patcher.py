@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bhlog.capture.apps.notebook.logger import BHRoutingLogger
-from bhlog.capture.contract.errors import KdeMismatch, UnsupportedModel
+from bhlog.capture.contract.errors import InvalidOption, KdeMismatch, UnsupportedModel
 from bhlog.capture.contract.manifest import Routing
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.null.pickles import load_kde_models
@@ -79,6 +79,11 @@ class OLMoERouterPatcher(RouterPatcher):
         )
         routing = Routing("bh", options)
         self.check(routing, null)
+        if logger is not None and len(self.group.ranks) > 1:
+            raise InvalidOption(
+                "a logger writes one process's rows; a model that is spread over several is "
+                "logged by bhlog.route"
+            )
         writer = None if logger is None else logger.open(self.info, routing, null)
         try:
             self.attach(routing, null, writer=writer, collect_stats=collect_stats)

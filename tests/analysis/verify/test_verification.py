@@ -317,3 +317,18 @@ def test_memory_and_files_stay_with_one_shard_at_a_time(run, monkeypatch):
     verify(log)
     # a footer is read once for the schema, once for the rows: not once for every other shard
     assert len(opened) <= 3 * 3
+
+
+def test_the_same_text_logged_by_two_ranks(tmp_path):
+    """As by a tensor parallel model that each of its ranks logs."""
+    run = write_run(tmp_path / "run", n_sequences=4, length=5, n_ranks=2, n_shards=2)
+    assert errors(run) == []
+    for folder in ("routing", "tokens"):
+        table = pq.read_table(run / folder / shard_name(0, 0))
+        at = table.column_names.index("rank")
+        ranks = pa.array(np.ones(len(table), np.uint16))
+        field = table.schema.field(at)
+        again = table.set_column(at, field, ranks)
+        write_shard(run / folder / shard_name(1, 0), [again])
+    told = [f.detail for f in verify(open_log(run)) if f.where == "run.rank00001.json"]
+    assert any("logged the same 10 tokens as rank 0" in detail for detail in told)
