@@ -183,6 +183,8 @@ def schema_difference(found: pa.Schema, expected: pa.Schema) -> str | None:
             return f"no column '{field.name}'"
         if found.field(index).type != field.type:
             return f"column '{field.name}' is {found.field(index).type}, expected {field.type}"
+        if found.field(index).nullable and not field.nullable:
+            return f"column '{field.name}' may lack values, expected one in each row"
     return None
 
 
