@@ -4,9 +4,10 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -15,11 +16,12 @@ from numpy.typing import NDArray
 
 from bhlog.analysis.log import Log, RowGroup
 from bhlog.capture.contract.arrays import arrow_of, values_of
-from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.errors import InvalidOption, RouterLogError
 
 Progress = Callable[[int], None]  # called with the number of rows just read
 
 PIECE_LOGITS = 1 << 18  # read and folded at a time: 1 MiB, which stays in the cache
+MOST_STRETCHES = 256  # of a log, whoever folds them: results are grouped alike, and few wait
 _OF_A_TOKEN = ("rank", "sequence", "position")
 
 
@@ -52,6 +54,8 @@ class Scope:
             the same tokens are in each time.
         threads: how many work at once; None means one a core.
         progress: called with the number of rows just read.
+        executor: where stretches of the log are folded, in place of threads here; its workers see
+            the log under the same path and have this version of bhlog.
     """
 
     layers: Iterable[int] | None = None
@@ -59,6 +63,7 @@ class Scope:
     sample: float = 1.0
     threads: int | None = None
     progress: Progress | None = field(default=None, compare=False)
+    executor: Executor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.layers is not None:
@@ -110,35 +115,92 @@ def fold(
     needed = ["layer", *(name for name in columns if name != "layer")]
     if scope.sample < 1:
         needed += [name for name in _OF_A_TOKEN if name not in needed]
-    threads = scope.threads or os.cpu_count() or 1
-    groups = list(log.row_groups(scope.layers))
-    piece = max(1, PIECE_LOGITS // log.n_experts)
+    stretches = _stretches(list(log.row_groups(scope.layers)), MOST_STRETCHES)
     stopped = threading.Event()
 
     def work(stretch: Sequence[RowGroup]) -> A:
-        part, name, shard = make(), "", None
-        for group in stretch:
-            if group.shard != name:
-                name, shard = group.shard, log.open_shard("routing", group.shard)
-            most = group.rows if whole_groups else piece
-            done = 0
-            for batch in log.pieces(group, needed, scope.where, most_rows=most, shard=shard):
-                if stopped.is_set():
-                    return part
-                if scope.sample < 1:
-                    batch = batch.filter(arrow_of(sampled(batch, scope.sample)))
-                if batch.num_rows:
-                    part.update(batch)
-                if scope.progress is not None:
-                    scope.progress(min(most, group.rows - done))
-                done += most
-        return part
+        return _fold(log, stretch, make(), needed, scope, whole_groups, stopped)
 
     total = make()
-    with closing(in_order(work, _stretches(groups, 8 * threads), threads, stopped)) as parts:
+    if scope.executor is None:
+        threads = scope.threads or os.cpu_count() or 1
+        parts = in_order(work, stretches, threads, stopped)
+    else:
+        elsewhere = scope.but(executor=None, progress=None)
+        task = partial(_fold_there, log.source, columns=needed, scope=elsewhere, whole=whole_groups)
+        parts = _on(scope.executor, task, stretches, make, scope.progress)
+    with closing(parts):
         for part in parts:
             total.merge(part)
     return total
+
+
+def _fold(
+    log: Log,
+    stretch: Sequence[RowGroup],
+    part: A,
+    columns: Sequence[str],
+    scope: Scope,
+    whole_groups: bool,
+    stopped: threading.Event,
+) -> A:
+    """The accumulator, after a stretch of a log."""
+    piece = max(1, PIECE_LOGITS // log.n_experts)
+    name, shard = "", None
+    for group in stretch:
+        if group.shard != name:
+            name, shard = group.shard, log.open_shard("routing", group.shard)
+        most = group.rows if whole_groups else piece
+        done = 0
+        for batch in log.pieces(group, columns, scope.where, most_rows=most, shard=shard):
+            if stopped.is_set():
+                return part
+            if scope.sample < 1:
+                batch = batch.filter(arrow_of(sampled(batch, scope.sample)))
+            if batch.num_rows:
+                part.update(batch)
+            if scope.progress is not None:
+                scope.progress(min(most, group.rows - done))
+            done += most
+    return part
+
+
+def _fold_there(
+    source: str, stretch: list[RowGroup], part: A, *, columns: list[str], scope: Scope, whole: bool
+) -> A:
+    """A task: opens the log where it runs."""
+    return _fold(Log(source), stretch, part, columns, scope, whole, threading.Event())
+
+
+def _on(
+    executor: Executor,
+    task: Callable[[list[RowGroup], A], A],
+    stretches: Iterable[list[RowGroup]],
+    make: Callable[[], A],
+    progress: Progress | None,
+) -> Generator[A, None, None]:
+    """What a task gives for each stretch, in log order, from an executor of the caller's.
+
+    Raises:
+        RouterLogError: its workers died.
+    """
+    jobs: deque[tuple[list[RowGroup], Future[A]]] = deque()
+    try:
+        jobs.extend((stretch, executor.submit(task, stretch, make())) for stretch in stretches)
+        while jobs:
+            stretch, job = jobs.popleft()
+            part = job.result()
+            if progress is not None:
+                progress(sum(group.rows for group in stretch))
+            yield part
+    except BrokenExecutor as error:
+        raise RouterLogError(
+            f"{type(executor).__name__}: its workers ended before their task was done ({error}); "
+            "look at their memory and logs, and run again with a new executor"
+        ) from error
+    finally:
+        for _, job in jobs:
+            job.cancel()
 
 
 def in_order(

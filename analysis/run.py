@@ -2,6 +2,7 @@
 
 import atexit
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -39,6 +40,7 @@ class Rows(TypedDict, total=False):
     sample: float
     threads: int | None
     progress: Progress | None
+    executor: Executor | None
 
 
 class Run(Log):
@@ -47,7 +49,7 @@ class Run(Log):
     Where a verb takes a null model it takes what bhlog.analysis.nulls.load_null does: a KdeModel, a
     file, a run that has one, a folder of old pickles; None means the run's own. Where it takes a
     run it takes a path too. `**rows` says which rows it reads: layers, where (a condition in SQL),
-    sample, threads and progress, as in Scope.
+    sample, threads, progress and an executor that does the work, as in Scope.
 
     Attributes:
         tokenizer: whose texts of tokens are shown: a folder, a hub name or "bytes"; None knows them

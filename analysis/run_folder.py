@@ -28,6 +28,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = shown(str(path))
         self._fs, self._root = filesystem(str(path))
+        self._given = str(path)
         self.manifest = read_manifest(self.path, self._fs, self._root)
         self._replays: dict[str, Mapping[str, Seal] | None] = {}
 
@@ -35,6 +36,11 @@ class RunFolder:
     def location(self) -> PurePosixPath:
         """The folder in its file system: absolute on a disk, bucket and key in an object store."""
         return PurePosixPath(self._root)
+
+    @property
+    def source(self) -> str:
+        """What opens the run again in another process, with the secrets of a URI."""
+        return self._root if self.is_local else self._given
 
     @property
     def is_local(self) -> bool:

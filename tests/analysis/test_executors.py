@@ -1,0 +1,113 @@
+"""A log is folded on an executor of the caller's: to the same bits, whoever ends first."""
+
+import multiprocessing
+import os
+import random
+import signal
+import threading
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from typing import ClassVar
+
+import pytest
+
+from bhlog.analysis import fold as folding
+from bhlog.analysis.run import open_log
+from bhlog.capture.contract.errors import RouterLogError
+from tests.synthetic import normal_kde, write_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return open_log(write_run(folder, n_sequences=12, length=20, n_shards=6))
+
+
+VERBS = [
+    lambda run, **how: run.replay([0.05, 0.3], kde=normal_kde(run.layers), max_k=8, **how),
+    lambda run, **how: run.sweep(normal_kde(run.layers), **how).alpha_for(4, max_k=8),
+    lambda run, **how: run.fit(**how).sha256,
+    lambda run, **how: str(run.check(normal_kde(run.layers), **how)),
+]
+
+
+class Backwards(Executor):
+    """Runs what it is given in any order, once somebody asks, each task as if sent elsewhere."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Future, partial]] = []
+
+    def submit(self, function, /, *args, **kwargs):
+        import pickle
+
+        task = pickle.loads(pickle.dumps(partial(function, *args, **kwargs)))
+        future = Future()
+        future.result = lambda timeout=None: self.run(future)  # type: ignore[method-assign]
+        self.waiting.append((future, task))
+        return future
+
+    def run(self, wanted):
+        random.Random(0).shuffle(self.waiting)
+        for future, task in self.waiting:
+            future.set_result(task())
+        self.waiting = []
+        return Future.result(wanted)
+
+
+def same(a, b):
+    return a.equals(b) if hasattr(a, "equals") else a == b
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_any_order_gives_the_same_bits(run, verb):
+    alone = verb(run, threads=1)
+    assert same(verb(run, threads=3), alone)
+    assert same(verb(run, executor=Backwards()), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_pool_of_processes(run, verb):
+    rows: list[int] = []
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        found = verb(run, executor=pool, progress=rows.append)
+    assert same(found, verb(run)) and sum(rows) == run.manifest.totals.rows
+
+
+def test_stretches_depend_on_the_log_alone_and_are_bounded():
+    groups = [folding.RowGroup("s", i, 0, 10 + i % 7) for i in range(10_000)]
+    parts = folding._stretches(groups, folding.MOST_STRETCHES)
+    assert len(parts) <= folding.MOST_STRETCHES
+    assert [g for part in parts for g in part] == groups
+
+
+def test_an_error_cancels_what_is_left(run):
+    class Watched(ThreadPoolExecutor):
+        jobs: ClassVar[list[Future]] = []
+
+        def submit(self, *args, **kwargs):
+            self.jobs.append(super().submit(*args, **kwargs))
+            if len(self.jobs) == 1:
+                super().submit(threading.Event().wait, 1)  # holds up those that come after
+            return self.jobs[-1]
+
+    def fail(rows):
+        raise KeyboardInterrupt
+
+    with Watched(1) as pool:
+        with pytest.raises(KeyboardInterrupt):
+            run.replay(0.3, kde=normal_kde(run.layers), executor=pool, progress=fail)
+        assert any(job.cancelled() for job in pool.jobs)
+
+
+def _die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_dead_workers_are_one_line(run):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(_die)
+        with pytest.raises(RouterLogError, match="ProcessPoolExecutor: its workers ended") as told:
+            run.replay(0.3, kde=normal_kde(run.layers), executor=pool)
+    assert "\n" not in str(told.value)
