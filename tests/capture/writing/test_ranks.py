@@ -14,7 +14,8 @@ from bhlog.analysis.run import open_log
 from bhlog.analysis.verify.verification import verify
 from bhlog.capture.contract.errors import InvalidOption, RunExists, WriterFailed
 from bhlog.capture.contract.manifest import Manifest
-from bhlog.capture.writing import folder, meeting
+from bhlog.capture.writing import meeting
+from bhlog.capture.writing import writer as writing
 from tests.capture.blocks import INFO, check_run, make_block, writer
 
 ROOT = Path(__file__).parents[3]
@@ -93,7 +94,7 @@ def test_two_processes_under_torchrun(tmp_path):
         assert "not empty" in told["stale"] or "earlier launch" in told["stale"]
     assert (tmp_path / "stale" / "run.json").read_bytes() == before
     assert sorted(path.name for path in (tmp_path / "stale").iterdir()) == [
-        "routing", "run.json", "tokens",
+        "README.md", "routing", "run.json", "tokens",
     ]  # fmt: skip
     for name, sequences in (("together", {0: 5, 1: 7}), ("apart", {0: 4, 1: 6})):
         log = open_log(tmp_path / name)
@@ -189,7 +190,7 @@ def test_a_slurm_step_is_a_launch(run, monkeypatch):
 
 
 def test_a_rank_that_wrote_nothing_is_missed(run, monkeypatch):
-    monkeypatch.setattr(folder, "world_size", lambda: 2)
+    monkeypatch.setattr(writing, "world_size", lambda: 2)
     first = writer(run)
     first.submit(make_block(0))
     (finding,) = (f for f in verify(open_log(run)) if "number 1 wrote nothing" in f.detail)
