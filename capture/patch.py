@@ -60,6 +60,7 @@ class RouterPatcher:
         self.forwards: Forwards | None = None
         self.stats: dict[int, LayerStats] = {}
         self._changes = Changes()
+        self._implementation: str | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -113,7 +114,8 @@ class RouterPatcher:
     @property
     def experts_implementation(self) -> str:
         """Which code computes the experts while the model is routed, for the manifest."""
-        return ", ".join(dict.fromkeys(implementation(router) for router in self.routers))
+        attached = self._implementation  # inside the block experts look as it has made them
+        return attached or ", ".join(dict.fromkeys(map(implementation, self.routers)))
 
     def attach(
         self,
@@ -193,6 +195,7 @@ class RouterPatcher:
                 stacklevel=2,
             )
         self._changes.undo()
+        self._implementation = None
         forwards, self.forwards = self.forwards, None
         if forwards is not None:
             forwards.close()
@@ -205,6 +208,7 @@ class RouterPatcher:
         collect_stats: bool,
         pad_token_id: int | None,
     ) -> None:
+        self._implementation = self.experts_implementation
         for module in (self.model, *(r.module for r in self.routers)):
             self._changes.set(module, _MARK, True)
         for router in self.routers:

@@ -178,7 +178,7 @@ MISTAKES = {
     "its folder cannot be made": ["sweep", "bh", "--save", "null.parquet/where"],
     "would count twice": ["sweep", "bh", "bh"],
     "bounds must be 0 <= min_k <= max_k <= 8": ["sweep", "bh", "--max-k", "9"],
-    "routed natively; the second run": ["fidelity", "bh", "native"],
+    "routed natively; expected a run that a policy routed": ["fidelity", "bh", "native"],
 }  # fmt: skip
 
 
