@@ -9,7 +9,10 @@ from bhlog.capture.contract.errors import MissingRun
 @pytest.mark.parametrize(
     "uri",
     [
-        "s3://AKIAKEY:hunter%2F2@bucket/run?endpoint_override=127.0.0.1:9&scheme=http",
+        pytest.param(
+            "s3://AKIAKEY:hunter%2F2@bucket/run?endpoint_override=127.0.0.1:9&scheme=http",
+            marks=pytest.mark.slow,  # waits for its retries
+        ),
         "s3://AKIAKEY:hunter%2F2@bucket/run?no_such_option=hunter2",
         "nosuch://AKIAKEY:hunter2@bucket/run",
         "s3://AKIAKEY:hunter2@/run?endpoint_override=127.0.0.1:9",

@@ -134,6 +134,7 @@ def test_columns_that_the_schema_does_not_have_are_not_shown(run):
         assert "evil" not in database.columns()["routing"]
 
 
+@pytest.mark.slow
 def test_no_change_to_a_footer_crashes(run):
     path = run / "routing" / "rank00000-00001.parquet"
     whole = path.read_bytes()

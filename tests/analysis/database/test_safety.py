@@ -243,6 +243,7 @@ def test_what_only_reads_is_answered(database, query):
     assert answer(database, query)
 
 
+@pytest.mark.slow
 def test_what_spills_is_bounded(tmp_path):
     run = write_run(tmp_path / "demo", n_sequences=1, length=2, n_shards=1)
     big = "SELECT hash(range)::VARCHAR AS h, count(*) AS n FROM range(3000000) GROUP BY h"

@@ -24,6 +24,7 @@ def run(tmp_path_factory):
     return write_run(folder, n_sequences=2, length=5, n_shards=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("presses", [1, 20])
 @pytest.mark.parametrize("query", [LONG, STREAM, IN_PYTHON])
 def test_ctrl_c_ends_a_query_in_one_line(run, query, presses):

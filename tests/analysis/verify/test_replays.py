@@ -67,6 +67,7 @@ def test_a_replay_without_a_list_is_a_warning(run, folder):
     assert [detail.startswith("no _replay.json") for _, detail in warnings(run)] == [True]
 
 
+@pytest.mark.slow
 def test_a_bit_that_flips_is_an_error_or_the_same_answer(run, folder):
     right, draw, told = asked(run), random.Random(1), Counter()
     for path in sorted(folder.iterdir()):
