@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from bhlog.analysis.condition import TOKEN, Condition, ShardTokens, condition
 from bhlog.analysis.run_folder import RunFolder
-from bhlog.analysis.storage import reached
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.checksum import MOST_BYTES
 from bhlog.capture.contract.errors import (
@@ -29,6 +28,7 @@ from bhlog.capture.contract.schema import (
     lacking,
     shard_schema,
 )
+from bhlog.capture.contract.store import reached
 
 _MOST_TOKENS = 8  # shards of tokens kept for conditions that ask for their columns
 

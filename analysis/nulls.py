@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from bhlog.analysis.log import Log
-from bhlog.analysis.storage import filesystem, reached
+from bhlog.analysis.storage import filesystem
 from bhlog.capture.contract.errors import KdeMismatch
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.null.pickles import load_kde_models
+from bhlog.capture.contract.store import reached
 
 Named = KdeModel | Log | str | Path  # what a null model can be named by
 

@@ -9,11 +9,12 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from bhlog.analysis.replay.listed import LIST_NAME, MOST_LIST_BYTES, read_list
-from bhlog.analysis.storage import filesystem, reached, read_manifest
+from bhlog.analysis.storage import filesystem, read_manifest
 from bhlog.capture.contract.errors import CorruptShard, one_line
 from bhlog.capture.contract.manifest import Seal, manifest_name
 from bhlog.capture.contract.opening import open_sealed, refused
 from bhlog.capture.contract.schema import SHARD_NAME, schema_difference, shard_schema
+from bhlog.capture.contract.store import reached
 from bhlog.capture.contract.uris import shown
 
 

@@ -1,13 +1,10 @@
 """Storage that runs lie in: a folder on disk, or an object store behind a URI."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.fs as pafs
 
-from bhlog.capture.contract.errors import CorruptManifest, MissingRun, RouterLogError
+from bhlog.capture.contract.errors import CorruptManifest, MissingRun
 from bhlog.capture.contract.manifest import (
     MANIFEST_NAME,
     MOST_MANIFEST_BYTES,
@@ -15,7 +12,7 @@ from bhlog.capture.contract.manifest import (
     merge_manifests,
 )
 from bhlog.capture.contract.opening import refused
-from bhlog.capture.contract.uris import shown, without_secrets
+from bhlog.capture.contract.store import Store, reached
 
 
 def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
@@ -25,9 +22,8 @@ def filesystem(path: str) -> tuple[pafs.FileSystem, str]:
         MissingRun: the URI cannot be read, or its storage does not answer.
     """
     if "://" in path:
-        with reached(path):
-            fs, root = pafs.FileSystem.from_uri(path)
-        return fs, root.rstrip("/")
+        store = Store(path)
+        return store.fs, store.root
     return pafs.LocalFileSystem(), Path(path).expanduser().resolve().as_posix()
 
 
@@ -68,20 +64,3 @@ def read_manifest(path: str, fs: pafs.FileSystem, root: str) -> Manifest:
     if len({manifest.run_id for manifest in ranks}) > 1:
         raise CorruptManifest(f"{path}: its manifests belong to different runs")
     return merge_manifests(ranks)
-
-
-@contextmanager
-def reached(path: str) -> Iterator[None]:
-    """Turns what a file system says when it cannot be read into one line.
-
-    Raises:
-        MissingRun: the storage does not answer or refuses.
-    """
-    try:
-        yield
-    except RouterLogError:
-        raise
-    except (pa.ArrowException, ValueError, OSError) as error:
-        reason = without_secrets(str(error).splitlines()[0], path)
-        check = "; check the bucket, its endpoint and your credentials" if "://" in path else ""
-        raise MissingRun(f"{shown(path)}: cannot be opened ({reason}){check}") from error

@@ -42,7 +42,7 @@ def observe(
 
     Args:
         model: a transformers model with routers.
-        run: folder of the run to write.
+        run: folder of the run to write, or a URI such as s3://bucket/run: see RunWriter.
         options: how it is written.
         fit_kde: a null model to fit from what is logged, ready when the block is left; a path
             stands for KdeFit(path).
@@ -84,7 +84,7 @@ def route(
 
     Args:
         model: a transformers model with routers.
-        run: folder of the run to write; None logs nothing.
+        run: folder or URI of the run to write; None logs nothing.
         policy: such as "minp:0.2" or "topk:4", of a family of capture.contract.named.ROUTED; its
             own bounds, as in "bh:0.3,max_k=16", go before min_k and max_k. None is BH at alpha.
         alpha: of BH; 0.05 where neither it nor a policy is given.

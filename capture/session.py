@@ -12,6 +12,7 @@ from bhlog.capture.checkpoint import LoadedModel
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.manifest import Manifest, Routing
 from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.uris import shown
 from bhlog.capture.observe import group_writer, recording
 from bhlog.capture.origin import origin_here
 from bhlog.capture.parallel import Group
@@ -122,7 +123,7 @@ def capture(
         return writer.manifest, writer.manifest.to_json()
 
     manifest, told = group.once(finished)
-    return manifest or Manifest.from_json(told, str(run))
+    return manifest or Manifest.from_json(told, shown(str(run)))
 
 
 def _by_column(batch: Batch, generate: int) -> list[tuple[str, ...]]:

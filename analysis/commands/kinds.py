@@ -80,6 +80,7 @@ RUN = PathKind("file", remote=True)  # also a profile
 KDE = PathKind("file", remote=True)
 OUT_FILE = PathKind("file")
 OUT_FOLDER = PathKind("dir")
+OUT_RUN = PathKind("dir", remote=True)
 
 
 def policy_names() -> Iterable[tuple[str, str]]:

@@ -1,13 +1,12 @@
 """What `bhlog capture` is asked for: bundles of its options, each of which does its own part."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from bhlog.analysis.commands.kinds import KDE, OUT_FILE, PathKind
+from bhlog.analysis.commands.kinds import KDE, OUT_FILE, OUT_FOLDER, PathKind
 from bhlog.analysis.commands.options import bundle, load_null, make_room
 from bhlog.capture.contract.errors import InvalidOption
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from bhlog.capture.contract.null.model import KdeModel
     from bhlog.capture.session import CaptureOptions
     from bhlog.capture.writing.fitting import KdeFit
+    from bhlog.capture.writing.place import Place
 
 
 _NATIVE = "needs --route bh or another policy: native routing is the model's own"
@@ -65,12 +65,11 @@ class Rule:
     temperature: float
     renormalize: str
 
-    def routing(self, *, resumed: Path | None) -> "tuple[Routing, KdeModel | None]":
+    def routing(self, *, resumed: "Place | None") -> "tuple[Routing, KdeModel | None]":
         """The rule and its null model.
 
         Args:
-            resumed: folder of the run that is continued, whose null model serves; None for a new
-                run.
+            resumed: the run that is continued, whose null model serves; None for a new run.
 
         Raises:
             InvalidOption: an option is out of range, or means nothing under native routing.
@@ -96,8 +95,9 @@ class Rule:
         kde = self.kde
         tests = options.named.tests
         if kde is None and resumed is not None and tests and not self.empirical:
-            own = resumed / "kde.parquet"
-            kde = str(own) if own.exists() else None
+            own = resumed.null()
+            if own is not None:
+                return Routing.by(options), own
         options.check_null(kde)
         return Routing.by(options), None if kde is None else load_null(kde)
 
@@ -113,6 +113,8 @@ class Pace:
     on_full: Any
     shard_rows: int
     seal_seconds: float
+    store_seconds: float
+    staging: str | None
     allow_missing_layers: bool
 
     def options(self) -> "CaptureOptions":
@@ -130,6 +132,8 @@ class Pace:
             on_full=self.on_full,
             shard_rows=self.shard_rows,
             seal_seconds=self.seal_seconds,
+            store_seconds=self.store_seconds,
+            staging=self.staging,
         )
         return CaptureOptions(
             batch_size=self.batch_size,
@@ -280,6 +284,20 @@ pace_options = bundle(
         metavar="S",
         help="Seal a shard earlier once its first row is S seconds old, or a twentieth of the "
         "run's time if that is more: what a kill can lose.",
+    ),
+    click.option(
+        "--store-seconds",
+        type=float,
+        default=300.0,
+        show_default=True,
+        metavar="S",
+        help="How long an object store that takes nothing is waited for.",
+    ),
+    click.option(
+        "--staging",
+        type=OUT_FOLDER,
+        metavar="DIR",
+        help="Where shards wait for an object store (default: ~/.cache/bhlog/staging).",
     ),
     click.option(
         "--allow-missing-layers",

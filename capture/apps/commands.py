@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bhlog.analysis.bar import progress_bar
-from bhlog.analysis.commands.kinds import OUT_FOLDER
+from bhlog.analysis.commands.kinds import OUT_FOLDER, OUT_RUN
 from bhlog.capture.apps.asked import (
     Fit,
     Model,
@@ -35,7 +35,7 @@ examples:
 @model_options
 @texts_options
 @click.option(
-    "--out", required=True, type=OUT_FOLDER, metavar="RUN", help="Folder of the run to write."
+    "--out", required=True, type=OUT_RUN, metavar="RUN", help="Folder or URI of the run to write."
 )
 @rule_options
 @pace_options
@@ -49,11 +49,13 @@ def capture(
     MODEL is a folder, a hub name, or `demo`, the bundled model.
     """
     from bhlog.capture.writing.folder import check_new
+    from bhlog.capture.writing.place import Place
 
-    routing, null = rule.routing(resumed=Path(out) if resume else None)
+    place = Place.of(out, pace.staging, rank())
+    routing, null = rule.routing(resumed=place if resume else None)
     fit.make_room()
     if not resume and rank() == 0:
-        check_new(Path(out))
+        check_new(place)
     if resume:
         texts.require_again()
     full: set[str] = set()
@@ -68,8 +70,8 @@ def capture(
     loaded = model.load()
     windows, known = texts.cut(documents, loaded.tokenizer, full, answers=options.generate > 0)
     total = None if known is None else n_tokens(share(known), options.generate)
-    with interruptible(out), progress_bar(Path(out).name, total, unit="tokens") as advance:
-        lines = ProgressLines(out, total)
+    with interruptible(place), progress_bar(place.name, total, unit="tokens") as advance:
+        lines = ProgressLines(str(place), total)
 
         def progress(tokens: int, writer: RunWriter) -> None:
             sealed = writer.bytes_written  # none before the first shard is sealed
@@ -89,7 +91,7 @@ def capture(
             fit=fit.kde_fit(),
             progress=progress,
         )
-    _say(out, manifest)
+    _say(str(place), manifest)
 
 
 def _say(out: str, manifest: "Manifest") -> None:

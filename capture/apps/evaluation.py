@@ -185,6 +185,7 @@ def evaluate(
 
     # from here on torch, which takes seconds to import
     from bhlog.capture.apps.scoring import Exam, Examiner, Setting, scored, scores
+    from bhlog.capture.writing.place import Place
 
     exam = Exam(
         tuple(name.strip() for name in tasks.split(",") if name.strip()),
@@ -194,7 +195,7 @@ def evaluate(
         batch_size if batch_size == "auto" else int(batch_size),
         include_path,
     )
-    with interruptible(out):
+    with interruptible(Place.of(out)):
         loaded = model.load()
         examiner = Examiner(loaded, exam, out)
         if not resume:

@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from bhlog.capture.writing.place import Place
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, job schedulers, a terminal that is closed
 
@@ -51,7 +53,7 @@ class ProgressLines:
 
 
 @contextmanager
-def interruptible(run: str) -> Iterator[None]:
+def interruptible(place: "Place") -> Iterator[None]:
     """A block that Ctrl-C, SIGTERM and SIGHUP interrupt once: what is logged is then sealed.
 
     Further signals wait until it is.
@@ -60,9 +62,16 @@ def interruptible(run: str) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            if (Path(run) / "run.json").exists():
+            staged = place.staged()
+            if staged:
                 click.echo(
-                    f"{run} is closed; the same command with --resume goes on with it", err=True
+                    f"{place}: {len(staged)} shards did not get there and wait in {place.folder}; "
+                    "the same command with --resume uploads them and goes on",
+                    err=True,
+                )
+            elif place.begun():
+                click.echo(
+                    f"{place} is closed; the same command with --resume goes on with it", err=True
                 )
             raise
 

@@ -55,9 +55,15 @@ def footer_of(file: pa.NativeFile) -> bytes:
 def seal_of(path: Path) -> Seal:
     """The seal of a Parquet file on this machine."""
     with pa.OSFile(str(path)) as file:
-        footer = footer_of(file)
-        metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
-        return Seal(file.size(), metadata.num_rows, hashlib.sha256(footer).hexdigest())
+        return read_seal(file)[0]
+
+
+def read_seal(file: pa.NativeFile) -> tuple[Seal, pq.FileMetaData]:
+    """The seal of an open Parquet file, and its footer."""
+    footer = footer_of(file)
+    metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
+    seal = Seal(file.size(), metadata.num_rows, hashlib.sha256(footer).hexdigest())
+    return seal, metadata
 
 
 def open_sealed(file: pa.NativeFile, seal: Seal | None, *, bounded: bool = True) -> pq.ParquetFile:

@@ -1,7 +1,6 @@
 """Counting the logits of routing tables into histograms, while they are written or afterwards."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.errors import CorruptShard
 from bhlog.capture.contract.null.histogram import HistogramAccumulator
+from bhlog.capture.writing.place import Place
 
 
 def counted(tables: Iterable[pa.Table], counts: HistogramAccumulator) -> Iterator[pa.Table]:
@@ -20,20 +20,23 @@ def counted(tables: Iterable[pa.Table], counts: HistogramAccumulator) -> Iterato
         yield table
 
 
-def count_shard(path: Path, counts: HistogramAccumulator) -> None:
-    """Count the logits of a sealed routing shard.
+def count_shard(place: Place, path: str, counts: HistogramAccumulator) -> None:
+    """Count the logits of a sealed routing shard of a run, by its path inside it.
 
     Raises:
         CorruptShard: it cannot be read.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with (
+            place.open(path) as opened,
+            pq.ParquetFile(opened, page_checksum_verification=True) as file,
+        ):
             for group in range(file.num_row_groups):  # a row group holds one layer
                 _count(file.read_row_group(group, columns=["layer", "logits"]), counts)
     except (pa.ArrowException, OSError) as error:
         raise CorruptShard(
-            f"{path}: cannot be read, so its rows cannot count in the null model ({error}); "
-            "bhlog verify says what is wrong with the run"
+            f"{place}/{path}: cannot be read, so its rows cannot count in the null model "
+            f"({error}); bhlog verify says what is wrong with the run"
         ) from error
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bhlog.capture.contract.errors import InvalidOption
-from bhlog.capture.contract.files import whole_file
+from bhlog.capture.contract.files import require_local, whole_file
 from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.null.histogram import Histogram, HistogramKey, Trim
 from bhlog.capture.contract.null.model import KdeModel
@@ -53,6 +53,7 @@ class KdeFit:
             n_experts: experts of its routers.
         """
         self.options.trim.check(n_experts)
+        require_local(Path(self.out))
         out = Path(self.out).absolute()
         if out.is_dir():
             raise InvalidOption(f"{self.out}: is a folder; expected the name of a file")
@@ -75,7 +76,7 @@ class KdeFit:
         self._part(writer.rank).unlink(missing_ok=True)
         counts = self.options.accumulator()
         for shard in writer.manifest.shards:
-            count_shard(writer.folder / "routing" / shard.name, counts)
+            count_shard(writer.place, f"routing/{shard.name}", counts)
         writer.sealer.histograms = counts
 
     def finish(self, writer: RunWriter) -> KdeModel | None:

@@ -1,9 +1,12 @@
 """The folder of a run: made by rank 0, joined by the other ranks, or continued after a stop."""
 
 import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from errno import ENOENT
 from pathlib import Path
 
 import msgspec
@@ -17,17 +20,26 @@ from bhlog.capture.contract.errors import (
     RouterLogError,
     RunExists,
 )
-from bhlog.capture.contract.files import require_local
-from bhlog.capture.contract.manifest import Count, Manifest, ShardEntry, Totals, manifest_name
+from bhlog.capture.contract.manifest import (
+    Count,
+    Manifest,
+    Seal,
+    ShardEntry,
+    Totals,
+    manifest_name,
+)
 from bhlog.capture.contract.null.model import KdeModel
-from bhlog.capture.contract.opening import refused, seal_of
+from bhlog.capture.contract.opening import read_seal, refused
 from bhlog.capture.contract.schema import SCHEMA_VERSION, SHARD_NAME
+from bhlog.capture.contract.store import reached
 from bhlog.capture.writing.meeting import Meeting
+from bhlog.capture.writing.place import FOLDERS, Place, head_files, last_manifest, pair, send_staged
 
 _MAY_CHANGE = (
     "batch_size",
     "experts_implementation",
 )  # of the options noted in the manifest, when a run is resumed
+_READS = 8  # footers read at once: a store takes its time for each
 PROGRESS = "bhlog.progress"  # key in the footer of a tokens shard: see Standing
 
 
@@ -61,49 +73,66 @@ class Standing:
         return msgspec.json.decode(text, type=cls)
 
 
-def check_new(folder: Path) -> None:
-    """Raise RunExists unless a run could begin in the folder: there is none, or it is empty.
+def check_new(place: Place) -> None:
+    """Raise RunExists unless a run could begin there: there is no folder, or it is empty.
 
     Raises:
-        InvalidOption: it was a URI.
+        MissingRun: its object store does not answer.
     """
-    require_local(folder)
-    if folder.exists() and not folder.is_dir():
-        raise RunExists(f"{folder}: a file; choose another name for the run's folder")
-    if folder.exists() and any(folder.iterdir()):
+    with reached(str(place)):
+        if place.store is None and place.folder.exists() and not place.folder.is_dir():
+            raise RunExists(f"{place}: a file; choose another name for the run's folder")
+        names = place.names()
+    if names:
         raise RunExists(
-            f"{folder}: the folder is not empty; choose another, remove it, or continue a broken "
+            f"{place}: the folder is not empty; choose another, remove it, or continue a broken "
             "capture with --resume"
+        )
+    if place.staged():
+        raise RunExists(
+            f"{place.folder}: holds shards of an earlier capture that were to go to {place}; "
+            "remove it, or choose another --out"
         )
 
 
-def create(folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int) -> Manifest:
+def open_run(
+    place: Place, manifest: Manifest, kde: KdeModel | None, rank: int, *, resumed: bool
+) -> tuple[Manifest, Standing]:
+    """Make a run, or open one to continue it: the manifest in force, and where it stands."""
+    if resumed:
+        return resume(place, manifest, kde, rank)
+    return create(place, manifest, kde, rank), Standing()
+
+
+def create(place: Place, manifest: Manifest, kde: KdeModel | None, rank: int) -> Manifest:
     """Make the run's folder, or join the one that rank 0 makes; return the manifest in force.
 
     Raises:
         RunExists: the folder is there and not empty, or holds a run of another launch.
         RouterLogError: it cannot be written, or the ranks cannot find each other.
     """
-    meeting = Meeting.of(folder, rank)
+    meeting = Meeting.of(place, rank)
     manifest = replace(manifest, launch=meeting.launch)
     try:
         if rank == 0:
-            check_new(folder)
-            folder.mkdir(parents=True, exist_ok=True)
+            check_new(place)
         else:
-            if (folder / manifest_name(rank)).exists():
+            if manifest_name(rank) in place.names():
                 raise RunExists(
-                    f"{folder}: rank {rank} has written here before; choose another folder, "
+                    f"{place}: rank {rank} has written here before; choose another folder, "
                     "remove it, or continue a broken capture with --resume"
                 )
             manifest = replace(manifest, run_id=meeting.join())
         try:
-            manifest = _fill(folder, manifest, kde, rank)
+            manifest = _fill(place, manifest, kde, rank)
         except OSError:
             if rank == 0:  # nothing of a run is there yet
                 with suppress(OSError):
-                    remove_run(folder)
-                    folder.rmdir()
+                    remove_run(place.folder)
+                    place.folder.rmdir()
+                if place.store is not None:
+                    for name in head_files(0):
+                        place.store.remove(name)
             raise
     except OSError as error:
         if rank == 0:
@@ -111,7 +140,7 @@ def create(folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int) ->
         if isinstance(error, RouterLogError):
             raise
         raise RouterLogError(
-            f"{folder}: the run cannot be written there ({error.strerror or error}); choose "
+            f"{place}: the run cannot be written there ({error.strerror or error}); choose "
             "another folder"
         ) from error
     if rank == 0:
@@ -119,72 +148,115 @@ def create(folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int) ->
     return manifest
 
 
-def _fill(folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int) -> Manifest:
-    for name in ("routing", "tokens"):
-        (folder / name).mkdir(exist_ok=True)
+def _fill(place: Place, manifest: Manifest, kde: KdeModel | None, rank: int) -> Manifest:
+    for name in FOLDERS:
+        (place.folder / name).mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        write_card(folder)
+        write_card(place.folder)
     if kde is not None:
         if rank == 0:
-            kde.save(folder / "kde.parquet")
+            kde.save(place.folder / "kde.parquet")
         routing = replace(manifest.routing, kde_sha256=kde.sha256)
         manifest = replace(manifest, routing=routing)
-    manifest.write(folder, rank)
+    manifest.write(place.folder, rank)
+    for name in head_files(rank):
+        if (place.folder / name).exists():
+            place.publish(name)
     return manifest
 
 
 def resume(
-    folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int
+    place: Place, manifest: Manifest, kde: KdeModel | None, rank: int
 ) -> tuple[Manifest, Standing]:
     """Open a run to continue it after its last sealed shard.
+
+    What an earlier capture could not upload to an object store goes there first.
 
     Returns:
         The manifest, with the sealed shards, and where the run stands.
 
     Raises:
-        RouterLogError: there is no run.
+        RouterLogError: there is no run, or its store does not answer.
         InvalidOption: it was made with other options, another model or null model.
         CorruptShard: a sealed shard cannot be read.
     """
-    path = folder / manifest_name(rank)
+    name = f"{place}/{manifest_name(rank)}"
     try:
-        before = Manifest.from_json(path.read_bytes(), str(path))
+        before = last_manifest(place, rank)
+        if before is None:
+            first = place.manifest(0) if rank else None
+            if first is not None:  # this rank had not come to write
+                _check_same(place, f"{place}/{manifest_name(0)}", first, manifest, kde)
+                mine = replace(manifest, run_id=first.run_id, schema_version=first.schema_version)
+                return _fill(place, mine, kde, rank), Standing()
+            raise FileNotFoundError(ENOENT, os.strerror(ENOENT))
+        _check_same(place, name, before, manifest, kde)
+        if place.store is not None:
+            before = send_staged(place, before, rank)
+            for folder in FOLDERS:
+                (place.folder / folder).mkdir(parents=True, exist_ok=True)
+        shards = [n for n in place.names("routing") if _is_of(n, rank)]
+    except RouterLogError:
+        raise
     except OSError as error:
-        leader = folder / manifest_name(0)
-        if rank and leader.exists():  # this rank had not come to write
-            first = Manifest.from_json(leader.read_bytes(), str(leader))
-            _check_same(leader, first, manifest, kde)
-            mine = replace(manifest, run_id=first.run_id, schema_version=first.schema_version)
-            return _fill(folder, mine, kde, rank), Standing()
-        raise RouterLogError(f"{path}: no run to resume ({error.strerror})") from error
-    _check_same(path, before, manifest, kde)
-    for part in (*folder.glob(f"*/rank{rank:05d}-*.part"), *folder.glob(f"{path.name}*.part")):
+        raise RouterLogError(f"{name}: no run to resume ({error.strerror or error})") from error
+    for part in (
+        *place.folder.glob(f"*/rank{rank:05d}-*.part"),
+        *place.folder.glob(f"{manifest_name(rank)}*.part"),
+    ):
         part.unlink(missing_ok=True)
-    entries, progress = [], Standing()
-    for routing in sorted((folder / "routing").glob(f"rank{rank:05d}-*.parquet")):
-        tokens = folder / "tokens" / routing.name
-        try:
-            for path in (routing, tokens):
-                why = refused(folder, path.relative_to(folder).as_posix())
-                if why is not None:
-                    raise ValueError(why)
-            seals = seal_of(routing), seal_of(tokens)
-            progress = Standing.of(pq.read_metadata(tokens).metadata)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise CorruptShard(
-                f"{routing}: cannot resume after a broken shard; move it and {tokens} away, and "
-                "what comes after them"
-            ) from error
-        size = sum(seal.bytes for seal in seals)
-        entries.append(ShardEntry(routing.name, seals[0].rows, seals[1].rows, size, *seals))
+    entries, progress = _standing(place, shards)
     totals = progress.totals
     lost = before.error is not None and before.totals.dropped > totals.dropped
     if before.closed is not None and before.totals.shards == totals.shards and not lost:
         totals = before.totals  # it counts what came after the last shard, too
     progress = replace(progress, totals=totals)
     manifest = replace(before, totals=totals, shards=tuple(entries), closed=None, error=None)
-    manifest.write(folder, rank)
+    manifest.write(place.folder, rank)
+    try:
+        place.publish(manifest_name(rank))
+    except OSError as error:
+        raise RouterLogError(f"{name}: cannot be written ({error})") from error
     return manifest, progress
+
+
+def _is_of(shard: str, rank: int) -> bool:
+    match = SHARD_NAME.fullmatch(shard)
+    return match is not None and int(match["rank"]) == rank
+
+
+def _standing(place: Place, shards: list[str]) -> tuple[list[ShardEntry], Standing]:
+    """The sealed pairs of these names, and where the run stands after them.
+
+    Raises:
+        CorruptShard: one cannot be read.
+    """
+
+    def read(path: str) -> tuple[Seal, pq.FileMetaData]:
+        why = None if place.store is not None else refused(place.folder, path)
+        if why is not None:
+            raise ValueError(why)
+        with place.open(path) as file:
+            return read_seal(file)
+
+    entries, progress = [], Standing()
+    with ThreadPoolExecutor(_READS) as pool:
+        pairs = [[pool.submit(read, path) for path in pair(name)] for name in shards]
+        for name, (of_tokens, of_routing) in zip(shards, pairs, strict=True):
+            try:
+                tokens, footer = of_tokens.result()
+                routing, _ = of_routing.result()
+                progress = Standing.of(footer.metadata)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                pool.shutdown(cancel_futures=True)
+                tokens_path, routing_path = pair(name)
+                raise CorruptShard(
+                    f"{place}/{routing_path}: cannot resume after a broken shard; move it and "
+                    f"{place}/{tokens_path} away, and what comes after them"
+                ) from error
+            size = tokens.bytes + routing.bytes
+            entries.append(ShardEntry(name, routing.rows, tokens.rows, size, routing, tokens))
+    return entries, progress
 
 
 def next_number(shards: tuple[ShardEntry, ...]) -> int:
@@ -215,7 +287,9 @@ def remove_run(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _check_same(path: Path, before: Manifest, now: Manifest, kde: KdeModel | None) -> None:
+def _check_same(
+    place: Place, path: str, before: Manifest, now: Manifest, kde: KdeModel | None
+) -> None:
     if before.schema_version > SCHEMA_VERSION:
         raise InvalidOption(
             f"{path}: of schema version {before.schema_version}, cannot resume with "
@@ -238,5 +312,5 @@ def _check_same(path: Path, before: Manifest, now: Manifest, kde: KdeModel | Non
     if kde is not None and old.kde_sha256 != kde.sha256:
         raise InvalidOption(
             f"{path}: routed with another null model; resume with the run's own, "
-            f"{path.with_name('kde.parquet')}"
+            f"{place}/kde.parquet"
         )

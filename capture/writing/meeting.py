@@ -11,12 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from bhlog.capture.contract.errors import InvalidOption, RunExists, WriterFailed
-from bhlog.capture.contract.manifest import Manifest, manifest_name
+from bhlog.capture.contract.manifest import manifest_name
 from bhlog.capture.writing.launch import process_group
+from bhlog.capture.writing.place import Place
 
 RANK_WAIT_SECONDS = 60.0
 LAUNCH = "BHLOG_LAUNCH"  # where a user may name a launch that nothing else tells apart
@@ -32,23 +32,23 @@ class Meeting(ABC):
     launch: str | None = None
 
     @classmethod
-    def of(cls, folder: Path, rank: int) -> "Meeting":
-        """The meeting of this launch's ranks over a folder.
+    def of(cls, place: Place, rank: int) -> "Meeting":
+        """The meeting of this launch's ranks over the place of a run.
 
         Raises:
             InvalidOption: nothing tells which launch this rank, which is not 0, belongs to.
         """
         store = _shared_store()
         if store is not None:
-            return _Store.over(store, folder, rank)
+            return _Store.over(store, place, rank)
         launch = launch_name()
         if launch is None and rank > 0:
             raise InvalidOption(
-                f"{folder}: this is rank {rank}, but of which launch is not known, and so not "
+                f"{place}: this is rank {rank}, but of which launch is not known, and so not "
                 f"which run to join; start with torchrun, or set {LAUNCH} to a text that the "
                 "processes of this launch share and no other launch has"
             )
-        return _Folder(folder, launch)
+        return _Folder(place, launch)
 
     @abstractmethod
     def announce(self, run_id: str) -> None:
@@ -77,9 +77,10 @@ class _Store(Meeting):
     get: Callable[[str], str]
 
     @classmethod
-    def over(cls, store: Any, folder: Path, rank: int) -> "_Store":
+    def over(cls, store: Any, place: Place, rank: int) -> "_Store":
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        name = f"bhlog/{attempt}/{folder.resolve()}"
+        where = place.folder.resolve() if place.store is None else place
+        name = f"bhlog/{attempt}/{where}"
         turn = store.add(f"{name}/{rank}", 1)  # a folder may be used again after it was removed
         return cls(f"{name}/run{turn}", store.set, lambda key: _wait_and_get(store, key))
 
@@ -100,7 +101,7 @@ class _Store(Meeting):
 class _Folder(Meeting):
     """The run's folder, whose manifest names the launch."""
 
-    folder: Path
+    place: Place
     launch: str | None
 
     def announce(self, run_id: str) -> None:
@@ -110,10 +111,10 @@ class _Folder(Meeting):
         """Nothing to do: the others will find no manifest of this launch."""
 
     def join(self) -> str:
-        path = self.folder / manifest_name(0)
+        path = f"{self.place}/{manifest_name(0)}"
         deadline = time.monotonic() + RANK_WAIT_SECONDS
         while True:
-            leader = Manifest.from_json(path.read_bytes(), str(path)) if path.exists() else None
+            leader = self.place.manifest(0)
             if leader is not None and leader.launch == self.launch:
                 return leader.run_id
             if time.monotonic() > deadline:

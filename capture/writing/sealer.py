@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from bhlog.capture.contract.files import final_path, seal, write_part
@@ -14,6 +15,7 @@ from bhlog.capture.contract.schema import shard_name
 from bhlog.capture.writing.buffer import Buffer
 from bhlog.capture.writing.counting import counted
 from bhlog.capture.writing.folder import Standing, next_number
+from bhlog.capture.writing.uploads import Uploads
 
 
 class Sealer:
@@ -25,13 +27,20 @@ class Sealer:
         threads: buffers encoded at once; one more waits for them.
         shards: sealed before.
         totals: counts up to the last of them.
+        uploads: takes each to an object store, before it counts as sealed; None keeps it here.
 
     Attributes:
         histograms: counts the logits of every shard that is sealed; None counts nothing.
     """
 
     def __init__(
-        self, folder: Path, rank: int, threads: int, shards: tuple[ShardEntry, ...], totals: Totals
+        self,
+        folder: Path,
+        rank: int,
+        threads: int,
+        shards: tuple[ShardEntry, ...],
+        totals: Totals,
+        uploads: Uploads | None = None,
     ) -> None:
         self.histograms: HistogramAccumulator | None = None
         self._folder = folder
@@ -39,6 +48,7 @@ class Sealer:
         self._threads = threads
         self._shards = shards
         self._totals = totals
+        self._uploads = uploads
         self._number = next_number(shards)
         self._running: deque[Future[None]] = deque()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="bhlog-encode")
@@ -75,11 +85,15 @@ class Sealer:
         """
         while self._running:
             self._running.popleft().result()
+        if self._uploads is not None:
+            self._uploads.wait()
 
     def cancel(self) -> None:
-        """Start no more buffers."""
+        """Start no more buffers, and wait little for an object store."""
         for future in self._running:
             future.cancel()
+        if self._uploads is not None:
+            self._uploads.hurry()
 
     def close(self) -> None:
         """Stop the threads, once they have nothing to do."""
@@ -116,8 +130,16 @@ class Sealer:
                 part.unlink(missing_ok=True)
                 final_path(part).unlink(missing_ok=True)  # half a pair is no shard
             raise
-        if self.histograms is not None and counts is not None:  # one shard at a time comes here
-            self.histograms.merge(counts)
         entry = ShardEntry(name, buffer.rows, buffer.tokens, n_bytes, routing_seal, tokens_seal)
+        listed = partial(self._list, entry, progress.totals, counts)
+        if self._uploads is None:
+            listed()
+        else:
+            self._uploads.add(name, n_bytes, listed)
+
+    def _list(self, entry: ShardEntry, totals: Totals, counts: HistogramAccumulator | None) -> None:
+        """Count a shard as sealed; one at a time comes here."""
+        if self.histograms is not None and counts is not None:
+            self.histograms.merge(counts)
         with self._lock:
-            self._shards, self._totals = (*self._shards, entry), progress.totals
+            self._shards, self._totals = (*self._shards, entry), totals

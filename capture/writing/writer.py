@@ -15,11 +15,13 @@ from bhlog.capture.contract.errors import WriterFailed
 from bhlog.capture.contract.manifest import Manifest, ModelInfo, Origin, Routing, Totals
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.writing.buffer import Block, Buffer, logged_rows
-from bhlog.capture.writing.folder import Standing, create, remove_run, resume
+from bhlog.capture.writing.folder import Standing, open_run, remove_run
 from bhlog.capture.writing.launch import world_size
+from bhlog.capture.writing.place import Place, head_files
 from bhlog.capture.writing.queue import Queue
 from bhlog.capture.writing.sealer import Sealer
 from bhlog.capture.writing.stage import Staged
+from bhlog.capture.writing.uploads import Uploads
 from bhlog.capture.writing.writer_options import WriterOptions
 
 __all__ = ["Block", "RunWriter", "WriterOptions", "remove_run"]
@@ -50,7 +52,8 @@ class RunWriter:
     once, at the next submit or at close.
 
     Args:
-        folder: the run's folder; made if it is not there.
+        folder: the run's folder, made if it is not there; or the URI of one in an object store,
+            to which shards go once they are sealed on this machine.
         model, routing: what is run and how it is routed.
         kde: null model in force, saved into the run.
         options: see WriterOptions.
@@ -61,6 +64,7 @@ class RunWriter:
         resume: continue the run in the folder after its last sealed shard.
 
     Attributes:
+        place: where the run is written.
         next_sequence, next_forward: numbers that no row submitted so far has.
         windows: windows of text that were done when the run was resumed.
         sealer: what seals its shards.
@@ -85,11 +89,11 @@ class RunWriter:
         ranks: int | None = None,
         resume: bool = False,
     ) -> None:
-        self.folder = Path(folder)
         self.options = options or WriterOptions()
+        self.place = Place.of(folder, self.options.staging, rank)
         self.rank = rank
-        self._manifest, self._progress = _open(
-            self.folder,
+        self._manifest, self._progress = open_run(
+            self.place,
             Manifest(
                 run_id=uuid.uuid4().hex,
                 created=_now(),
@@ -104,17 +108,19 @@ class RunWriter:
             ),
             kde,
             rank,
-            resume,
+            resumed=resume,
         )
         self.next_sequence = self._progress.next_sequence
         self.next_forward = self._progress.next_forward
         self.windows = self._progress.windows
+        self._uploads = Uploads.to(self.place, self.options.queue_bytes, self.options.store_seconds)
         self.sealer = Sealer(
-            self.folder,
+            self.place.folder,
             rank,
             self.options.threads,
             self._manifest.shards,
             self._progress.totals,
+            self._uploads,
         )
         self._buffer = Buffer(rank, self.version)
         self._began = time.monotonic()
@@ -211,7 +217,7 @@ class RunWriter:
                 break
         self.check()
         if self._error is None:
-            self.manifest.write(self.folder, self.rank)
+            self._write(self.manifest)
 
     def check(self) -> None:
         """Raise the writer's error, once.
@@ -223,9 +229,9 @@ class RunWriter:
             if self._error is None or self._raised:
                 return
             self._raised = True
+        remains = self.place.remains(len(self.sealer.sealed[0]))
         raise WriterFailed(
-            f"{self.folder}: writing stopped ({_words(self._error)}); the "
-            f"{len(self.sealer.sealed[0])} sealed shards are whole, later rows are not logged"
+            f"{self.place}: writing stopped ({_words(self._error)}); {remains}"
         ) from self._error
 
     def close(self, error: BaseException | None = None) -> None:
@@ -241,6 +247,8 @@ class RunWriter:
             return
         self._closed = True
         self._broken = error is not None
+        if self._broken and self._uploads is not None:
+            self._uploads.hurry()
         self._put(None)
         self._thread.join()
         self.sealer.close()
@@ -249,10 +257,20 @@ class RunWriter:
             self.manifest, closed=_now(), error=None if cause is None else _words(cause)
         )
         try:
-            finished.write(self.folder, self.rank)
+            self._write(finished)
+            if self._uploads is not None and not self.place.staged():
+                self.place.unstage(head_files(self.rank))
         except OSError as failure:
             self._error = self._error or failure
+        if self._uploads is not None:
+            self._uploads.close()
         self.check()
+
+    def _write(self, manifest: Manifest) -> None:
+        """Bring the manifest on disk, and that of an object store, up to date."""
+        manifest.write(self.place.folder, self.rank)
+        if self._uploads is not None:
+            self._uploads.publish(head_files(self.rank)[-1])
 
     def _put(self, item: _Item) -> None:
         """Queue something; after an error nobody is there to take it, and it is let go."""
@@ -370,14 +388,6 @@ class RunWriter:
         if self._whole is not None:  # what is sealed stands
             self._whole = 0, self._progress
         self.sealer.seal(buffer, self._progress)
-
-
-def _open(
-    folder: Path, manifest: Manifest, kde: KdeModel | None, rank: int, resumed: bool
-) -> tuple[Manifest, Standing]:
-    if resumed:
-        return resume(folder, manifest, kde, rank)
-    return create(folder, manifest, kde, rank), Standing()
 
 
 def _now() -> str:

@@ -61,13 +61,13 @@ def make_block(
     )
 
 
-def writer(run: Path, *, resume: bool = False, rank: int = 0, **options: Any) -> RunWriter:
+def writer(run: Path | str, *, resume: bool = False, rank: int = 0, **options: Any) -> RunWriter:
     return RunWriter(
         run, INFO, Routing(), options=WriterOptions(**options), resume=resume, rank=rank
     )
 
 
-def check_run(run: Path) -> list[tuple[int, int]]:
+def check_run(run: Path | str) -> list[tuple[int, int]]:
     """Everything sealed reads, pairs up and is right; returns its (sequence, position)."""
     log = open_log(run)
     assert log.shards == log.token_shards

@@ -42,7 +42,7 @@ for line in sys.stdin:
 
 def log_blocks_for_ever(run: str, resume: str, notes: str) -> None:
     """A child: logs hand-made blocks, and notes after each flush how many are on disk."""
-    log_writer = writer(Path(run), resume=bool(int(resume)), shard_rows=400)
+    log_writer = writer(run, resume=bool(int(resume)), shard_rows=400)
     number = log_writer.next_sequence
     while True:
         log_writer.submit(make_block(number, 5 + number % 7))
