@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("table", "json", "csv", "markdown", "parquet")  # as in bhlog.analysis.output
 KERNELS = ("gaussian", "epanechnikov", "tophat", "triangular", "none")  # as in contract.null.curve
-BANDWIDTH_RULES = ("scott", "silverman", "isj")
+BANDWIDTH_RULES = ("scott", "silverman", "nrd0", "isj")
 
 Decorator = Callable[[Any], Any]
 
@@ -215,7 +215,11 @@ def fit_options(*, as_fitted: bool) -> Decorator:
 
     number: dict[str, Any] = {"type": click.IntRange(min=0), "metavar": "N"}
     level = "; a level that the file keeps" if as_fitted else ""
-    bandwidth = "scott, silverman, isj, or the kernel's standard deviation in logits"
+    bandwidth = (
+        "scott: sd n^-1/5; silverman: 1.06 times that, whatever the quartiles; nrd0: R's default, "
+        "0.9 min(sd, IQR / 1.34) n^-1/5; isj: improved Sheather-Jones, silverman where it has no "
+        "root; or the kernel's standard deviation in logits"
+    )
     return bundle(
         "fit",
         dict,

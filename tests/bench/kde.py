@@ -64,7 +64,7 @@ def fit(values: NDArray[np.float32], threads: int = 1) -> NullCurve:
     with ThreadPoolExecutor(threads) as pool:
         counted = pool.map(lambda part: Histogram.of(part, count=count_patterns), parts)
         histogram = reduce(Histogram.merge, counted)
-    bandwidth = choose_bandwidth(histogram, "scott")
+    bandwidth = choose_bandwidth(histogram, "scott").width
     x0, dx, tail = kernel_tail(histogram, "gaussian", bandwidth)
     return NullCurve(expert=None, n=len(values), x0=x0, dx=dx, tail=tail, bandwidth=bandwidth)
 

@@ -8,12 +8,13 @@ Sheather-Jones reads the shape, so it sees such values spread over their spacing
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bhlog.capture.contract.errors import InvalidOption
-from bhlog.capture.contract.null.curve import BANDWIDTH_RULES
+from bhlog.capture.contract.null.curve import BANDWIDTH_RULES, INSTEAD
 from bhlog.capture.contract.null.histogram import BIN_WIDTH, ONE_SPREAD, ONE_VALUE, Histogram
 
 WIDEST = 64.0  # logits; a kernel that wide hides whatever it is laid over
@@ -38,22 +39,34 @@ def check_bandwidth(bandwidth: str | float) -> None:
         )
 
 
-def choose_bandwidth(histogram: Histogram, bandwidth: str | float) -> float:
-    """Standard deviation of the kernel, in logits.
+class Bandwidth(NamedTuple):
+    """A bandwidth and what it came from.
+
+    Attributes:
+        width: standard deviation of the kernel in logits, above 0.
+        rule: one of BANDWIDTH_RULES, INSTEAD, or "fixed".
+    """
+
+    width: float
+    rule: str
+
+
+def choose_bandwidth(histogram: Histogram, bandwidth: str | float) -> Bandwidth:
+    """The bandwidth by a rule, or as given.
 
     Args:
         histogram: what is fitted, at least one value.
-        bandwidth: "scott", "silverman", "isj", or the bandwidth itself; see check_bandwidth.
+        bandwidth: a name of BANDWIDTH_RULES, or the bandwidth itself; see check_bandwidth.
 
     Returns:
-        A number above 0; rules give at least BIN_WIDTH and at least the spacing of the lattice.
+        Rules give at least BIN_WIDTH and at least the spacing of the lattice.
     """
     if not isinstance(bandwidth, str):
-        return float(bandwidth)
-    chosen = _RULES[bandwidth](histogram)
+        return Bandwidth(float(bandwidth), "fixed")
+    rule, chosen = bandwidth, _RULES[bandwidth](histogram)
     if chosen is None:  # no root to find
-        chosen = silverman(histogram)
-    return max(chosen, lattice_spacing(histogram), BIN_WIDTH)
+        rule, chosen = INSTEAD, silverman(histogram)
+    return Bandwidth(max(chosen, lattice_spacing(histogram), BIN_WIDTH), rule)
 
 
 def scott(histogram: Histogram) -> float:
@@ -64,6 +77,23 @@ def scott(histogram: Histogram) -> float:
 def silverman(histogram: Histogram) -> float:
     """sd * (3 n / 4)^(-1/5), as scipy.stats.gaussian_kde has it. Silverman (1986), eq. (3.28)."""
     return float(standard_deviation(histogram) * (histogram.n * 3 / 4) ** (-1 / 5))
+
+
+def nrd0(histogram: Histogram) -> float:
+    """0.9 * min(sd, IQR / 1.34) * n^(-1/5), as R's bw.nrd0 has it. Silverman (1986), eq. (3.31).
+
+    Quartiles are those of the nodes (R's type 7), exact to BIN_WIDTH. The standard deviation
+    stands alone where the quartiles are one value.
+    """
+    sd, n = standard_deviation(histogram), histogram.n
+    at = (n - 1) * np.array([0.25, 0.75])
+    below = np.cumsum(histogram.counts / ONE_VALUE)  # values up to a node, in order
+    first = np.searchsorted(below, np.floor(at), side="right")
+    second = np.searchsorted(below, np.floor(at) + 1, side="right")
+    second = np.minimum(second, len(below) - 1)
+    low, high = first + (at - np.floor(at)) * (second - first)
+    spread = (high - low) * BIN_WIDTH / 1.34
+    return float(0.9 * (min(sd, spread) or sd) * n ** (-1 / 5))
 
 
 def standard_deviation(histogram: Histogram) -> float:
@@ -130,7 +160,7 @@ def improved_sheather_jones(histogram: Histogram) -> float | None:
     return None
 
 
-_RULES = {"scott": scott, "silverman": silverman, "isj": improved_sheather_jones}
+_RULES = {"scott": scott, "silverman": silverman, "nrd0": nrd0, "isj": improved_sheather_jones}
 
 
 class _Squares:

@@ -11,7 +11,8 @@ from bhlog.capture.contract.null.histogram import Histogram, Trim
 from bhlog.capture.contract.rule import critical_values
 
 KERNELS = ("gaussian", "epanechnikov", "tophat", "triangular", "none")
-BANDWIDTH_RULES = ("scott", "silverman", "isj")
+BANDWIDTH_RULES = ("scott", "silverman", "nrd0", "isj")
+INSTEAD = "isj, silverman"  # asked for isj, which found no root, and fitted with silverman
 
 _TOGETHER = 1 << 13  # thresholds computed at a time, so that they stay in the cache
 _FARTHEST = 2.0**20  # logits; a grid beyond it, or finer than its inverse, is damaged
@@ -32,7 +33,8 @@ class NullCurve:
         trim_low, trim_high: logits left out of each row, at its lower and upper end.
         kernel: one of KERNELS, or "imported".
         bandwidth: standard deviation of the kernel in logits; None when there is none.
-        rule: how the bandwidth was chosen: one of BANDWIDTH_RULES, "fixed", "none" or "imported".
+        rule: how the bandwidth was chosen: one of BANDWIDTH_RULES, INSTEAD, "fixed", "none" or
+            "imported".
         source: ids of the runs it was fitted from, or the name of the imported file.
         kept: histograms of the same logits at other trimming levels, for refits.
     """
@@ -61,7 +63,7 @@ class NullCurve:
             raise CorruptKde("tail must fall from at most 1 to at least 0")
         if self.kernel not in (*KERNELS, "imported"):
             raise CorruptKde(f"unknown kernel {self.kernel!r}; kernels: {', '.join(KERNELS)}")
-        if self.rule not in (*BANDWIDTH_RULES, "fixed", "none", "imported"):
+        if self.rule not in (*BANDWIDTH_RULES, INSTEAD, "fixed", "none", "imported"):
             raise CorruptKde(f"unknown bandwidth rule {self.rule!r}")
         if self.bandwidth is not None and not 0 < self.bandwidth < _FARTHEST:
             raise CorruptKde(f"bandwidth must be above 0 logits, got {self.bandwidth}")

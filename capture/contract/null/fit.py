@@ -9,7 +9,7 @@ from typing import Literal
 
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.bandwidth import check_bandwidth, choose_bandwidth
-from bhlog.capture.contract.null.curve import KERNELS, NullCurve
+from bhlog.capture.contract.null.curve import INSTEAD, KERNELS, NullCurve
 from bhlog.capture.contract.null.histogram import (
     Histogram,
     HistogramAccumulator,
@@ -32,8 +32,9 @@ class FitOptions:
     Attributes:
         kernel: "gaussian", "epanechnikov", "tophat", "triangular", or "none" for the empirical
             tail.
-        bandwidth: "scott", "silverman", "isj" (improved Sheather-Jones), or a standard deviation
-            of the kernel in logits.
+        bandwidth: "scott", "silverman" (1.06 sd n^-1/5), "nrd0" (R's default, 0.9 of the smaller
+            of sd and IQR / 1.34), "isj" (improved Sheather-Jones; silverman where it has no
+            root), or a standard deviation of the kernel in logits.
         trim_low, trim_high: leave out this many of each row's smallest and largest logits, so
             that the signal does not sit in its own null.
         null: "pooled" for one curve a layer, "expert" for one a layer and expert.
@@ -127,8 +128,7 @@ def _fit_curve(
         bandwidth, rule = None, "none"
         x0, dx, tail = empirical_tail(histogram)
     else:
-        bandwidth = choose_bandwidth(histogram, options.bandwidth)
-        rule = options.bandwidth if isinstance(options.bandwidth, str) else "fixed"
+        bandwidth, rule = choose_bandwidth(histogram, options.bandwidth)
         x0, dx, tail = kernel_tail(histogram, options.kernel, bandwidth, most_points)
     return NullCurve(
         expert=expert,
@@ -233,6 +233,8 @@ def options_of(model: Layers) -> FitOptions:
         bandwidth: str | float = curve.rule
         if curve.rule == "none":
             bandwidth = FitOptions().bandwidth
+        elif curve.rule == INSTEAD:
+            bandwidth = "isj"
         elif curve.rule == "fixed" and curve.bandwidth is not None:
             bandwidth = curve.bandwidth
         found.add(

@@ -212,7 +212,7 @@ def test_a_mistake_is_one_clear_line(bhlog, place, mistake):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--bandwidth", "wide", "neither scott, silverman, isj nor a number"),
+        ("--bandwidth", "wide", "neither scott, silverman, nrd0, isj nor a number"),
         ("--layers", "5-2", "not a list of layers such as 0-3,7"),
         ("--layers", "0-99999999999", "not a list of layers such as 0-3,7"),
         ("--layers", "0;1", "not a list of layers such as 0-3,7"),

@@ -10,6 +10,7 @@ from bhlog.capture.contract.null.bandwidth import (
     choose_bandwidth,
     improved_sheather_jones,
     lattice_spacing,
+    nrd0,
     scott,
     silverman,
     standard_deviation,
@@ -69,6 +70,35 @@ def test_scott_and_silverman_are_scipys(values):
     assert silverman(h) == pytest.approx(expected, rel=1e-6)
 
 
+def slow_nrd0(values):
+    """R's bw.nrd0 on the values themselves."""
+    low, high = np.quantile(values, [0.25, 0.75])
+    sd = values.std(ddof=1)
+    return 0.9 * (min(sd, (high - low) / 1.34) or sd) * len(values) ** -0.2
+
+
+@pytest.mark.parametrize(
+    "values", [NORMAL, BIMODAL, NORMAL[:500], NORMAL[:2]], ids=["normal", "bimodal", "few", "two"]
+)
+def test_nrd0_is_rs(values):
+    assert nrd0(Histogram.of(values)) == pytest.approx(slow_nrd0(values.astype(float)), rel=2e-3)
+
+
+def test_nrd0_without_quartiles_apart_has_the_standard_deviation():
+    values = np.array([1.0] * 90 + [2.0] * 10, np.float32)
+    assert nrd0(Histogram.of(values)) == pytest.approx(slow_nrd0(values.astype(float)), rel=1e-6)
+    assert slow_nrd0(values.astype(float)) > 0.1
+
+
+def test_the_rule_that_was_used_is_told():
+    values = np.array([0.25, 1.0] * 50, np.float32)  # no root in two values
+    assert improved_sheather_jones(Histogram.of(values)) is None
+    found = choose_bandwidth(Histogram.of(values), "isj")
+    assert found.rule == "isj, silverman"
+    assert found == (choose_bandwidth(Histogram.of(values), "silverman").width, "isj, silverman")
+    assert choose_bandwidth(Histogram.of(NORMAL), "isj").rule == "isj"
+
+
 @pytest.mark.parametrize("values", [NORMAL, BIMODAL], ids=["normal", "bimodal"])
 def test_improved_sheather_jones_is_botevs(values):
     # the two bin on other edges; the bandwidth moves with them by less than 0.1 %
@@ -85,8 +115,8 @@ def test_improved_sheather_jones_sees_the_modes_that_scott_blurs():
 @pytest.mark.parametrize("values", [NORMAL, BIMODAL], ids=["normal", "bimodal"])
 @pytest.mark.parametrize("rule", ["scott", "silverman", "isj"])
 def test_bfloat16_logits_get_the_bandwidth_of_the_logits_they_round(values, rule):
-    rounded = choose_bandwidth(Histogram.of(to_bfloat16(values)), rule)
-    assert rounded == pytest.approx(choose_bandwidth(Histogram.of(values), rule), rel=0.01)
+    rounded = choose_bandwidth(Histogram.of(to_bfloat16(values)), rule).width
+    assert rounded == pytest.approx(choose_bandwidth(Histogram.of(values), rule).width, rel=0.01)
 
 
 def test_a_rule_never_resolves_the_lattice_of_the_values():
@@ -94,8 +124,8 @@ def test_a_rule_never_resolves_the_lattice_of_the_values():
     h = Histogram.of(lattice)
     assert lattice_spacing(h) == 1 / 8
     for rule in ("scott", "silverman", "isj"):
-        assert choose_bandwidth(h, rule) >= 1 / 8
-    assert choose_bandwidth(h, 0.01) == 0.01
+        assert choose_bandwidth(h, rule).width >= 1 / 8
+    assert choose_bandwidth(h, 0.01) == (0.01, "fixed")
 
 
 def test_the_spacing_of_bfloat16_is_that_of_the_larger_logits():
@@ -108,7 +138,7 @@ def test_the_spacing_of_bfloat16_is_that_of_the_larger_logits():
 @pytest.mark.parametrize("values", [[1.0], [1.0, 1.0], [-1.0, 1.0], [0.0, 0.0, 0.5]])
 @pytest.mark.parametrize("rule", ["scott", "silverman", "isj"])
 def test_few_values_get_a_bandwidth_above_0(values, rule):
-    assert choose_bandwidth(Histogram.of(np.array(values, np.float32)), rule) >= BIN_WIDTH
+    assert choose_bandwidth(Histogram.of(np.array(values, np.float32)), rule).width >= BIN_WIDTH
 
 
 @settings(deadline=None, max_examples=20)
@@ -117,8 +147,8 @@ def test_rules_shift_and_scale_with_the_values(scale, shift):
     values = np.random.default_rng(2).normal(0, 1, 3000).astype(np.float32)
     moved = (values * scale + shift).astype(np.float32)
     for rule in ("scott", "silverman", "isj"):
-        expected = choose_bandwidth(Histogram.of(values), rule) * scale
-        assert choose_bandwidth(Histogram.of(moved), rule) == pytest.approx(expected, rel=5e-3)
+        expected = choose_bandwidth(Histogram.of(values), rule).width * scale
+        assert choose_bandwidth(Histogram.of(moved), rule).width == pytest.approx(expected, rel=5e-3)
 
 
 def test_improved_sheather_jones_uses_the_number_of_values():

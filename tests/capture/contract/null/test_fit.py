@@ -98,6 +98,40 @@ def test_compact_kernels_are_within_1e_4_down_to_1e_8_too(kernel, dtype, n):
     assert np.abs(p / np.maximum(direct, 1e-8) - 1)[counted].max() < 1e-4
 
 
+@pytest.mark.parametrize("kernel", REACH | {"gaussian": 6.0})
+@pytest.mark.parametrize("kind", ["normal", "one", "lattice"])
+@pytest.mark.parametrize("nodes", [1, 4, 15, 150])
+def test_any_tail_lies_between_direct_sums_a_node_away(kernel, kind, nodes):
+    rng = np.random.default_rng(nodes)
+    bandwidth = nodes * BIN_WIDTH
+    for n in (1, 2, 1000):
+        values = {
+            "normal": rng.normal(size=n),
+            "one": np.full(n, rng.normal()),
+            "lattice": np.round(rng.normal(size=n) * 64) / 64,
+        }[kind]
+        end = values.max() + (REACH | {"gaussian": 6.0})[kernel] * bandwidth
+        x = np.concatenate([np.linspace(values.min() - 8 * bandwidth, end, 300), [end]])
+        p = curve_of(values, bandwidth, kernel).p_value(x)
+        shift = 1.1 * BIN_WIDTH
+        low = direct_tail(values, bandwidth, x + shift, kernel)
+        high = direct_tail(values, bandwidth, x - shift, kernel)
+        assert np.all(p >= low * (1 - 1e-3) - 1e-8)
+        assert np.all(p <= high * (1 + 1e-3) + 1e-8)
+
+
+def test_layers_without_a_root_of_isj_refit_and_merge_with_those_that_have_one():
+    accumulator = FitOptions(bandwidth="isj").accumulator()
+    accumulator.update(0, np.array([0.25, 1.0] * 50, np.float32)[:, None])
+    accumulator.update(1, np.random.default_rng(0).normal(size=(500, 1)).astype(np.float32))
+    options = FitOptions(bandwidth="isj")
+    model = KdeModel.fit(accumulator.histograms(), options, source=["test"])
+    assert [curve.rule for _, curve in model.curves] == ["isj, silverman", "isj"]
+    again = KdeModel.from_bytes(model.to_bytes(), "model").refit(kernel="epanechnikov")
+    assert [curve.rule for _, curve in again.curves] == ["isj, silverman", "isj"]
+    assert [curve.rule for _, curve in model.merge(model).curves] == ["isj, silverman", "isj"]
+
+
 def test_a_tophat_is_within_1e_2_until_a_node_before_its_end():
     values = np.random.default_rng(5).normal(-1, 1, 50_000).astype(np.float32)
     bandwidth = float(values.std() * len(values) ** -0.2)
