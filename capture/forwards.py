@@ -23,6 +23,7 @@ from bhlog.capture.changes import Changes
 from bhlog.capture.contract.errors import UnsupportedModel, WriterFailed
 from bhlog.capture.graphs import Graph, at_border
 from bhlog.capture.recorder import Record, Recorder
+from bhlog.capture.routers.routing import warn_of_few_rows
 from bhlog.capture.tokens.filler import Suspects
 from bhlog.capture.tokens.generation import watch_generation
 from bhlog.capture.tokens.identity import Tracker
@@ -83,10 +84,16 @@ class Forwards:
         layers: decoder layers that every forward must have.
         writer: where rows go; None follows the forwards and records nothing.
         pad_token_id: see bhlog.capture.observe.observe.
+        ranked_at: level of BH where rows are ranked within their forward; None where none are.
     """
 
     def __init__(
-        self, layers: Sequence[int], writer: RunWriter | None, *, pad_token_id: int | None = None
+        self,
+        layers: Sequence[int],
+        writer: RunWriter | None,
+        *,
+        pad_token_id: int | None = None,
+        ranked_at: float | None = None,
     ) -> None:
         self.recorder = None if writer is None else Recorder(writer, layers)
         self.tracker = Tracker(pad_token_id=pad_token_id, on_cut=self._cut)
@@ -94,6 +101,7 @@ class Forwards:
             self.tracker.next_sequence = writer.next_sequence
             self.tracker.next_forward = writer.next_forward
         self.graph = Graph()
+        self._ranked_at = ranked_at
         self._here = _Thread()
         self._pid = os.getpid()
 
@@ -251,6 +259,9 @@ class Forwards:
             foreign = self._take_outer_ids(inputs) or (compiled and self._embeds)
             here.forward = self.tracker.begin(inputs)
             here.forward.foreign = foreign
+            ranked_at = self._ranked_at
+            if ranked_at is not None and warn_of_few_rows(here.forward.keep.numel(), ranked_at):
+                self._ranked_at = None  # once
             if self.recorder is not None:
                 here.record = self.recorder.begin(here.forward)
         if compiled:

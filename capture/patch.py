@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from bhlog.capture.changes import Changes
 from bhlog.capture.contract.errors import AlreadyPatched, UnsupportedModel
 from bhlog.capture.contract.manifest import ModelInfo, Routing
-from bhlog.capture.contract.named import Bh, By
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.forwards import Forwards
 from bhlog.capture.graphs import Graph, at_router
@@ -219,9 +218,13 @@ class RouterPatcher:
         options = routing.options
         if options is not None:
             warn_of_cost(self.model, self.routers)
-        empirical = options is not None and options.p_values == "empirical"
-        if writer is not None or empirical or collect_stats:
-            self.forwards = Forwards(self.info.layers, writer, pad_token_id=pad_token_id)
+        ranked_at = None
+        if options is not None and options.p_values == "empirical":
+            ranked_at = options.level(self.info.n_experts)
+        if writer is not None or ranked_at is not None or collect_stats:
+            self.forwards = Forwards(
+                self.info.layers, writer, pad_token_id=pad_token_id, ranked_at=ranked_at
+            )
             head, base = self._models[0], self._models[-1]
             self.forwards.attach(self._changes, self.model, base, head)
         for router in self.routers:
@@ -253,8 +256,8 @@ class RouterPatcher:
         options = routing.options
         if options is None or kde is None:
             return
-        E, policy = self.info.n_experts, options.named
-        alpha = policy.level(E) if isinstance(policy, Bh | By) else options.alpha
+        E = self.info.n_experts
+        alpha = options.level(E)
         for router in self.routers:
             yield kde[router.layer].thresholds(alpha, E).tobytes()
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bhlog.capture.contract.bounds import OPEN as OPEN
 from bhlog.capture.contract.bounds import Bounds as Bounds
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
-from bhlog.capture.contract.named import ROUTED, Bh, Named, parse
+from bhlog.capture.contract.named import ROUTED, Bh, By, Named, parse
 
 Renormalize = bool | Literal["model"]
 RENORMALIZE: dict[str, Renormalize] = {"model": "model", "yes": True, "no": False}  # as options
@@ -82,6 +82,11 @@ class BhOptions:
     def tested_alpha(self) -> float | None:
         """The level of p-values, None where the policy tests none."""
         return float(self.named.value) if self.named.tests else None
+
+    def level(self, n_experts: int) -> float:
+        """The alpha of BH that decides as the policy does, alpha itself where it tests none."""
+        policy = self.named
+        return policy.level(n_experts) if isinstance(policy, Bh | By) else self.alpha
 
     def bounds(self, n_experts: int) -> tuple[int, int]:
         """(min_k, max_k) for routers of n_experts experts.

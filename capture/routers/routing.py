@@ -4,6 +4,7 @@ Compares the same float32 thresholds with the same float32 logits as bhlog.captu
 decisions agree with the offline replay bit for bit. Nothing here waits for the device.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -148,6 +149,23 @@ def empirical_p_values(keys: Tensor, keep: Tensor | None = None) -> Tensor:
     if T == 1:
         return _share_at_least(keys, keys)
     return torch.where(n_kept == 1, _share_at_least(keys, keys), by_expert)
+
+
+def warn_of_few_rows(rows: int, alpha: float) -> bool:
+    """Warn, and tell, if so few rows are ranked among themselves that BH can reject nothing.
+
+    Their p-values are at least 1 / rows, and the largest critical value is alpha. A single row's,
+    ranked across its E experts, are k / E, and none is at most k * alpha / E.
+    """
+    few = rows > 0 and 1 / rows > alpha
+    if few:
+        warnings.warn(
+            f"p-values that rank a forward of {rows} row{'s' * (rows != 1)} are at least "
+            f"{1 / rows:.3g}: BH at alpha {alpha:g} rejects nothing there, and tokens get min_k "
+            "experts, as in decoding one token at a time; route by a null model: kde=",
+            stacklevel=3,
+        )
+    return few
 
 
 def p_value_order(keys: Tensor, p: Tensor) -> Tensor:

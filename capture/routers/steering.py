@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bhlog.capture.contract.named import Bh, By, TopK
+from bhlog.capture.contract.named import TopK
 from bhlog.capture.contract.null.model import LayerNull
 from bhlog.capture.contract.rule import BhOptions
 from bhlog.capture.kernels.loading import Kernels, kernels
@@ -62,7 +62,7 @@ class Steering:
         min_k, max_k = options.bounds(E)
         max_k = max(min_k, min(max_k, most_experts(policy, E)))
         renormalize = options.renormalizes(router.norm_topk_prob)
-        alpha = policy.level(E) if isinstance(policy, Bh | By) else options.alpha
+        alpha = options.level(E)
         null = None if layer_null is None else TorchNull(layer_null, alpha, E)
         weight = next(router.module.parameters(), None)
         placed = weight is not None and not weight.is_meta

@@ -164,6 +164,7 @@ def test_routing_with_the_models_own_count_changes_nothing(model):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:p-values that rank a forward")
 @pytest.mark.parametrize("how", ["observe", "route", "route and log", "empirical"])
 @pytest.mark.parametrize("raises", [False, True])
 def test_leaving_restores_everything(model, tmp_path, how, raises):

@@ -1,17 +1,21 @@
 """The interface of earlier notebooks: a patcher for OLMoE and BH routing as a function."""
 
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 from warnings import warn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bhlog.capture.apps.notebook.logger import BHRoutingLogger
-from bhlog.capture.contract.errors import InvalidOption, KdeMismatch, UnsupportedModel
+from bhlog.capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch, UnsupportedModel
 from bhlog.capture.contract.manifest import Routing
+from bhlog.capture.contract.null.layer import LayerNull
 from bhlog.capture.contract.null.model import KdeModel
-from bhlog.capture.contract.null.pickles import load_kde_models
+from bhlog.capture.contract.null.pickles import curve_of, load_kde_models
 from bhlog.capture.contract.rule import BhOptions, Renormalize, critical_values
 from bhlog.capture.patch import RouterPatcher
 from bhlog.capture.routers.routing import (
@@ -21,8 +25,11 @@ from bhlog.capture.routers.routing import (
     empirical_p_values,
     finite_keys,
     select,
+    warn_of_few_rows,
     weigh,
 )
+
+Kde = KdeModel | Mapping[int, Mapping[str, Any]] | str | Path | None
 
 
 class OLMoERouterPatcher(RouterPatcher):
@@ -53,7 +60,7 @@ class OLMoERouterPatcher(RouterPatcher):
         max_k: int = 8,
         collect_stats: bool = True,
         logger: BHRoutingLogger | None = None,
-        kde: KdeModel | str | Path | None = None,
+        kde: Kde = None,
         renormalize: Renormalize = "model",
     ) -> Self:
         """Route by BH until `unpatch()`; patching again starts afresh.
@@ -61,14 +68,16 @@ class OLMoERouterPatcher(RouterPatcher):
         Args:
             collect_stats: keep counts per layer in `stats`.
             logger: keeps every decision; None copies and keeps nothing.
-            kde: the null model: a file, a folder of older pickles, or loaded. Without one,
-                p-values rank the logits of the batch at hand, which a warning announces.
+            kde: the null model: a file, a folder of older pickles, loaded, or {layer: {"x": ...,
+                "cdf": ...}}. Without one (None or {}), p-values rank the logits of the batch at
+                hand, which a warning announces.
 
         Others: see BhOptions.
         """
         self.unpatch()
-        null = load_kde_models(kde) if isinstance(kde, str | Path) else kde
+        null = null_of(kde)
         if null is None:
+            _warn_of_the_larger_logits()
             warn(
                 "no null model: p-values rank each expert's logits within the batch (empirical), "
                 "so decisions depend on the batch; pass kde= for the rule proper",
@@ -111,7 +120,7 @@ def benjamini_hochberg_routing(
     min_k: int = 1,
     max_k: int = 16,
     layer_idx: int = 0,
-    kde_models: KdeModel | None = None,
+    kde_models: Kde = None,
     return_stats: bool = False,
     logger: BHRoutingLogger | None = None,
     log_every_n_tokens: int = 100,
@@ -124,7 +133,8 @@ def benjamini_hochberg_routing(
         router_logits: (T, E) or (B, S, E), any float dtype.
         alpha, temperature, min_k, max_k: see BhOptions.
         layer_idx: layer whose null model is used.
-        kde_models: the null model; None ranks the logits within this call.
+        kde_models: the null model, see OLMoERouterPatcher.patch_with_bh; None or {} ranks the
+            logits within this call.
         return_stats: also return a dict.
         logger: keeps the decisions of every log_every_n_tokens-th token.
         sample_idx, token_idx: sequence of the first row, and its position; with (B, S, E) logits
@@ -141,15 +151,19 @@ def benjamini_hochberg_routing(
         KdeMismatch: the null model has no such layer.
     """
     shape, E = router_logits.shape[:-1], router_logits.shape[-1]
-    options = BhOptions(alpha, min_k, max_k, temperature, True, _p_value_kind(kde_models))
+    null = null_of(kde_models)
+    kind: Any = "empirical" if null is None else "kde"
+    options = BhOptions(alpha, min_k, max_k, temperature, True, kind)
     min_k, max_k = options.bounds(E)
     logits = router_logits.reshape(-1, E)
     keys = finite_keys(logits)
-    if kde_models is None:
+    if null is None:
+        _warn_of_the_larger_logits()
+        warn_of_few_rows(len(keys), alpha)
         order, n_rejected = empirical_order(keys, alpha, None)
     else:
-        kde_models.require((layer_idx,), E)
-        order, n_rejected = TorchNull(kde_models[layer_idx], alpha, E).order(keys)
+        null.require((layer_idx,), E)
+        order, n_rejected = TorchNull(null[layer_idx], alpha, E).order(keys)
     scores = (keys / temperature).softmax(dim=-1).nan_to_num(nan=0.0)
     # a row without a finite logit has no router to fall back to: its first experts, equal weights
     own = order[:, :max_k]
@@ -174,7 +188,7 @@ def benjamini_hochberg_routing(
                     decided=None,
                 ),
                 routing=routing,
-                kde=kde_models,
+                kde=null,
                 layer=layer_idx,
                 sequence=sample_idx + start // per_sequence,
                 position=token_idx,
@@ -187,10 +201,10 @@ def benjamini_hochberg_routing(
     )
     if not return_stats:
         return result
-    if kde_models is None:
-        p = compute_pvalues_empirical(router_logits)
+    if null is None:
+        p = empirical_p_values(keys).reshape(router_logits.shape)
     else:
-        p = compute_pvalues_kde(router_logits, layer_idx, kde_models)
+        p = compute_pvalues_kde(router_logits, layer_idx, null)
     selected = torch.zeros_like(keys, dtype=torch.bool).scatter(1, choice.experts, slots)
     stats = {
         "p_values": p,
@@ -201,26 +215,69 @@ def benjamini_hochberg_routing(
     return (*result, stats)
 
 
-def compute_pvalues_kde(logits: Tensor, layer_idx: int, kde_models: KdeModel) -> Tensor:
+def compute_pvalues_kde(logits: Tensor, layer_idx: int, kde_models: Kde) -> Tensor:
     """P-values under a layer's null model: float64, the shape and device of logits.
 
     Raises:
-        KdeMismatch: the null model has no such layer.
+        KdeMismatch: there is no null model, or it has no such layer.
     """
-    kde_models.require((layer_idx,), logits.shape[-1])
-    p = kde_models[layer_idx].p_value(logits.detach().double().cpu().numpy())
+    null = null_of(kde_models)
+    if null is None:
+        raise KdeMismatch(
+            "there is no null model in kde_models; compute_pvalues_empirical needs none"
+        )
+    null.require((layer_idx,), logits.shape[-1])
+    p = null[layer_idx].p_value(logits.detach().double().cpu().numpy())
     return torch.from_numpy(p).to(logits.device)
 
 
 def compute_pvalues_empirical(logits: Tensor) -> Tensor:
     """P-values by rank within these rows, float64, the shape of logits (..., E)."""
+    _warn_of_the_larger_logits()
     keys = finite_keys(logits.reshape(-1, logits.shape[-1]))
     return empirical_p_values(keys).reshape(logits.shape)
 
 
-def _p_value_kind(kde_models: KdeModel | None) -> Any:
-    if kde_models is not None and not isinstance(kde_models, KdeModel):
+def null_of(given: Kde) -> KdeModel | None:
+    """The null model that a notebook passes; None where it passes none.
+
+    Args:
+        given: a file, a folder of older pickles, what load_kde_models returns, or {layer: item}
+            with items of such a model or of arrays "x" (G,) and "cdf" (G,).
+
+    Raises:
+        CorruptKde: a file or an item is no null model.
+        KdeMismatch: it is something else.
+    """
+    if given is None or isinstance(given, KdeModel):
+        return given
+    if isinstance(given, str | Path):
+        return load_kde_models(given)
+    if not isinstance(given, Mapping):
         raise KdeMismatch(
-            f"kde_models is a {type(kde_models).__name__}; pass what load_kde_models returns"
+            f"the null model is a {type(given).__name__}; pass what load_kde_models returns, or "
+            '{layer: {"x": ..., "cdf": ...}}'
         )
-    return "empirical" if kde_models is None else "kde"
+    layers = {int(layer): _layer_null(int(layer), item) for layer, item in given.items()}
+    return KdeModel(layers) if layers else None
+
+
+def _layer_null(layer: int, item: Any) -> LayerNull:
+    if isinstance(item, LayerNull):
+        return item
+    name = f"layer {layer} of the null model"
+    if not isinstance(item, Mapping):
+        raise CorruptKde(f"{name} is a {type(item).__name__}; expected a dict of x and cdf")
+    arrays = {str(key): np.asarray(values) for key, values in item.items()}
+    return LayerNull(layer, (curve_of(arrays, name, source="a notebook"),))
+
+
+@cache  # once
+def _warn_of_the_larger_logits() -> None:
+    warn(
+        "empirical p-values count the logits of a batch that are at least as large (>=), the "
+        "token's own among them; earlier notebooks counted strictly larger ones (>), so that the "
+        "largest had p = 0 and noise was rejected: of 50 tokens of noise at 64 experts and alpha "
+        "0.6 they took 5.0 experts a token, where 2.0 are rejected here",
+        stacklevel=3,
+    )

@@ -1,5 +1,6 @@
 """The null model of one layer: a curve for all its experts, or one for each."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +12,11 @@ from bhlog.capture.contract.rule import Decisions, decide, decide_by_expert
 
 
 @dataclass(frozen=True, eq=False)
-class LayerNull:
+class LayerNull(Mapping[str, NDArray[np.float64]]):
     """Null model of one layer: one pooled curve, or one curve per expert.
 
-    `model["x"]` and `model["cdf"]` answer as the items of older notebooks did (pooled only).
+    It answers as the dict that older notebooks kept a layer in, with the items "x" and "cdf"; one
+    with a curve per expert has no items.
     """
 
     layer: int
@@ -91,3 +93,12 @@ class LayerNull:
         if key == "cdf":
             return 1.0 - self.curves[0].tail  # for old notebooks; p-values come from the tail
         raise KeyError(f"{key!r}: expected 'x' or 'cdf'")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("x", "cdf") if self.pooled else ())
+
+    def __len__(self) -> int:
+        return 2 if self.pooled else 0
+
+    def __bool__(self) -> bool:
+        return True

@@ -13,6 +13,7 @@ import pickletools
 import re
 import reprlib
 import struct
+from collections.abc import Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -92,24 +93,37 @@ def read_curve(path: Path) -> NullCurve:
             data = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise CorruptKde(f"{path}: cannot be read ({error.strerror})") from error
-    arrays = read_arrays(data, str(path))
+    return curve_of(read_arrays(data, str(path)), str(path), source=path.name)
+
+
+def curve_of(arrays: Mapping[str, NDArray[Any]], name: str, *, source: str) -> NullCurve:
+    """The pooled null that x and cdf stand for, as older projects kept it.
+
+    Args:
+        arrays: "x" (G,), an even grid of logits, and "cdf" (G,), P(logit <= x).
+        name: says in errors where they came from.
+        source: of the curve.
+
+    Raises:
+        CorruptKde: one is missing, x is not an even grid, or cdf does not rise from 0 to 1.
+    """
     for key in ("x", "cdf"):
         if key not in arrays:
-            raise CorruptKde(f"{path}: holds {reprlib.repr(list(arrays))}; expected x and cdf")
+            raise CorruptKde(f"{name}: holds {reprlib.repr(list(arrays))}; expected x and cdf")
     x, cdf = (arrays[key].astype(np.float64) for key in ("x", "cdf"))
     if x.ndim != 1 or x.shape != cdf.shape or len(x) < 2:
-        raise CorruptKde(f"{path}: x has shape {x.shape}, cdf {cdf.shape}; expected two alike")
+        raise CorruptKde(f"{name}: x has shape {x.shape}, cdf {cdf.shape}; expected two alike")
     if not (np.isfinite(x).all() and np.isfinite(cdf).all()):
-        raise CorruptKde(f"{path}: x or cdf holds NaN or infinity")
+        raise CorruptKde(f"{name}: x or cdf holds NaN or infinity")
     dx = (x[-1] - x[0]) / (len(x) - 1)
     digits = np.finfo(arrays["x"].dtype).eps if arrays["x"].dtype.kind == "f" else 0.0
     if not dx > 0 or np.abs(np.diff(x) - dx).max() > 1e-6 * dx + 4 * digits * np.abs(x).max():
-        raise CorruptKde(f"{path}: x is not an even rising grid")
+        raise CorruptKde(f"{name}: x is not an even rising grid")
     rounding = 1e-9  # sums that made old CDFs overshoot and waver in their last digits
     if cdf.min() < -rounding or cdf.max() > 1 + rounding or np.diff(cdf).min() < -rounding:
-        raise CorruptKde(f"{path}: cdf does not rise from 0 to 1")
+        raise CorruptKde(f"{name}: cdf does not rise from 0 to 1")
     tail = 1.0 - np.clip(np.maximum.accumulate(cdf), 0.0, 1.0)
-    return NullCurve(expert=None, n=0, x0=float(x[0]), dx=float(dx), tail=tail, source=(path.name,))
+    return NullCurve(expert=None, n=0, x0=float(x[0]), dx=float(dx), tail=tail, source=(source,))
 
 
 def read_arrays(data: bytes, name: str) -> dict[str, NDArray[Any]]:

@@ -1,4 +1,6 @@
 import json
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -6,7 +8,15 @@ import torch
 
 from bhlog.analysis.log import logits_of
 from bhlog.analysis.run import open_log
-from bhlog.capture.contract.errors import InvalidOption, KdeMismatch, RunExists, UnsupportedModel
+from bhlog.capture.apps.notebook import patcher as notebook
+from bhlog.capture.contract.errors import (
+    CorruptKde,
+    InvalidOption,
+    KdeMismatch,
+    RunExists,
+    UnsupportedModel,
+)
+from bhlog.capture.contract.null.pickles import load_kde_models
 from bhlog.capture.contract.rule import decide, empirical_p_values
 from capture import (
     BHRoutingLogger,
@@ -18,6 +28,10 @@ from capture import (
 from tests.synthetic import normal_kde
 
 EMPIRICAL = "ignore:no null model"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:empirical p-values count"),  # once a process
+    pytest.mark.filterwarnings("ignore:p-values that rank a forward"),
+]
 
 
 def run(demo, text="def f(x):\n    return x + 1\n"):
@@ -279,3 +293,74 @@ def test_the_function_names_bad_options():
         benjamini_hochberg_routing(
             torch.zeros(1, 8), max_k=4, layer_idx=3, kde_models=normal_kde([0])
         )
+
+
+def strictly_larger(x, alpha):
+    """Experts a token if strictly larger logits are counted, as earlier notebooks did."""
+    p = np.array([[(x[:, i] > v).mean() for i, v in enumerate(row)] for row in x])
+    ranks = np.arange(1, x.shape[1] + 1)
+    return float(((np.sort(p) <= ranks * alpha / x.shape[1]) * ranks).max(axis=1).mean())
+
+
+def test_what_earlier_notebooks_counted_is_told_once_and_measured():
+    notebook._warn_of_the_larger_logits.cache_clear()
+    noise = [np.random.default_rng(seed).normal(size=(50, 64)) for seed in range(12)]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ours = [
+            benjamini_hochberg_routing(torch.tensor(x), 0.6, min_k=0)[2].double().mean()
+            for x in noise
+        ]
+    assert ["strictly larger" in str(w.message) for w in told] == [True]
+    earlier = [strictly_larger(x, 0.6) for x in noise]
+    words = re.search(r"took (.*) experts a token, where (.*) are rejected", str(told[0].message))
+    took, rejected = words.groups()
+    assert np.mean(earlier) == pytest.approx(float(took), abs=0.4)
+    assert np.mean(ours) == pytest.approx(float(rejected), abs=0.4)
+
+
+def test_a_token_at_a_time_without_a_null_model_is_told_to_reject_nothing(recwarn):
+    with pytest.warns(UserWarning, match="a forward of 1 row are at least 1: BH at alpha 0.9"):
+        _, _, counts = benjamini_hochberg_routing(torch.randn(1, 64), alpha=0.9, min_k=0)
+    assert counts.tolist() == [0]
+    with pytest.warns(UserWarning, match="a forward of 9 rows are at least 0.111"):
+        benjamini_hochberg_routing(torch.randn(9, 64), alpha=0.1)
+    benjamini_hochberg_routing(torch.randn(10, 64), alpha=0.1)
+    assert not [w for w in recwarn if "a forward of" in str(w.message)]
+
+
+def test_the_null_model_may_be_a_plain_dict_as_notebooks_kept_it():
+    logits = torch.randn(30, 64)
+    kde = normal_kde(range(2))
+    plain = {layer: {"x": kde[layer]["x"], "cdf": kde[layer]["cdf"]} for layer in kde}
+    expected = benjamini_hochberg_routing(logits, 0.3, layer_idx=1, kde_models=kde)
+    for given in (plain, dict(kde), {1: plain[1]}):
+        found = benjamini_hochberg_routing(logits, 0.3, layer_idx=1, kde_models=given)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        p = compute_pvalues_kde(logits, 1, given)
+        torch.testing.assert_close(p, compute_pvalues_kde(logits, 1, kde), rtol=1e-9, atol=1e-15)
+    with pytest.raises(KdeMismatch, match="layers 0, but not 1"):
+        benjamini_hochberg_routing(logits, layer_idx=1, kde_models={0: plain[0]})
+    with pytest.raises(CorruptKde, match=r"layer 1 of the null model: holds \['x'\]"):
+        benjamini_hochberg_routing(logits, layer_idx=1, kde_models={1: {"x": plain[1]["x"]}})
+    with pytest.raises(CorruptKde, match="layer 1 of the null model is a int"):
+        benjamini_hochberg_routing(logits, layer_idx=1, kde_models={1: 3})
+
+
+def test_an_empty_dict_of_null_models_is_none():
+    logits = torch.randn(30, 64)
+    found = benjamini_hochberg_routing(logits, 0.5, kde_models={})
+    expected = benjamini_hochberg_routing(logits, 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(KdeMismatch, match="no null model in kde_models"):
+        compute_pvalues_kde(logits, 0, {})
+
+
+def test_a_loaded_layer_answers_as_the_dict_that_notebooks_kept(tmp_path):
+    normal_kde(range(2)).save(tmp_path / "null.parquet")
+    models = load_kde_models(tmp_path / "null.parquet")
+    layer = models[0]
+    assert "x" in layer and "cdf" in layer and "pdf" not in layer
+    assert list(layer) == list(layer.keys()) == ["x", "cdf"] and len(layer) == 2
+    assert [len(values) for values in layer.values()] == [len(layer["x"])] * 2
+    assert layer.get("pdf") is None and dict(layer.items()).keys() == {"x", "cdf"}

@@ -3,6 +3,7 @@
 from typing import Any
 from unittest.mock import Mock
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -243,6 +244,7 @@ def test_assisted_decoding_keeps_no_rejected_draft(model, run, same, sample):
     check_logits(model, logged)
 
 
+@pytest.mark.filterwarnings("ignore:p-values that rank a forward")
 def test_rejected_drafts_are_counted_and_their_batches_not_replayed(model, run):
     """The routers saw them: an empirical p-value ranks them too."""
     pytest.importorskip("polars", reason="a replay is of the other half")
@@ -519,3 +521,15 @@ def test_forks_of_a_cache_by_hand_name_the_sequence_they_left(model, run):
     start = ids[0].tolist()
     ends = [[], [5, 7], [6, 8], [9], [10]]
     assert whole(run) == [start + end for end in ends]
+
+
+def test_decoding_one_token_at_a_time_by_ranks_is_told_once_to_reject_nothing(model, run):
+    ids, _ = batch([6])
+    few = "a forward of 1 row are at least 1: BH at alpha 0.9 rejects nothing"
+    with torch.no_grad(), route(model, run, alpha=0.9, p_values="empirical"):
+        with pytest.warns(UserWarning, match="p-values that rank") as told:
+            model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert [few in str(w.message) for w in told] == [True]
+    rows = pq.read_table(sorted((run / "routing").iterdir())[0]).to_pylist()
+    decoded = [row["n_rejected"] for row in rows if row["position"] >= 6]
+    assert len(decoded) == 4 * LAYERS and set(decoded) == {0}

@@ -148,7 +148,9 @@ def test_rules_shift_and_scale_with_the_values(scale, shift):
     moved = (values * scale + shift).astype(np.float32)
     for rule in ("scott", "silverman", "isj"):
         expected = choose_bandwidth(Histogram.of(values), rule).width * scale
-        assert choose_bandwidth(Histogram.of(moved), rule).width == pytest.approx(expected, rel=5e-3)
+        assert choose_bandwidth(Histogram.of(moved), rule).width == pytest.approx(
+            expected, rel=5e-3
+        )
 
 
 def test_improved_sheather_jones_uses_the_number_of_values():
