@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bhlog.analysis.texts import TOKEN, other_texts
+from bhlog.analysis.texts import TOKEN, other_texts, tokens_missing
 from bhlog.capture.contract.errors import InvalidOption
 
 if TYPE_CHECKING:
@@ -55,16 +55,23 @@ def _not_two_alike(database: "Database", run: str) -> str | None:
 
 
 def _other_text(database: "Database", runs: list[str]) -> InvalidOption | None:
-    """The error of runs that do not hold the same tokens, each compared with the first."""
+    """The error of runs that do not hold the same text, each compared with the first."""
     first = runs[0] if runs else ""
     for other in runs[1:]:
-        ((both, unlike),) = database.sql(
-            f"SELECT count(*), count(*) FILTER (WHERE a.token_id <> b.token_id) FROM tokens AS a "
-            f"JOIN tokens AS b USING ({', '.join(TOKEN)}) WHERE a.run = $first AND b.run = $other",
+        ((ours, theirs, both, unlike),) = database.sql(
+            "SELECT count(a.run), count(b.run), "
+            "count(*) FILTER (WHERE a.run IS NOT NULL AND b.run IS NOT NULL), "
+            "count(*) FILTER (WHERE a.token_id <> b.token_id) "
+            "FROM (SELECT * FROM tokens WHERE run = $first) AS a FULL JOIN "
+            f"(SELECT * FROM tokens WHERE run = $other) AS b USING ({', '.join(TOKEN)})",
             {"first": first, "other": other},
         ).fetchall()
-        if unlike or (not both and database.rows(first) and database.rows(other)):
-            return other_texts(database.runs[first].path, database.runs[other].path)
+        paths = database.runs[first].path, database.runs[other].path
+        if unlike:
+            return other_texts(*paths)
+        fewer, run, whole = min((ours, *paths), (theirs, *reversed(paths)))
+        if both < fewer:
+            return tokens_missing(fewer - both, fewer, run, whole)
     return None
 
 

@@ -21,6 +21,7 @@ from bhlog.capture.contract.null.histogram import ONE_VALUE, Histogram, Histogra
 from bhlog.capture.contract.null.model import KdeModel
 
 SMALLEST_P = 2.0**-1000
+LARGEST_P = 1 - 2.0**-53
 _CHUNK_ROWS = 2048  # looked at together, so that temporaries stay small
 P_BINS = 1024  # in which p-values of each expert are counted
 LEVELS = (0.05, 0.01, 0.001)  # shares of p-values at most these are shown beside them
@@ -133,7 +134,7 @@ def check(
 
 
 class _PValueFold:
-    """Histograms of p-values: by layer and rank in -log2 p, by expert in p itself."""
+    """Histograms of p-values: by layer and rank in log2 of the odds, by expert in p itself."""
 
     def __init__(self, kde: KdeModel, ranks: tuple[int, ...], top_k: int) -> None:
         self.kde, self.ranks, self.top_k = kde, ranks, top_k
@@ -157,7 +158,7 @@ class _PValueFold:
     def _count(
         self, layer: int, logits: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Count a few rows; returns -log2 p of the logits that trimming keeps, and by rank."""
+        """Count a few rows; returns _bits of the logits that trimming keeps, and by rank."""
         null, E = self.kde[layer], logits.shape[1]
         finite = np.isfinite(logits)
         p = np.where(finite, null.p_value(logits), np.nan)
@@ -227,12 +228,17 @@ def _without_empty(p: NDArray[np.float64], weight: NDArray[np.float64]) -> PValu
 
 
 def _bits(p: NDArray[np.float64]) -> NDArray[np.float32]:
-    """-log2 p as float32, on which a histogram resolves small p-values as finely as large ones."""
-    return (-np.log2(np.maximum(p, SMALLEST_P))).astype(np.float32)
+    """log2((1 - p) / p) as float32, on which an even histogram resolves p-values near 0 and near 1.
+
+    A node's width is at most 1.7e-4 in p, at p = 0.5, and falls with p and with 1 - p.
+    """
+    p = np.clip(p, SMALLEST_P, LARGEST_P)
+    return np.log2((1 - p) / p).astype(np.float32)
 
 
 def _from_bits(histogram: Histogram) -> PValues:
-    return _without_empty(np.exp2(-histogram.nodes)[::-1], histogram.counts[::-1] / ONE_VALUE)
+    p = 1 / (1 + np.exp2(histogram.nodes))
+    return _without_empty(p[::-1], histogram.counts[::-1] / ONE_VALUE)
 
 
 def check_frame(checks: Sequence[LayerCheck]) -> pl.DataFrame:

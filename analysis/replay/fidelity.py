@@ -10,7 +10,7 @@ import pyarrow as pa
 from bhlog.analysis.fold import PIECE_LOGITS, WHOLE, Scope, sampled
 from bhlog.analysis.log import Log
 from bhlog.analysis.replay.decide import Decider, decider_of
-from bhlog.analysis.texts import TOKEN, other_texts
+from bhlog.analysis.texts import TOKEN, other_texts, tokens_missing
 from bhlog.capture.contract.arrays import arrow_of
 from bhlog.capture.contract.errors import InvalidOption
 
@@ -107,10 +107,7 @@ def _matched(
             mine = mine.join(both, on=_TOKEN, how="anti")
             theirs = theirs.join(both, on=_TOKEN, how="anti")
     if theirs.height:
-        raise InvalidOption(
-            f"{theirs.height:,} of {seen[1]:,} tokens of {rerun.path} are not in {native.path}; "
-            "capture both runs from the same text with the same options"
-        )
+        raise tokens_missing(theirs.height, seen[1], rerun.path, native.path)
 
 
 def _sums(both: pl.DataFrame) -> np.ndarray:

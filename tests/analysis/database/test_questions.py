@@ -663,6 +663,23 @@ def test_runs_of_other_texts_are_not_compared(tmp_path, name):
         ask(database, name)
 
 
+@pytest.mark.parametrize("name", ["run_agreement", "router_saturation"])
+def test_a_run_of_a_part_of_the_text_is_compared_and_one_beside_it_is_not(tmp_path, name):
+    kept = {"whole": (0, 1, 2), "first": (0, 1), "last": (1, 2)}
+    for run, sequences in kept.items():
+        write_run(tmp_path / run, layers=LAYERS, n_experts=E, n_sequences=3, length=6, n_shards=1)
+        for shard in [*(tmp_path / run).glob("routing/*"), *(tmp_path / run).glob("tokens/*")]:
+            table = pq.read_table(shard)
+            pq.write_table(table.filter(pc.field("sequence").isin(sequences)), shard)
+    logs = {run: open_log(tmp_path / run) for run in kept}
+    for pair in (("whole", "first"), ("last", "whole")):
+        with connect([logs[run] for run in pair]) as database:
+            assert {row["tokens"] for row in ask(database, name)} == {2 * 6}
+    beside = pytest.raises(InvalidOption, match=r"6 of 12 tokens of .* are not in .*; capture both")
+    with connect([logs["first"], logs["last"]]) as database, beside:
+        ask(database, name)
+
+
 def test_whole_sequences(database, runs):
     """Without forks they are what is logged; test_generation.py asks it of beams."""
     truth = [

@@ -3,11 +3,19 @@ import pytest
 from scipy.stats import beta, ks_2samp, kstest, norm, wasserstein_distance
 
 from bhlog.analysis.fold import Scope
-from bhlog.analysis.null.calibration import PValues, check, check_frame, expert_frame
+from bhlog.analysis.null.calibration import (
+    PValues,
+    _bits,
+    _from_bits,
+    check,
+    check_frame,
+    expert_frame,
+)
 from bhlog.analysis.null.difference import compare
 from bhlog.analysis.null.estimate import FitOptions, fit_kde
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
+from bhlog.capture.contract.null.histogram import HistogramAccumulator
 from bhlog.capture.contract.null.model import KdeModel, LayerNull, NullCurve
 from bhlog.capture.contract.rule import decide, decide_by_expert
 from tests.synthetic import normal_kde, normal_null, write_run
@@ -45,8 +53,8 @@ def test_p_values_of_the_null_itself_are_found_uniform(normal_log, normal_logits
     first, second = check(null_normal(), normal_log)
     assert (first.layer, second.layer, first.n_experts) == (0, 3, E)
     p = norm.sf(normal_logits[0])
-    # -log2 p is binned in 2^-10: a p-value moves by less than 1e-3 of itself
-    assert first.trimmed.ks == pytest.approx(kstest(p.ravel(), "uniform").statistic, abs=1e-3)
+    # log2 of the odds is binned in 2^-10: a p-value moves by less than 2e-4
+    assert first.trimmed.ks == pytest.approx(kstest(p.ravel(), "uniform").statistic, abs=2e-4)
     assert first.trimmed.n == pytest.approx(T * E)
     for level in (0.05, 0.01):
         assert first.trimmed.share_below(level) == pytest.approx((p <= level).mean(), abs=2e-3)
@@ -177,3 +185,19 @@ def test_what_cannot_be_compared_is_refused(normal_log):
     few = KdeModel({0: LayerNull(0, by_expert[0].curves[:4])})
     with pytest.raises(KdeMismatch, match="4 experts in the first null model, 16 in the second"):
         compare(few, by_expert)
+
+
+@pytest.mark.parametrize("end", ["near 0", "near 1", "everywhere"])
+def test_p_values_are_told_apart_at_both_ends(end):
+    u = np.random.default_rng(0).random(20_000)
+    p = {"near 0": u * 1e-6, "near 1": 1 - u * 1e-6, "everywhere": u}[end]
+    counting = HistogramAccumulator()
+    counting.update(0, _bits(p)[:, None])
+    (histogram,) = counting.histograms().values()
+    found = _from_bits(histogram)
+    assert found.n == len(p)
+    assert found.ks == pytest.approx(kstest(p, "uniform").statistic, abs=2e-4)
+    width = {"near 0": 1e-9, "near 1": 1e-9, "everywhere": 2e-4}[end]
+    for share in (0.1, 0.5, 0.9):
+        place = np.interp(share, found.mid_cdf, found.p)
+        assert place == pytest.approx(np.quantile(p, share), abs=width)

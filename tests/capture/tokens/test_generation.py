@@ -14,6 +14,7 @@ from bhlog.capture.contract.rule import BhOptions
 from bhlog.capture.observe import route
 from tests.capture.tiny import (
     EOS,
+    LAYERS,
     PAD,
     TRANSFORMERS_4,
     VOCABULARY,
@@ -526,9 +527,12 @@ def test_forks_of_a_cache_by_hand_name_the_sequence_they_left(model, run):
 def test_decoding_one_token_at_a_time_by_ranks_is_told_once_to_reject_nothing(model, run):
     ids, _ = batch([6])
     few = "a forward of 1 row are at least 1: BH at alpha 0.9 rejects nothing"
-    with torch.no_grad(), route(model, run, alpha=0.9, p_values="empirical"):
-        with pytest.warns(UserWarning, match="p-values that rank") as told:
-            model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    with (
+        torch.no_grad(),
+        route(model, run, alpha=0.9, p_values="empirical"),
+        pytest.warns(UserWarning, match="p-values that rank") as told,
+    ):
+        model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
     assert [few in str(w.message) for w in told] == [True]
     rows = pq.read_table(sorted((run / "routing").iterdir())[0]).to_pylist()
     decoded = [row["n_rejected"] for row in rows if row["position"] >= 6]
