@@ -8,7 +8,7 @@ from bhlog.analysis.bar import progress_bar
 from bhlog.analysis.cells import cell, spelled_out
 from bhlog.analysis.commands.kinds import RUN
 from bhlog.analysis.commands.options import Output, output_options
-from bhlog.capture.contract.errors import CorruptRun
+from bhlog.capture.contract.errors import CorruptRun, InvalidOption
 
 if TYPE_CHECKING:
     import polars as pl
@@ -44,7 +44,7 @@ def info(run: str, output: Output) -> None:
 
 @click.command(
     epilog="\b\nexamples:\n  bhlog verify runs/demo/bh-0.3 --replay\n"
-    "  bhlog verify s3://bucket/run --format json",
+    "  bhlog verify s3://bucket/run --format json\n  bhlog verify runs/null.parquet",
 )
 @click.argument("run", type=RUN)
 @click.option("--replay", is_flag=True, help="Also replay the run at its own settings.")
@@ -52,27 +52,47 @@ def info(run: str, output: Output) -> None:
 def verify(run: str, replay: bool, output: Output) -> int:
     """Is a run whole, and does replay reproduce it?
 
+    RUN is a run's folder, or a null model or profile in a file of its own.
+
     Reads every page of every shard and prints what was found: ok, warning (worth knowing, nothing
     is wrong) or error. Exits 1 if there is an error, 3 if there is none but the run was not closed:
     its capture still runs or was killed. It cannot tell whether the model gave these logits and
     losses; weights it compares with the formula that the manifest tells.
     """
-    import polars as pl
-
     from bhlog.analysis.run import open_log
+    from bhlog.analysis.verify.kept_file import is_kept_file
 
+    if is_kept_file(run):
+        return _verify_file(run, replay, output)
     log = open_log(run)
     rows = log.manifest.totals.rows * (1 + replay)
     with progress_bar("verify", rows or None) as advance:
         frame = log.verify(replay=replay, progress=advance)
     output.write(frame)
-    errors = frame.filter(pl.col("status") == "error").height
-    if errors:
-        raise CorruptRun(f"{run}: {errors} {'error' if errors == 1 else 'errors'} found")
+    _raise_errors(run, frame)
     if log.manifest.closed is None:
         click.echo(f"bhlog: {spelled_out(_missing(log))}", err=True)
         return NOT_CLOSED
     return 0
+
+
+def _verify_file(path: str, replay: bool, output: Output) -> int:
+    """Of a null model or a profile."""
+    from bhlog.analysis.verify.kept_file import verify_file
+    from bhlog.analysis.verify.verification import findings_frame
+
+    if replay:
+        raise InvalidOption(f"{path}: is a file, and --replay replays a run: leave it out")
+    frame = findings_frame(verify_file(path))
+    output.write(frame)
+    _raise_errors(path, frame)
+    return 0
+
+
+def _raise_errors(path: str, frame: "pl.DataFrame") -> None:
+    errors = int((frame["status"] == "error").sum())
+    if errors:
+        raise CorruptRun(f"{path}: {errors} {'error' if errors == 1 else 'errors'} found")
 
 
 def _missing(log: "Run") -> str:

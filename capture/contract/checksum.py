@@ -84,6 +84,11 @@ def check_checksum(table: pa.Table, *, required: bool) -> None:
         raise ValueError("its rows are not those that were written: restore the file from a copy")
 
 
+def has_checksum(path: Path) -> bool:
+    """Whether a file that could be loaded carries the checksum of its rows."""
+    return _CHECKSUM in (pq.read_schema(path).metadata or {})
+
+
 def checksum(table: pa.Table) -> str:
     """Sha256 of what the rows and the other metadata say, however the file is encoded."""
     metadata = {

@@ -177,3 +177,16 @@ def test_a_run_that_cannot_be_replayed_says_why(run, bhlog):
     assert code == 1
     assert "empirical p-values rank whole batches" in out
     assert err == f"bhlog: {run}: 1 error found\n"
+
+
+def test_verify_reads_null_models_and_profiles(run, bhlog, tmp_path):
+    null = tmp_path / "null.parquet"
+    assert bhlog("kde", "fit", run, "--out", null)[0] == 0
+    code, out, err = bhlog("verify", null)
+    assert (code, err) == (0, "") and "null model  ok" in out
+    assert bhlog("verify", null, "--replay")[0] == 1
+    data = bytearray(null.read_bytes())
+    data[len(data) // 2] ^= 1
+    null.write_bytes(data)
+    code, out, err = bhlog("verify", null)
+    assert code == 1 and err == f"bhlog: {null}: 1 error found\n"
