@@ -17,6 +17,8 @@ from bhlog.capture.contract.schema import SHARD_NAME, schema_difference, shard_s
 from bhlog.capture.contract.store import reached
 from bhlog.capture.contract.uris import shown
 
+_NO_LISTS = 1  # version of the schema whose replays have no list of their parts
+
 
 class RunFolder:
     """The one place that opens a run's files.
@@ -138,10 +140,10 @@ class RunFolder:
         return tuple(sorted(f for f in folders if f.startswith("replay/") and f.count("/") == 1))
 
     def replay_parts(self, folder: str) -> Mapping[str, Seal] | None:
-        """Seals of a replay's parts by file name; None if no list of them is there.
+        """Seals of a replay's parts by file name; None of an older run's, which may have no list.
 
         Raises:
-            CorruptShard: the list cannot be read.
+            CorruptShard: the list cannot be read, or is gone.
         """
         if folder not in self._replays:
             path = f"{folder}/{LIST_NAME}"
@@ -150,6 +152,11 @@ class RunFolder:
                 with self.open_file(path) as file:
                     text = file.read(MOST_LIST_BYTES)
                 parts = read_list(text, f"{self.path}/{path}")
+            elif self.manifest.schema_version > _NO_LISTS:
+                raise CorruptShard(
+                    f"{self.path}/{path}: missing: its replay is not whole; remove the folder and "
+                    "make the replay again with bhlog replay"
+                )
             self._replays[folder] = parts
         return self._replays[folder]
 

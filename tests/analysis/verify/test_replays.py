@@ -61,9 +61,18 @@ def test_a_list_that_was_changed_is_an_error_everywhere(run, folder):
         asked(run)
 
 
-def test_a_replay_without_a_list_is_a_warning(run, folder):
+def test_a_replay_without_its_list_is_an_error_everywhere(run, folder):
     (folder / "_replay.json").unlink()
-    assert errors(run) == []
+    assert ["_replay.json: missing: its replay is not whole" in e[2] for e in errors(run)] == [True]
+    with pytest.raises(RouterLogError, match=r"_replay\.json: missing: its replay is not whole"):
+        asked(run)
+
+
+def test_a_replay_of_an_older_run_may_have_no_list_which_is_a_warning(run, folder, monkeypatch):
+    monkeypatch.setattr("bhlog.analysis.run_folder._NO_LISTS", 2)
+    right = asked(run)
+    (folder / "_replay.json").unlink()
+    assert errors(run) == [] and asked(run) == right
     assert [detail.startswith("no _replay.json") for _, detail in warnings(run)] == [True]
 
 
