@@ -14,6 +14,7 @@ from bhlog.analysis.commands.options import (
     check_figure,
     figure_option,
     kde_option,
+    memory_option,
     null_named,
     open_run,
     output_options,
@@ -99,6 +100,7 @@ HELD_OUT = (
 @figure_option
 @click.option("--list", "listing", is_flag=True, help="List the policies.")
 @output_options()
+@memory_option
 def compare(
     run: str | None,
     texts: tuple[str, ...],

@@ -7,7 +7,7 @@ import click
 from bhlog.analysis.bar import progress_bar
 from bhlog.analysis.cells import cell, spelled_out
 from bhlog.analysis.commands.kinds import RUN
-from bhlog.analysis.commands.options import Output, output_options
+from bhlog.analysis.commands.options import Output, memory_option, output_options
 from bhlog.capture.contract.errors import CorruptRun, InvalidOption
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ _MOST_SOURCES = 8  # shown in a table; programs get all of them
 @click.command(epilog="\b\nexample:\n  bhlog info runs/demo/bh-0.3")
 @click.argument("run", type=RUN)
 @output_options()
+@memory_option
 def info(run: str, output: Output) -> None:
     """What a run is and what it holds.
 
@@ -49,6 +50,7 @@ def info(run: str, output: Output) -> None:
 @click.argument("run", type=RUN)
 @click.option("--replay", is_flag=True, help="Also replay the run at its own settings.")
 @output_options()
+@memory_option
 def verify(run: str, replay: bool, output: Output) -> int:
     """Is a run whole, and does replay reproduce it?
 

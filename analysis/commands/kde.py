@@ -15,6 +15,7 @@ from bhlog.analysis.commands.options import (
     fit_options,
     load_null,
     make_room,
+    memory_option,
     model_out,
     open_run,
     output_options,
@@ -68,6 +69,7 @@ def kde() -> None:
 )
 @scope_options
 @output_options("--table")
+@memory_option
 def fit_(
     runs: tuple[str, ...],
     out: str,
@@ -102,6 +104,7 @@ def fit_(
 @model_out
 @fit_options(as_fitted=True)
 @output_options("--table")
+@memory_option
 def refit(file: str, out: str, fit: dict[str, Any], output: Output) -> None:
     """Fit again from the histograms in a null model file, without reading a log."""
     save_model(load_null(file).refit(**fit), out, output)
@@ -111,6 +114,7 @@ def refit(file: str, out: str, fit: dict[str, Any], output: Output) -> None:
 @click.argument("files", nargs=-1, required=True, type=KDE, metavar="KDE...")
 @model_out
 @output_options("--table")
+@memory_option
 def merge(files: tuple[str, ...], out: str, output: Output) -> None:
     """Fit one null model from the histograms of several: of shards, ranks or runs."""
     first, *others = (load_null(file) for file in files)
@@ -132,6 +136,7 @@ def merge(files: tuple[str, ...], out: str, output: Output) -> None:
 )
 @figure_option
 @output_options()
+@memory_option
 def show(
     file: str, alpha: float | None, n_experts: int | None, figure: str | None, output: Output
 ) -> None:
@@ -182,6 +187,7 @@ def import_(folder: str, out: str, variant: str | None, output: Output) -> None:
     callback=lambda _, __, out: make_room(out),
     help="Where the arrays are written (.npz).",
 )
+@memory_option
 def export(file: str, out: str) -> None:
     """Write the grids and tails as numpy arrays.
 

@@ -13,6 +13,7 @@ from bhlog.analysis.commands.options import (
     check_figure,
     figure_option,
     load_null,
+    memory_option,
     open_run,
     output_options,
     scope_options,
@@ -45,6 +46,7 @@ CHECK_FIGURES = ("qq", "histogram", "experts", "ranks")
 @bounds_options(("0", "all"))
 @figure_option
 @output_options()
+@memory_option
 def compare(
     a: str,
     b: str,
@@ -122,6 +124,7 @@ def compare(
 )
 @scope_options
 @output_options()
+@memory_option
 def check(
     file: str,
     run: str,

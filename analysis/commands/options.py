@@ -1,6 +1,7 @@
 """Options that commands share, each bundle of them built once into one frozen value."""
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import click
 
 from bhlog.analysis.commands.kinds import KDE, OUT_FILE
 from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.sizes import bytes_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -145,6 +147,34 @@ def output_options(flag: str = "--out") -> Decorator:
             flag, "result_file", type=OUT_FILE, metavar="FILE", help="Write the result here."
         ),
     )
+
+
+def allow_memory(ctx: click.Context, _: click.Parameter, size: str | None) -> str | None:
+    """Let files claim as much memory until the command ends."""
+    from bhlog.capture.contract.opening import MEMORY_LIMIT
+
+    if size is not None:
+        bytes_of(size)
+        before = os.environ.get(MEMORY_LIMIT)
+        ctx.call_on_close(functools.partial(_restore, MEMORY_LIMIT, before))
+        os.environ[MEMORY_LIMIT] = size
+    return size
+
+
+def _restore(name: str, before: str | None) -> None:
+    if before is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = before
+
+
+memory_option = click.option(
+    "--memory-limit",
+    metavar="SIZE",
+    expose_value=False,
+    callback=allow_memory,
+    help="Memory that a file may claim, such as 8GB (default: in proportion to its bytes).",
+)
 
 
 kde_option = click.option(

@@ -10,6 +10,7 @@ from bhlog.analysis.commands.options import (
     Output,
     bounds_options,
     kde_option,
+    memory_option,
     open_run,
     output_options,
 )
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 @bounds_options()
 @click.option("--list", "listing", is_flag=True, help="List the figures.")
 @output_options("--table")
+@memory_option
 def plot(
     run: str | None,
     figures: tuple[str, ...],

@@ -10,6 +10,7 @@ from bhlog.analysis.commands.options import (
     Output,
     bounds_options,
     kde_option,
+    memory_option,
     null_named,
     open_run,
     output_options,
@@ -73,6 +74,7 @@ SHORT = (
     "bhlog sql finds them, as the table replays.",
 )
 @output_options("--table")
+@memory_option
 def replay(
     run: str,
     alphas: tuple[float, ...],
@@ -125,6 +127,7 @@ def replay(
 @click.argument("native", type=RUN)
 @click.argument("bh", type=RUN)
 @output_options()
+@memory_option
 def fidelity(native: str, bh: str, output: Output) -> None:
     """How far a what-if can be trusted: replay NATIVE at the settings of BH and compare with BH.
 

@@ -8,7 +8,7 @@ import click
 
 from bhlog.analysis.bar import progress_bar
 from bhlog.analysis.commands.kinds import KDE, OUT_FILE, RUN
-from bhlog.analysis.commands.options import make_room, open_run
+from bhlog.analysis.commands.options import make_room, memory_option, open_run
 from bhlog.analysis.imports import needed
 
 kdes_option = click.option(
@@ -36,6 +36,7 @@ tokenizer_option = click.option(
 @kdes_option
 @tokenizer_option
 @click.option("--out", required=True, type=OUT_FILE, metavar="FILE", help="The page, one file.")
+@memory_option
 def report(runs: tuple[str, ...], kdes: tuple[str, ...], tokenizer: str | None, out: str) -> None:
     """One page about runs that opens from a disk: an explorer of alpha, plots, their numbers.
 
@@ -50,6 +51,7 @@ def report(runs: tuple[str, ...], kdes: tuple[str, ...], tokenizer: str | None, 
 @click.argument("runs", nargs=-1, required=True, type=RUN, metavar="RUN...")
 @kdes_option
 @tokenizer_option
+@memory_option
 def explore(runs: tuple[str, ...], kdes: tuple[str, ...], tokenizer: str | None) -> None:
     """Write the report to a temporary file and open it in the browser."""
     path = Path(tempfile.mkdtemp(prefix="bhlog-")) / "report.html"

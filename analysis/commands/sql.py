@@ -13,6 +13,7 @@ import click
 from bhlog.analysis.commands.kinds import DESCRIBED, OUT_FOLDER, QUESTION, PathKind, QueryOrRun
 from bhlog.analysis.commands.options import (
     Output,
+    allow_memory,
     bundle,
     kde_option,
     null_named,
@@ -86,7 +87,12 @@ connection_options = bundle(
         metavar="NAME",
         help="Whose texts token_text(token_id) gives: a folder, a hub name, or bytes.",
     ),
-    click.option("--memory-limit", metavar="SIZE", help="Such as 4GB; beyond it data go to disk."),
+    click.option(
+        "--memory-limit",
+        metavar="SIZE",
+        callback=allow_memory,
+        help="Such as 4GB; beyond it data go to disk. A file may claim as much.",
+    ),
     click.option("--threads", type=click.IntRange(min=1), help="Default: one a core."),
     click.option("--temp-dir", type=OUT_FOLDER, metavar="DIR", help="Where data spill to."),
     click.option(

@@ -15,6 +15,7 @@ from bhlog.analysis.commands.options import (
     bundle,
     kde_option,
     make_room,
+    memory_option,
     null_named,
     open_run,
     output_options,
@@ -101,6 +102,7 @@ budget_options = bundle(
     "--save", type=OUT_FILE, metavar="FILE", help="Keep the profile, which answers without the log."
 )
 @output_options()
+@memory_option
 def sweep(
     runs: tuple[str, ...],
     alphas: tuple[float, ...],

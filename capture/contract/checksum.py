@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bhlog.capture.contract.arrays import values_of
+from bhlog.capture.contract.opening import most_bytes, too_much
 
 MOST_BYTES = 1 << 31  # of a file
 MOST_ROWS = 1 << 20  # a small file can claim more than any memory holds
@@ -58,7 +59,7 @@ def read_table(file: pq.ParquetFile, size: int, rows: str = "rows") -> pa.Table:
     footer = file.metadata
     if footer.num_rows > MOST_ROWS:
         raise ValueError(f"claims to hold {footer.num_rows:,} {rows}")
-    claimed, most = 0, FREE_BYTES + MOST_RATIO * size
+    claimed, most = 0, most_bytes(size, free=FREE_BYTES, ratio=MOST_RATIO)
     for group in range(footer.num_row_groups):
         for column in range(footer.num_columns):
             values = footer.row_group(group).column(column).num_values
@@ -66,7 +67,7 @@ def read_table(file: pq.ParquetFile, size: int, rows: str = "rows") -> pa.Table:
                 raise ValueError(f"claims to hold {values:,} values in a column")
             claimed += 8 * values
     if claimed > most:
-        raise ValueError(f"claims to hold {claimed >> 20:,} MiB in {size:,} bytes")
+        raise too_much(claimed, size, most)
     # one of Arrow's threads would end the process if it let go of the bytes at exit
     return file.read(use_threads=False)
 
@@ -84,7 +85,7 @@ def check_checksum(table: pa.Table, *, required: bool) -> None:
         raise ValueError("its rows are not those that were written: restore the file from a copy")
 
 
-def has_checksum(path: Path) -> bool:
+def has_checksum(path: str | Path) -> bool:
     """Whether a file that could be loaded carries the checksum of its rows."""
     return _CHECKSUM in (pq.read_schema(path).metadata or {})
 

@@ -12,11 +12,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.manifest import Seal
+from bhlog.capture.contract.sizes import bytes_of
 
 MOST_FOOTER_BYTES = 1 << 26
 FREE_BYTES = 1 << 26  # that any file may take in memory
 MOST_RATIO = 64  # of bytes in memory to bytes in the file, beyond those; logs have 2 to 20
+MEMORY_LIMIT = "BHLOG_MEMORY_LIMIT"  # in the environment: what a file may claim in any case
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 12}
 _END = 8  # bytes after a footer: its length, and PAR1
 
@@ -35,6 +38,27 @@ def refused(root: Path, inside: str) -> str | None:
     except OSError:
         return None
     return None if stat.S_ISREG(mode) else "is not a file"
+
+
+def most_bytes(size: int, *, free: int, ratio: int) -> int:
+    """Bytes of memory that a file of this size may claim: in proportion, or what is allowed.
+
+    Raises:
+        InvalidOption: MEMORY_LIMIT is no size.
+    """
+    allowed = os.environ.get(MEMORY_LIMIT)
+    try:
+        return max(free + ratio * size, bytes_of(allowed) if allowed else 0)
+    except InvalidOption as error:
+        raise InvalidOption(f"{MEMORY_LIMIT}: {error}") from error
+
+
+def too_much(claimed: int, size: int, most: int) -> ValueError:
+    """The error of a file that claims more than it may."""
+    return ValueError(
+        f"claims to hold {claimed >> 20:,} MiB in {size:,} bytes; expected at most "
+        f"{most >> 20:,} MiB; if you trust it, --memory-limit raises that"
+    )
 
 
 def footer_of(file: pa.NativeFile) -> bytes:
@@ -85,12 +109,10 @@ def open_sealed(file: pa.NativeFile, seal: Seal | None, *, bounded: bool = True)
     metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
     if seal is not None and metadata.num_rows != seal.rows:
         raise ValueError(f"{metadata.num_rows:,} rows, {seal.rows:,} were sealed")
-    claimed, most = _claimed(metadata) if bounded else 0, FREE_BYTES + MOST_RATIO * file.size()
+    claimed = _claimed(metadata) if bounded else 0
+    most = most_bytes(file.size(), free=FREE_BYTES, ratio=MOST_RATIO)
     if claimed > most:
-        raise ValueError(
-            f"claims to hold {claimed >> 20:,} MiB in {file.size():,} bytes; expected at most "
-            f"{most >> 20:,} MiB"
-        )
+        raise too_much(claimed, file.size(), most)
     return pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True)
 
 

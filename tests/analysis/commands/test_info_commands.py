@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -190,3 +191,32 @@ def test_verify_reads_null_models_and_profiles(run, bhlog, tmp_path):
     null.write_bytes(data)
     code, out, err = bhlog("verify", null)
     assert code == 1 and err == f"bhlog: {null}: 1 error found\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["verify"],
+        ["info"],
+        ["replay", "--alpha", "0.1"],
+        ["sweep"],
+        ["sql", "SELECT count(*) AS rows FROM routing"],
+        ["kde", "fit", "--out", "null.parquet"],
+    ],
+)
+def test_memory_limit_raises_what_a_file_may_claim(run, bhlog, monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BHLOG_MEMORY_LIMIT", raising=False)
+    monkeypatch.setattr("bhlog.capture.contract.opening.FREE_BYTES", 0)
+    monkeypatch.setattr("bhlog.capture.contract.opening.MOST_RATIO", 0)
+    name, *rest = command
+    arguments = [name, rest[0], run, *rest[1:]] if name == "kde" else [name, run, *rest]
+    if name != "info":  # which reads the manifest alone
+        code, out, err = bhlog(*arguments)
+        assert code == 1 and "--memory-limit raises that" in out + err
+    assert bhlog(*arguments, "--memory-limit", "1GB")[0] == 0
+    assert bhlog(*arguments, "--memory-limit", "many")[::2] == (
+        1,
+        "bhlog: 'many' is no size; expected one such as 4GB or 512MiB\n",
+    )
+    assert "BHLOG_MEMORY_LIMIT" not in os.environ

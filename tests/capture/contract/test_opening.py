@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bhlog.capture.contract.opening import footer_of, open_sealed, refused, seal_of
+from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.opening import MEMORY_LIMIT, footer_of, open_sealed, refused, seal_of
 
 
 @pytest.fixture
@@ -42,13 +43,21 @@ def test_another_size_or_number_of_rows_is_told(path, name):
         opened(path, replace(seal, **{name: getattr(seal, name) + 1}))
 
 
-def test_a_small_file_that_claims_gigabytes_is_not_read(tmp_path):
+def test_a_small_file_that_claims_gigabytes_is_not_read(tmp_path, monkeypatch):
     n = 20_000_000
     table = pa.table({"a": np.zeros(n, np.int32)})
     path = tmp_path / "bomb.parquet"
     pq.write_table(table, path, compression="zstd", row_group_size=n)
     assert path.stat().st_size < 100_000
     with pytest.raises(ValueError, match=r"claims to hold 76 MiB in .* bytes; expected at most"):
+        opened(path)
+    monkeypatch.setenv(MEMORY_LIMIT, "70MiB")
+    with pytest.raises(ValueError, match="expected at most 70 MiB; if you trust it, --memory-lim"):
+        opened(path)
+    monkeypatch.setenv(MEMORY_LIMIT, "80MiB")
+    assert opened(path).metadata.num_rows == n
+    monkeypatch.setenv(MEMORY_LIMIT, "lots")
+    with pytest.raises(InvalidOption, match="BHLOG_MEMORY_LIMIT: 'lots' is no size"):
         opened(path)
 
 
