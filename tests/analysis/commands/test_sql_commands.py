@@ -217,7 +217,7 @@ def test_an_empty_run_is_said_and_answers_without_rows(bhlog, place):
             "x.csv: its folder cannot be made",
         ),
         (["bh", "SELECT 1 AS x", "--kde", "absent"], "absent: cannot read a null model"),
-        (["bh", "SELECT 1 AS x", "--memory-limit", "much"], "SQL: "),
+        (["bh", "SELECT 1 AS x", "--memory-limit", "much"], "'much' is no size"),
         (["bh", "SELECT 1 AS x", "--temp-dir", "no/where"], "no/where: no folder for spilled"),
         (["bh", "COPY runs TO 'x.csv'"], "COPY is refused, the connection only reads the runs"),
         (["bh", "SELECT 'x'::INT"], "Could not convert string 'x' to INT32"),
