@@ -8,6 +8,7 @@ from bhlog.capture.contract.errors import KdeMismatch
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.null.pickles import load_kde_models
 from bhlog.capture.contract.store import reached
+from bhlog.capture.contract.uris import shown
 
 Named = KdeModel | Log | str | Path  # what a null model can be named by
 
@@ -83,4 +84,4 @@ def _remote(uri: str) -> KdeModel:
         return _own(Log(uri))
     with reached(uri), fs.open_input_stream(path) as stream:
         data = stream.read()
-    return KdeModel.from_bytes(data, uri)
+    return KdeModel.from_bytes(data, shown(uri))

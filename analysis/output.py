@@ -17,6 +17,7 @@ from bhlog.analysis.cells import as_json, cell, escaped_json, for_csv, spelled_o
 from bhlog.analysis.table import table_lines
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.files import whole_file
+from bhlog.capture.contract.uris import suffix_of
 
 FORMATS = ("table", "json", "csv", "markdown", "parquet")
 SUFFIXES = {".json": "json", ".csv": "csv", ".md": "markdown", ".parquet": "parquet"}
@@ -58,7 +59,7 @@ def write(
     Args:
         result: a frame, or a schema and record batches.
         format: one of FORMATS; None is what the suffix of `out` says, or a table.
-        out: file to write, whole or not at all; None prints on stdout.
+        out: file to write, or the URI of an object, whole or not at all; None prints on stdout.
         title: printed above a table.
         max_rows: tables and Markdown on stdout stop here; JSON and CSV have all rows, in flat
             memory.
@@ -69,7 +70,7 @@ def write(
     format = format_of(format, out)
     frames = _Frames(result)
     if out is not None:
-        _to_file(frames, format, Path(out), title)
+        _to_file(frames, format, out, title)
         return Written(frames.rows)
     if format == "parquet":
         raise InvalidOption("parquet is not for a terminal: give --out FILE.parquet")
@@ -84,7 +85,7 @@ def format_of(format: str | None, out: str | Path | None) -> str:
         InvalidOption: no such format.
     """
     if format is None:
-        return "table" if out is None else SUFFIXES.get(Path(out).suffix.lower(), "table")
+        return "table" if out is None else SUFFIXES.get(suffix_of(out), "table")
     if format not in FORMATS:
         raise InvalidOption(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     return format
@@ -146,7 +147,7 @@ def _terminal_width() -> int:
         return 80
 
 
-def _to_file(frames: _Frames, format: str, path: Path, title: str) -> None:
+def _to_file(frames: _Frames, format: str, path: str | Path, title: str) -> None:
     try:
         with whole_file(path) as part:
             if format == "parquet":

@@ -78,7 +78,8 @@ class Run(Log):
             alpha: BH level, or several.
             kde: null model, see the class.
             min_k, max_k, temperature, renormalize: as BhOptions has them; None is as in the run.
-            out: folder that every decision is written to as well; see analysis.replay.decisions.
+            out: folder or URI that every decision is written to as well; see
+                analysis.replay.decisions.
 
         Returns:
             Columns as in bhlog.analysis.replay.summary; the rows over all layers have layer null.
@@ -261,10 +262,11 @@ class Run(Log):
         *,
         kde: Named | None = None,
         also: Sequence[Log | str | Path] = (),
-    ) -> Path:
+    ) -> Path | str:
         """Write one page about the run that opens from a disk; needs Bokeh.
 
         Args:
+            path: file to write, or the URI of an object.
             kde: null model that the page holds the run against; None is the run's own.
             also: further runs to compare with it.
 

@@ -232,8 +232,9 @@ def new_writer(
     Args:
         group: the ranks that this one writes for; None: itself alone.
     """
+    ranks = world_size() if group is None else group.count
     if fit is not None:
-        fit.check(run, info.n_experts)
+        fit.check(run, info.n_experts, ranks)
     writer = RunWriter(
         run,
         info,
@@ -244,7 +245,7 @@ def new_writer(
         extra=extra,
         origin=origin or origin_here(),
         rank=rank() if group is None else group.number,
-        ranks=world_size() if group is None else group.count,
+        ranks=ranks,
         resume=resume,
     )
     if fit is not None:

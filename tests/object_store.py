@@ -1,9 +1,8 @@
 """An S3 server on this machine that tests start, stop and make fail."""
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -28,6 +27,7 @@ class ObjectStore:
     Attributes:
         fault: None serves; "503" refuses what writes, "truncate" keeps half of what is put and says
             it has it all, "deny" forbids what writes.
+        allowed: objects that are taken before nothing is; None takes all.
         delay: seconds before each answer.
         puts: paths that were written, in order.
     """
@@ -35,6 +35,7 @@ class ObjectStore:
     def __init__(self, bucket: str = "logs") -> None:
         self.bucket = bucket
         self.fault: str | None = None
+        self.allowed: int | None = None
         self.delay = 0.0
         self.puts: list[str] = []
         self._app = DomainDispatcherApplication(create_backend_app)
@@ -77,8 +78,10 @@ class ObjectStore:
     def __call__(self, environ: dict[str, Any], reply: Reply) -> Iterable[bytes]:
         time.sleep(self.delay)
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
-        writes = method in ("PUT", "POST", "DELETE")
-        if writes and self.fault in ("503", "deny"):
+        writes = method in ("PUT", "POST")
+        if method == "POST" and "uploadId=" in environ["QUERY_STRING"] and self.allowed is not None:
+            self.allowed -= 1
+        if writes and (self.fault in ("503", "deny") or (self.allowed or 0) < 0):
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             status, code = (
                 ("503 Slow Down", "SlowDown")
@@ -107,19 +110,25 @@ class ObjectStore:
         start = len(self.bucket) + 1
         return {path[start:]: self.fs.open_input_stream(path).readall() for path in sorted(found)}
 
-    def upload(self, folder: Path, under: str) -> None:
+    def delete(self, path: str) -> None:
+        """Remove an object, or all below a folder, with what marks the folder."""
+        for method in (self.fs.delete_file, self.fs.delete_dir):
+            with suppress(OSError):
+                method(f"{self.bucket}/{path}")
+
+    def upload(self, folder: Path) -> None:
         """Copy a folder there."""
         for file in folder.rglob("*.*"):
             if file.is_file():
-                path = f"{self.bucket}/{under}/{file.relative_to(folder)}"
+                path = f"{self.bucket}/{file.relative_to(folder)}"
                 with self.fs.open_output_stream(path) as stream:
                     stream.write(file.read_bytes())
 
 
 @contextmanager
-def object_store(staging: Path) -> Iterator[ObjectStore]:
+def object_store(staging: Path, bucket: str | None = None) -> Iterator[ObjectStore]:
     """A server that the environment names, and a cache of the user's in a folder."""
-    server = ObjectStore(f"logs-{os.getpid()}-{time.time_ns()}")
+    server = ObjectStore(bucket or f"logs-{time.time_ns()}")
     with pytest.MonkeyPatch.context() as environment:
         for name, value in server.environment.items():
             environment.setenv(name, value)

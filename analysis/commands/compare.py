@@ -22,6 +22,7 @@ from bhlog.analysis.commands.options import (
     write_figure,
 )
 from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.uris import shown
 
 if TYPE_CHECKING:
     import polars as pl
@@ -289,7 +290,7 @@ def _draw(
 
     curves = cost_curves(log, policies, kde=null, bounds=bounds, scope=scope)
     low, high = bounds_of(log, bounds).resolve(log.n_experts)
-    known, name = null or log.kde, Path(kde).name if kde else "the run's own"
+    known, name = null or log.kde, Path(shown(kde)).name if kde else "the run's own"
     about = [
         *run_words(log),
         "no null model" if known is None else null_words(known, name),

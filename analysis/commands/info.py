@@ -71,7 +71,7 @@ def verify(run: str, replay: bool, output: Output) -> int:
     with progress_bar("verify", rows or None) as advance:
         frame = log.verify(replay=replay, progress=advance)
     output.write(frame)
-    _raise_errors(run, frame)
+    _raise_errors(log.path, frame)
     if log.manifest.closed is None:
         click.echo(f"bhlog: {spelled_out(_missing(log))}", err=True)
         return NOT_CLOSED

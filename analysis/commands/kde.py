@@ -25,6 +25,7 @@ from bhlog.analysis.commands.options import (
     write_figure,
 )
 from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.uris import shown
 
 if TYPE_CHECKING:
     from bhlog.analysis.fold import Scope
@@ -148,11 +149,11 @@ def show(
 
     check_figure(figure)
     model = load_null(file)
-    output.write(curves_frame(model, alpha, n_experts), title=file)
+    output.write(curves_frame(model, alpha, n_experts), title=shown(file))
     if figure:
         from bhlog.analysis.figures.gallery.tails import Tails
 
-        subject = Tails(((file, model),), alpha=alpha, n_experts=n_experts)
+        subject = Tails(((shown(file), model),), alpha=alpha, n_experts=n_experts)
         write_figure("tails", "tails", subject, figure)
 
 
@@ -201,7 +202,7 @@ def export(file: str, out: str) -> None:
 
     model = load_null(file)
     export_npz(model, out)
-    click.echo(f"wrote {out}: {len(model)} layers", err=True)
+    click.echo(f"wrote {shown(out)}: {len(model)} layers", err=True)
 
 
 kde.add_command(compare)

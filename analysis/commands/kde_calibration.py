@@ -19,6 +19,7 @@ from bhlog.analysis.commands.options import (
     scope_options,
     write_figure,
 )
+from bhlog.capture.contract.uris import shown
 
 if TYPE_CHECKING:
     from bhlog.analysis.fold import Scope
@@ -153,11 +154,15 @@ def check(
     with progress_bar("checking", total) as advance:
         checks = check_model(model, log, scope=scope.but(progress=advance))
     frame = expert_frame(checks) if by_expert else check_frame(checks)
-    output.write(frame, title=f"{file} on {run}")
+    output.write(frame, title=f"{shown(file)} on {log.path}")
     if figure:
         from bhlog.analysis.figures.about import null_words, run_words
         from bhlog.analysis.figures.gallery.checks import Checked
 
-        about = (*run_words(log), null_words(model, Path(file).name), "no alpha: all p-values")
+        about = (
+            *run_words(log),
+            null_words(model, Path(shown(file)).name),
+            "no alpha: all p-values",
+        )
         checked = Checked(checks, about, log.manifest.model.top_k)
         write_figure("check", draw or "qq", checked, figure)

@@ -78,9 +78,9 @@ class QueryOrRun(PathKind):
 
 RUN = PathKind("file", remote=True)  # also a profile
 KDE = PathKind("file", remote=True)
-OUT_FILE = PathKind("file")
+OUT_FILE = PathKind("file", remote=True)
 OUT_FOLDER = PathKind("dir")
-OUT_RUN = PathKind("dir", remote=True)
+OUT_PLACE = PathKind("dir", remote=True)
 
 
 def policy_names() -> Iterable[tuple[str, str]]:

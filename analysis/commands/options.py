@@ -12,6 +12,8 @@ import click
 from bhlog.analysis.commands.kinds import KDE, OUT_FILE
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.sizes import bytes_of
+from bhlog.capture.contract.store import Store
+from bhlog.capture.contract.uris import shown
 
 if TYPE_CHECKING:
     import polars as pl
@@ -125,7 +127,7 @@ class Output:
 
         written = write(result, self.format, self.file, title=title, max_rows=max_rows)
         if self.file is not None:
-            click.echo(f"{self.file}: {written.rows:,} rows", err=True)
+            click.echo(f"{shown(self.file)}: {written.rows:,} rows", err=True)
         return written
 
 
@@ -278,7 +280,7 @@ def save_model(model: "KdeModel", out: str, output: Output) -> None:
     from bhlog.analysis.null.tables import curves_frame
 
     model.save(out)
-    output.write(curves_frame(model), title=out)
+    output.write(curves_frame(model), title=shown(out))
 
 
 def open_run(run: str) -> "Run":
@@ -288,8 +290,8 @@ def open_run(run: str) -> "Run":
     log = open_log(run)
     if log.missing:
         click.echo(
-            f"bhlog: {run}: {len(log.missing)} files are missing, from {log.missing[0]} on; what "
-            "follows is of the rest: see bhlog verify",
+            f"bhlog: {log.path}: {len(log.missing)} files are missing, from {log.missing[0]} on; "
+            "what follows is of the rest: see bhlog verify",
             err=True,
         )
     return log
@@ -311,8 +313,13 @@ def make_room(out: str) -> str:
     """Make the folder that a file is to be written in, before the work rather than after.
 
     Raises:
-        InvalidOption: it cannot be made, or a folder is where the file is to be.
+        InvalidOption: it cannot be made, a folder is where the file is to be, or there is no such
+            bucket.
+        MissingRun: the store of a URI does not answer.
     """
+    if "://" in out:
+        Store(out).check()
+        return out
     path = Path(out)
     if path.is_dir():
         raise InvalidOption(f"{out}: is a folder; expected the name of a file")
@@ -342,4 +349,4 @@ def write_figure(of: Any, name: str, subject: Any, figure: str) -> None:
     from bhlog.analysis.figures.registry import find_figure
 
     save_figure(draw_page(find_figure(name, of), subject), figure)
-    click.echo(f"wrote {figure}", err=True)
+    click.echo(f"wrote {shown(figure)}", err=True)

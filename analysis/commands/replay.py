@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bhlog.analysis.bar import progress_bar
-from bhlog.analysis.commands.kinds import OUT_FOLDER, RUN
+from bhlog.analysis.commands.kinds import OUT_PLACE, RUN
 from bhlog.analysis.commands.options import (
     Output,
     bounds_options,
@@ -68,9 +68,9 @@ SHORT = (
 @click.option("--all-columns", is_flag=True, help="Print every column of the summary.")
 @click.option(
     "--out",
-    type=OUT_FOLDER,
+    type=OUT_PLACE,
     metavar="DIR",
-    help="Also write every decision, as Parquet shards in DIR; RUN/replay is where "
+    help="Also write every decision, as Parquet shards in DIR or behind a URI; RUN/replay is where "
     "bhlog sql finds them, as the table replays.",
 )
 @output_options("--table")

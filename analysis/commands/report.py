@@ -43,8 +43,9 @@ def report(runs: tuple[str, ...], kdes: tuple[str, ...], tokenizer: str | None, 
     The first RUN is what panels of one run are of; the others are compared with it.
     """
     make_room(out)
-    _write(runs, kdes, tokenizer, out)
-    click.echo(f"{out}: {Path(out).stat().st_size / 1e6:.1f} MB")
+    page = _write(runs, kdes, tokenizer, out)
+    size = f"{page.stat().st_size / 1e6:.1f} MB" if isinstance(page, Path) else "written"
+    click.echo(f"{page}: {size}")
 
 
 @click.command(epilog="\b\nexample:\n  bhlog explore runs/demo/bh-0.3")
@@ -61,7 +62,9 @@ def explore(runs: tuple[str, ...], kdes: tuple[str, ...], tokenizer: str | None)
         click.echo("bhlog: no browser was found to open it in", err=True)
 
 
-def _write(runs: tuple[str, ...], kdes: tuple[str, ...], tokenizer: str | None, out: str) -> None:
+def _write(
+    runs: tuple[str, ...], kdes: tuple[str, ...], tokenizer: str | None, out: str
+) -> "Path | str":
     """The page into a file; a bar moves while the logs are counted."""
     needed("bokeh", "report")
     from bhlog.analysis.report.document import MORE, write_report
@@ -73,4 +76,4 @@ def _write(runs: tuple[str, ...], kdes: tuple[str, ...], tokenizer: str | None, 
     with progress_bar("report", rows or None) as advance:
         subject.count(advance)
     with progress_bar("panels", len(MORE), unit="panels") as advance:
-        write_report(subject, out, advance)
+        return write_report(subject, out, advance)

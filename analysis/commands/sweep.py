@@ -22,6 +22,7 @@ from bhlog.analysis.commands.options import (
     scope_options,
 )
 from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.uris import shown, suffix_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -127,7 +128,7 @@ def sweep(
     profile = reduce(Profile.merge, [_profile(run, alphas, kept, null, scope) for run in runs])
     if save is not None:
         profile.save(save)
-        click.echo(f"wrote {save}", err=True)
+        click.echo(f"wrote {shown(save)}", err=True)
     if budget.experts is not None:
         output.write(_targets(profile, budget.experts, bounds, budget.per_layer))
         return
@@ -148,11 +149,11 @@ def _profile(
     from bhlog.analysis.sweep.profile import GRID, Profile
     from bhlog.analysis.sweep.profiling import profile_log
 
-    if Path(run).is_file():
+    if Path(run).is_file() or ("://" in run and suffix_of(run) == ".parquet"):
         if null is not None or scope.narrows:
             raise InvalidOption(
-                f"{run}: a profile that is made already; --kde, --layers, --where and --sample "
-                "need a run"
+                f"{shown(run)}: a profile that is made already; --kde, --layers, --where and "
+                "--sample need a run"
             )
         return Profile.load(run)
     log = open_run(run)

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from bhlog.analysis.figures.style import STYLE
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.files import whole_file
+from bhlog.capture.contract.uris import suffix_of
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
@@ -17,17 +18,16 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     Raises:
         InvalidOption: the file cannot be written there.
     """
-    path = Path(path)
     try:
         with whole_file(path) as file, mpl.rc_context(STYLE.settings):
-            figure.savefig(file, format=path.suffix.lstrip(".").lower())
+            figure.savefig(file, format=suffix_of(path).lstrip("."))
     except OSError as error:
         raise InvalidOption(f"{path}: cannot be written ({error.strerror})") from error
-    return path
+    return Path(path)
 
 
 def check_figure_name(path: str) -> None:
     """Raise InvalidOption unless the suffix names a format that figures can be written in."""
     known = sorted(FigureCanvasBase.get_supported_filetypes())
-    if Path(path).suffix.lower().lstrip(".") not in known:
+    if suffix_of(path).lstrip(".") not in known:
         raise InvalidOption(f"{path}: figures end in one of .{', .'.join(known)}")

@@ -24,7 +24,6 @@ def export_npz(model: KdeModel, path: str | Path) -> None:
         name = f"{layer}" if curve.expert is None else f"{layer}_{curve.expert}"
         arrays[f"x_{name}"] = curve.grid
         arrays[f"tail_{name}"] = curve.tail
-    path = Path(path)
     try:
         with whole_file(path) as file:
             np.savez_compressed(file, **arrays)

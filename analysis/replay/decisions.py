@@ -4,10 +4,11 @@ import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +16,12 @@ import pyarrow as pa
 from bhlog.analysis.fold import WHOLE, Scope
 from bhlog.analysis.log import Log, logits_of
 from bhlog.analysis.replay.decide import COLUMNS, Decider, decider_of
-from bhlog.analysis.replay.listed import write_list
+from bhlog.analysis.replay.listed import LIST_NAME, write_list
 from bhlog.capture.contract.errors import InvalidOption, RouterLogError, RunExists
-from bhlog.capture.contract.files import open_part, seal, sync_folder
-from bhlog.capture.contract.manifest import ModelInfo
+from bhlog.capture.contract.files import open_part, require_local, seal, sync_folder
+from bhlog.capture.contract.manifest import ModelInfo, Seal
 from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.opening import seal_of
 from bhlog.capture.contract.rule import (
     BhOptions,
     Decisions,
@@ -28,6 +30,8 @@ from bhlog.capture.contract.rule import (
     softmax_weights,
 )
 from bhlog.capture.contract.schema import list_type
+from bhlog.capture.contract.store import Store
+from bhlog.capture.contract.uris import shown
 
 _KEYS = ("layer", "sequence", "position", "rank")
 _COLUMNS = (*dict.fromkeys([*_KEYS, *COLUMNS, "weights"]),)
@@ -71,12 +75,13 @@ def write_decisions(
     *,
     kde: KdeModel | None = None,
     scope: Scope = WHOLE,
-) -> list[Path]:
+) -> list[Path | str]:
     """Write the decisions of a replay: OUT/NAME/rank00000-00000.parquet for each setting.
 
     A file has the rows of the routing shard of the same name, in the same order; _replay.json lists
     them. A folder gets its name when it is whole; until then it is in OUT/.part, which one call at
-    a time writes. Memory stays flat.
+    a time writes. Behind a URI, files are uploaded as they are made, and the list at the end: there
+    is no replay without one. Memory stays flat.
 
     Weights follow the model's formula as far as the manifest tells it, in float32: a softmax or
     sigmoid of each logit, divided by its sum where the model does so, times its scale. Models that
@@ -89,7 +94,7 @@ def write_decisions(
         scope: threads and progress; a file has every row of its shard.
 
     Returns:
-        The folder of each setting.
+        The folder or URI of each setting.
 
     Raises:
         RunExists: a folder is there already, or another call is writing it.
@@ -97,11 +102,9 @@ def write_decisions(
             of its own, or OUT cannot be written.
         InvalidOption, KdeMismatch: see Decider.
     """
-    if "://" in str(out):
-        raise InvalidOption(f"{out}: decisions are written to a folder on this machine")
     if scope.layers is not None or scope.where is not None or scope.sample < 1:
         raise InvalidOption(
-            f"{out}: holds every row of the log: leave layers, where and sample out"
+            f"{shown(str(out))}: holds every row of the log: leave layers, where and sample out"
         )
     decider = decider_of(log, settings, kde)
     model = log.manifest.model
@@ -114,6 +117,9 @@ def write_decisions(
     names = [setting_name(options, log.n_experts, null) for options in settings]
     if len({*names}) < len(names):
         raise InvalidOption("a setting is asked for twice: write each replay once")
+    if "://" in str(out):
+        return _upload(log, decider, settings, names, str(out), scope)
+    require_local(Path(out))
     folders = [Path(out) / name for name in names]
     for folder in folders:
         if folder.exists():
@@ -137,7 +143,62 @@ def write_decisions(
     finally:
         with suppress(OSError):  # not there, or in use by another replay
             (Path(out) / ".part").rmdir()
-    return folders
+    return [*folders]
+
+
+def _upload(
+    log: Log,
+    decider: Decider,
+    settings: Sequence[BhOptions],
+    names: Sequence[str],
+    uri: str,
+    scope: Scope,
+) -> list[Path | str]:
+    """Write into an object store: the parts of each setting, then their lists.
+
+    What was uploaded is removed if anything fails; a part without a list is no replay's.
+    """
+    store = Store(uri)
+    where, mark, options = store.name.partition("?")
+    sent: dict[str, dict[str, Seal]] = {name: {} for name in names}
+
+    def send(file: Path) -> None:
+        name = file.parent.name
+        seal = seal_of(file)
+        store.put(file, f"{name}/{file.name}")
+        sent[name][file.name] = seal
+        file.unlink()
+
+    try:
+        store.check()
+        for name in names:
+            left = store.names(name)
+            if LIST_NAME in left:
+                raise _there(f"{where}/{name}")
+            for file in left:  # of an upload that did not come to its end
+                store.remove(f"{name}/{file}")
+        with TemporaryDirectory(prefix="bhlog-") as folder:
+            parts = [Path(folder) / name for name in names]
+            for part in parts:
+                part.mkdir()
+            try:
+                _write_shards(log, decider, settings, parts, scope, send)
+                for part in parts:
+                    write_list(part, sent[part.name])
+                for part in parts:
+                    send_list = f"{part.name}/{LIST_NAME}"
+                    store.put(part / LIST_NAME, send_list)
+            except BaseException:
+                with suppress(OSError):  # away: the parts have no list
+                    for name in names:
+                        for file in store.names(name):
+                            store.remove(f"{name}/{file}")
+                raise
+    except RouterLogError:
+        raise
+    except OSError as error:
+        raise InvalidOption(f"{where}: cannot write there ({error.strerror or error})") from error
+    return [f"{where}/{name}{mark}{options}" for name in names]
 
 
 @contextmanager
@@ -197,7 +258,7 @@ def _name(part: Path, folder: Path) -> None:
         raise
 
 
-def _there(folder: Path) -> RunExists:
+def _there(folder: Path | str) -> RunExists:
     return RunExists(f"{folder}: this replay is there already; remove it or choose --out")
 
 
@@ -217,8 +278,12 @@ def _write_shards(
     settings: Sequence[BhOptions],
     parts: Sequence[Path],
     scope: Scope,
+    then: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the shards of every setting, several at once.
+
+    Args:
+        then: called with each that is sealed.
 
     This is no fold: rows go into their file in the order of the log, and a fold may cut a shard.
     """
@@ -240,7 +305,9 @@ def _write_shards(
                     if scope.progress is not None:
                         scope.progress(batch.num_rows)
         for file in files:
-            seal(file.path)
+            path = seal(file.path)
+            if then is not None:
+                then(path)
 
     # each thread holds a file open for each setting
     threads = min(scope.threads or os.cpu_count() or 1, max(1, _MOST_FILES // len(parts)))

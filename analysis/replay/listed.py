@@ -20,9 +20,15 @@ MOST_LIST_BYTES = 1 << 26
 _VERSION = 1
 
 
-def write_list(folder: Path) -> None:
-    """List the parts in a replay's folder with their seals."""
-    parts = {path.name: asdict(seal_of(path)) for path in sorted(folder.glob("*.parquet"))}
+def write_list(folder: Path, seals: Mapping[str, Seal] | None = None) -> None:
+    """List the parts in a replay's folder with their seals.
+
+    Args:
+        seals: of parts that are somewhere else by now, by file name.
+    """
+    if seals is None:
+        seals = {path.name: seal_of(path) for path in folder.glob("*.parquet")}
+    parts = {name: asdict(seals[name]) for name in sorted(seals)}
     data: dict[str, Any] = {"version": _VERSION, "parts": parts}
     data["checksum"] = _checksum(data)
     with whole_file(folder / LIST_NAME) as file:

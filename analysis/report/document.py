@@ -23,6 +23,7 @@ from bhlog.analysis.report.tokens import extremes, text_panel
 from bhlog.analysis.report.which_experts import load, sources
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch, RouterLogError
 from bhlog.capture.contract.files import whole_file
+from bhlog.capture.contract.uris import shown
 
 MORE: tuple[tuple[str, Callable[[Subject], Panel | None]], ...] = (
     ("policies at equal cost", equal_cost),
@@ -103,19 +104,24 @@ def title_of(subject: Subject) -> str:
     return f"{shown}: {Path(subject.run.manifest.model.name).name}"
 
 
-def write_report(subject: Subject, path: str | Path, progress: Progress | None = None) -> Path:
-    """Write the page, whole or not at all; see report.
+def write_report(
+    subject: Subject, path: str | Path, progress: Progress | None = None
+) -> Path | str:
+    """Write the page, whole or not at all, and return where; see report.
+
+    Args:
+        path: or the URI of an object.
 
     Raises:
         InvalidOption: the file cannot be written there.
     """
-    page, path = report(subject, progress=progress), Path(path)
+    page = report(subject, progress=progress)
     try:
         with whole_file(path) as file:
             file.write(page.encode())
     except OSError as error:
         raise InvalidOption(f"{path}: cannot be written ({error.strerror})") from error
-    return path
+    return shown(path) if isinstance(path, str) and "://" in path else Path(path)
 
 
 def _explorer(packed: Sequence[dict[str, Any]], places: dict[str, str]) -> Panel | None:

@@ -33,6 +33,7 @@ from bhlog.capture.contract.errors import CorruptProfile, InvalidOption, RouterL
 from bhlog.capture.contract.files import whole_file
 from bhlog.capture.contract.rule import Bounds
 from bhlog.capture.contract.schema import list_type
+from bhlog.capture.contract.uris import shown
 
 PROFILE_SCHEMA_VERSION = 2
 _READ = ("1", "2")  # versions
@@ -69,7 +70,7 @@ class Facts:
 
 
 def write(path: str | Path, facts: Facts, counts: Counts, kept: Counts | None) -> None:
-    """Write a profile under a temporary name, sync it, rename it.
+    """Write a profile, whole or not at all; the path may be the URI of an object.
 
     Args:
         counts, kept: (E, J + 1) by layer.
@@ -77,7 +78,6 @@ def write(path: str | Path, facts: Facts, counts: Counts, kept: Counts | None) -
     Raises:
         InvalidOption: the file cannot be written there.
     """
-    path = Path(path)
     rows = [
         {
             "layer": layer,
@@ -105,13 +105,17 @@ def write(path: str | Path, facts: Facts, counts: Counts, kept: Counts | None) -
 
 
 def read(path: str | Path) -> tuple[Facts, Counts, Counts | None, dict[int, int]]:
-    """Read a profile file: facts, counts and probability kept by layer, and the rows it says.
+    """Read a profile file, or the object of a URI.
+
+    Returns:
+        Facts, counts and probability kept by layer, and the rows it says.
 
     Raises:
         CorruptProfile: it is not there, or not a profile file.
     """
+    path, given = shown(str(path)), path
     try:
-        data = read_bytes(Path(path))
+        data = read_bytes(given)
         with pq.ParquetFile(pa.BufferReader(data)) as file:
             table = read_table(file, len(data))
     except OSError as error:

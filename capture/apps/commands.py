@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bhlog.analysis.bar import progress_bar
-from bhlog.analysis.commands.kinds import OUT_FOLDER, OUT_RUN
+from bhlog.analysis.commands.kinds import OUT_FOLDER, OUT_PLACE
 from bhlog.capture.apps.asked import (
     Fit,
     Model,
@@ -35,7 +35,7 @@ examples:
 @model_options
 @texts_options
 @click.option(
-    "--out", required=True, type=OUT_RUN, metavar="RUN", help="Folder or URI of the run to write."
+    "--out", required=True, type=OUT_PLACE, metavar="RUN", help="Folder or URI of the run to write."
 )
 @rule_options
 @pace_options

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.opening import most_bytes, too_much
+from bhlog.capture.contract.store import read_object
 
 MOST_BYTES = 1 << 31  # of a file
 MOST_ROWS = 1 << 20  # a small file can claim more than any memory holds
@@ -23,12 +24,15 @@ MOST_RATIO = 1 << 10  # of bytes in memory to bytes in the file, beyond those: h
 _CHECKSUM = b"bhlog.sha256"
 
 
-def read_bytes(path: Path) -> bytes:
-    """The bytes of a file.
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of a file, or of the object of a URI.
 
     Raises:
         OSError: it cannot be read, is no file, or is larger than MOST_BYTES.
     """
+    if "://" in str(path):
+        return read_object(str(path), MOST_BYTES)
+    path = Path(path)
     size = path.stat().st_size
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a file")

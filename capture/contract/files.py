@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.store import uploaded
 
 COMPRESSION_LEVEL = 1  # zstd; higher levels gain little on BYTE_STREAM_SPLIT logits
 
@@ -124,20 +125,26 @@ def require_local(path: Path) -> None:
     """Raise InvalidOption for what was a URI: as a path it would be a folder called `s3:`."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path.as_posix()):
         raise InvalidOption(
-            f"{path.as_posix().replace(':/', '://', 1)}: is a URI; expected a path on this "
-            "machine: write it here, then copy it there"
+            f"{path.as_posix().replace(':/', '://', 1)}: is a URI in a Path, which "
+            "spoils it; expected text, or a path on this machine"
         )
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
+def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
     """A file under a temporary name: synced and renamed after the block, gone if it fails.
 
-    Of several that write one file at once, the last to finish wins, whole.
+    Of several that write one file at once, the last to finish wins, whole. A URI names an object of
+    a store, which is uploaded after the block.
 
     Raises:
-        InvalidOption: the path was a URI.
+        InvalidOption: a URI came as a Path, or its store does not take it.
     """
+    if "://" in str(path):
+        with uploaded(str(path)) as object_file:
+            yield object_file
+        return
+    path = Path(path)
     require_local(path)
     part = _part_of(path)
     try:

@@ -1,13 +1,16 @@
 """Object stores: a folder behind a URI, whose objects are put whole and confirmed."""
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import ENOENT
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from bhlog.capture.contract.errors import MissingRun, RouterLogError
+from bhlog.capture.contract.errors import InvalidOption, MissingRun, RouterLogError
 from bhlog.capture.contract.uris import shown, without_secrets
 
 _PIECE = 1 << 23  # bytes compared at a time
@@ -59,7 +62,8 @@ class Store:
             )
             differ = self._difference(path, target)
             if differ:
-                self.remove(inside)
+                with suppress(OSError):
+                    self.remove(inside)
                 raise OSError(f"{differ} arrived of what was uploaded; removed there")
 
     def names(self, inside: str = "") -> list[str]:
@@ -73,7 +77,7 @@ class Store:
             found = self.fs.get_file_info(selector)
         return sorted(info.base_name for info in found)
 
-    def read(self, inside: str, most: int) -> bytes | None:
+    def read(self, inside: str = "", most: int = 1 << 31) -> bytes | None:
         """The first bytes of an object; None if it is not there.
 
         Raises:
@@ -94,10 +98,21 @@ class Store:
         """
         return self.fs.open_input_file(self._path(inside))
 
-    def remove(self, inside: str) -> None:
-        """Remove an object if it is there and the store answers."""
-        with suppress(OSError, pa.ArrowException):
+    def remove(self, inside: str = "") -> None:
+        """Remove an object.
+
+        Raises:
+            OSError: it is not there, or the store does not answer.
+        """
+        with self._answering():
             self.fs.delete_file(self._path(inside))
+
+    def check(self) -> None:
+        """Raise InvalidOption, before the work rather than after, if there is no such bucket."""
+        bucket = self.root.partition("/")[0]
+        with reached(self.name):
+            if self.fs.get_file_info(bucket).type == pafs.FileType.NotFound:
+                raise InvalidOption(f"{self.name}: no such bucket ({bucket}); make it first")
 
     def _path(self, inside: str) -> str:
         return f"{self.root}/{inside}" if inside else self.root
@@ -119,6 +134,41 @@ class Store:
             yield
         except (pa.ArrowException, ValueError, OSError) as error:
             raise OSError(reason_of(error, self._uri)) from error
+
+
+def read_object(uri: str, most: int) -> bytes:
+    """The bytes of the object of a URI, at most so many.
+
+    Raises:
+        OSError: it is not there, or the store does not answer.
+    """
+    data = Store(uri).read("", most)
+    if data is None:
+        raise FileNotFoundError(ENOENT, "no such bucket or object")
+    return data
+
+
+@contextmanager
+def uploaded(uri: str) -> Iterator[IO[bytes]]:
+    """A file that becomes the object of a URI after the block, whole; nothing if it fails.
+
+    Raises:
+        InvalidOption: the store does not take it.
+    """
+    try:
+        store = Store(uri)
+    except MissingRun as error:  # an OSError, which callers would tell as one of theirs
+        raise InvalidOption(str(error)) from error
+    with tempfile.NamedTemporaryFile(prefix="bhlog-") as file:
+        yield file
+        file.flush()
+        try:
+            store.put(Path(file.name))
+        except OSError as error:
+            raise InvalidOption(
+                f"{store.name}: cannot be written ({error}); check the bucket, its endpoint and "
+                "your credentials"
+            ) from error
 
 
 def reason_of(error: Exception, uri: str) -> str:

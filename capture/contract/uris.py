@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 # Options of a URI that say where its storage is; any other may be a secret.
@@ -19,6 +20,11 @@ def shown(path: str) -> str:
     return f"{scheme}://{authority.rpartition('@')[2]}{slash}{inside}" + (
         f"{mark}{'&'.join(options)}" if options else ""
     )
+
+
+def suffix_of(path: str | Path) -> str:
+    """What the name of a file or object ends in, in lower case: .parquet."""
+    return PurePosixPath(str(path).partition("?")[0] if "://" in str(path) else path).suffix.lower()
 
 
 def without_secrets(text: str, path: str) -> str:

@@ -12,6 +12,8 @@ from bhlog.capture.contract.files import require_local, whole_file
 from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.null.histogram import Histogram, HistogramKey, Trim
 from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.store import Store
+from bhlog.capture.contract.uris import shown
 from bhlog.capture.writing.counting import count_shard
 from bhlog.capture.writing.writer import RunWriter
 
@@ -24,8 +26,8 @@ class KdeFit:
     sampled out or dropped. With several ranks the last one to finish merges what all counted.
 
     Attributes:
-        out: file to write once the run is closed; not in the run's folder, whose kde.parquet is
-            the null model in force.
+        out: file to write once the run is closed, or the URI of an object; not in the run's
+            folder, whose kde.parquet is the null model in force.
         kernel, bandwidth, trim_low, trim_high, null: see FitOptions.
     """
 
@@ -45,14 +47,23 @@ class KdeFit:
         """
         return FitOptions(self.kernel, self.bandwidth, self.trim_low, self.trim_high, self.null)
 
-    def check(self, run: str | Path, n_experts: int) -> None:
+    def check(self, run: str | Path, n_experts: int, ranks: int) -> None:
         """Raise InvalidOption if the fit could not be made or written, before the model runs.
 
         Args:
-            run: folder of the run.
+            run: folder or URI of the run.
             n_experts: experts of its routers.
+            ranks: how many write the run.
         """
         self.options.trim.check(n_experts)
+        if "://" in str(self.out):
+            store = Store(str(self.out))
+            if ranks > 1:
+                raise InvalidOption(
+                    f"{store.name}: {ranks} ranks count into files beside the null model's, which "
+                    "need a folder that they share; name one, or fit afterwards: bhlog kde fit"
+                )
+            return store.check()
         require_local(Path(self.out))
         out = Path(self.out).absolute()
         if out.is_dir():
@@ -98,7 +109,9 @@ class KdeFit:
                 return None
             histograms = merged
         if not histograms:
-            raise InvalidOption(f"{self.out}: no row was logged, so there is no null model to fit")
+            raise InvalidOption(
+                f"{shown(str(self.out))}: no row was logged, so there is no null model to fit"
+            )
         n_experts = writer.manifest.model.n_experts
         model = KdeModel.fit(histograms, self.options, source=[run_id], n_experts=n_experts)
         model.save(self.out)

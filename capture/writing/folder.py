@@ -132,7 +132,8 @@ def create(place: Place, manifest: Manifest, kde: KdeModel | None, rank: int) ->
                     place.folder.rmdir()
                 if place.store is not None:
                     for name in head_files(0):
-                        place.store.remove(name)
+                        with suppress(OSError):
+                            place.store.remove(name)
             raise
     except OSError as error:
         if rank == 0:

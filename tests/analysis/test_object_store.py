@@ -4,15 +4,15 @@ import http.server
 import threading
 from pathlib import Path
 
-import pyarrow.fs as pafs
 import pytest
-from moto.server import ThreadedMotoServer
 
 from bhlog.analysis.cli import main
 from bhlog.analysis.database.connection import connect
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import MissingRun
+from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions
+from tests.object_store import object_store
 from tests.synthetic import normal_kde, write_run
 
 pytestmark = pytest.mark.slow
@@ -21,18 +21,16 @@ LAYERS = (0, 2)
 
 
 @pytest.fixture(scope="module")
-def endpoint():
-    """HOST:PORT of an S3 server on this machine, which the environment names."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        environment.setenv("AWS_ACCESS_KEY_ID", "key")
-        environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        yield f"{host}:{port}"
-    server.stop()
+def server(tmp_path_factory):
+    """An S3 server on this machine, which the environment names."""
+    with object_store(tmp_path_factory.mktemp("cache"), "logs") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def endpoint(server) -> str:
+    """HOST:PORT of the server."""
+    return server.endpoint
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +46,9 @@ def runs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bucket(endpoint, runs) -> str:
+def bucket(server, runs) -> str:
     """The URI of the same folder in a bucket."""
-    store = pafs.S3FileSystem(endpoint_override=endpoint, scheme="http", allow_bucket_creation=True)
-    store.create_dir("logs")
-    for file in runs.rglob("*.*"):
-        if file.is_file():
-            with store.open_output_stream(f"logs/{file.relative_to(runs)}") as stream:
-                stream.write(file.read_bytes())
+    server.upload(runs)
     return "s3://logs"
 
 
@@ -136,6 +129,83 @@ def test_the_uri_may_name_the_endpoint(bucket, endpoint, monkeypatch):
 def test_what_is_no_run_in_a_store_gets_one_line(bucket, bhlog, uri, line):
     code, out, err = bhlog("info", uri)
     assert (code, out) == (1, "") and line in err and err.count("\n") == 1
+
+
+WRITES = [
+    ("replay {runs}/bh --alpha 0.1 --alpha 0.2 --out {out}/replay", "wrote "),
+    ("sweep {runs}/bh --save {out}/profile.parquet", "wrote "),
+    ("kde fit {runs}/native --out {out}/null.parquet", ""),
+    ("kde merge {runs}/null.parquet {runs}/bh --out {out}/null.parquet", ""),
+    ("kde export {runs}/null.parquet --out {out}/null.npz", "wrote "),
+    ("info {runs}/bh --out {out}/facts.csv", ": "),
+    ("kde show {runs}/null.parquet --figure {out}/tails.svg", ""),
+    ("report {runs}/bh --out {out}/page.html", ""),
+]
+
+
+@pytest.mark.parametrize(("command", "says"), WRITES, ids=[c.split(" {")[0] for c, _ in WRITES])
+def test_what_a_command_writes_into_a_store_is_what_it_writes_on_a_disk(
+    command, says, runs, server, bucket, bhlog, tmp_path
+):
+    place = f"endpoint_override={server.endpoint}&scheme=http&region=us-east-1"
+    server.delete("out")
+    code, *told = bhlog(*[w.format(runs=runs, out=tmp_path) for w in command.split(" ")])
+    assert code == 0, told
+    words = command.format(runs=bucket, out="s3://AKIAKEY:hunter2@logs/out").split(" ")
+    words = [f"{w}?{place}" if w.startswith("s3://AKIA") else w for w in words]
+    code, *told = bhlog(*words)
+    assert code == 0, told
+    assert says in "".join(told) and "hunter2" not in "".join(told)
+    on_disk = {f.relative_to(tmp_path).as_posix(): f for f in tmp_path.rglob("*") if f.is_file()}
+    there = {path.removeprefix("out/"): data for path, data in server.files("out").items()}
+    assert set(there) == set(on_disk) and there
+    for path, data in there.items():
+        name = path.rpartition(".")[2]
+        assert name in ("npz", "svg", "html", "csv") or data == on_disk[path].read_bytes(), path
+    server.delete("out")
+
+
+def test_what_was_written_into_a_store_is_read_there(server, bucket, bhlog):
+    log = open_log(f"{bucket}/bh")
+    bhlog("replay", f"{bucket}/bh", "--alpha", 0.1, "--out", f"{bucket}/bh/replay")
+    rows = bhlog("sql", f"{bucket}/bh", "SELECT count(*) n FROM replays", "--format", "csv")[1]
+    assert int(rows.split()[-1]) == log.manifest.totals.rows
+    assert bhlog("verify", f"{bucket}/bh")[0] == 0
+    code, _, error = bhlog("replay", f"{bucket}/bh", "--alpha", 0.1, "--out", f"{bucket}/bh/replay")
+    assert code == 1 and "is there already" in error
+    server.delete("bh/replay/alpha-0.1_k-1-4/_replay.json")  # as an upload that was killed
+    rows = bhlog("sql", f"{bucket}/bh", "SELECT count(*) n FROM replays", "--format", "csv")[1]
+    assert int(rows.split()[-1]) == 0
+    assert "not whole" in bhlog("verify", f"{bucket}/bh")[1]
+    assert bhlog("replay", f"{bucket}/bh", "--alpha", 0.1, "--out", f"{bucket}/bh/replay")[0] == 0
+    server.delete("bh/replay")
+    bhlog("sweep", f"{bucket}/bh", "--save", f"{bucket}/p.parquet")
+    from_file, from_log = (bhlog("sweep", f"{bucket}/{name}")[1] for name in ("p.parquet", "bh"))
+    assert from_file == from_log
+    open_log(f"{bucket}/native").fit().save(f"{bucket}/n.parquet")
+    assert KdeModel.load(f"{bucket}/n.parquet").sha256 == open_log(f"{bucket}/native").fit().sha256
+    server.delete("p.parquet")
+    server.delete("n.parquet")
+
+
+@pytest.mark.parametrize("fault", ["deny", "truncate", "late"])
+def test_an_upload_that_fails_leaves_nothing_that_looks_whole(fault, server, bucket, bhlog):
+    server.fault = fault if fault != "late" else None
+    server.allowed = 1 if fault == "late" else None  # objects, then nothing is taken: no list
+    code, _, error = bhlog("replay", f"{bucket}/bh", "--alpha", 0.1, "--out", f"{bucket}/bh/replay")
+    assert code == 1 and error.count("\n") == 1 and "cannot write there" in error
+    if fault != "late":
+        code, _, error = bhlog("sweep", f"{bucket}/bh", "--save", f"{bucket}/p.parquet")
+        assert code == 1 and "s3://logs/p.parquet: cannot be written" in error
+    server.fault = server.allowed = None
+    assert not [path for path in server.files() if "replay" in path or path == "p.parquet"]
+
+
+def test_a_bucket_that_is_not_there_is_told_before_the_work(bucket, bhlog):
+    for command in ("kde fit {}/bh --out {}/n.parquet", "sweep {}/bh --save {}/p.parquet"):
+        words = command.format(bucket, "s3://nosuch").split(" ")
+        code, out, error = bhlog(*words)
+        assert (code, out) == (1, "") and "no such bucket (nosuch)" in error
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):

@@ -19,6 +19,7 @@ from bhlog.capture.contract.null.curve import NullCurve as NullCurve
 from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.null.histogram import Histogram, HistogramKey
 from bhlog.capture.contract.null.layer import LayerNull as LayerNull
+from bhlog.capture.contract.uris import shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,13 +229,15 @@ class KdeModel(Mapping[int, LayerNull]):
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def save(self, path: str | Path) -> str:
-        """Write the file under a temporary name, rename it, and return its sha256.
+        """Write the file, whole or not at all, and return its sha256.
+
+        Args:
+            path: or the URI of an object.
 
         Raises:
             InvalidOption: the file cannot be written there.
         """
         data = self.to_bytes()
-        path = Path(path)
         try:
             with whole_file(path) as file:
                 file.write(data)
@@ -244,20 +247,19 @@ class KdeModel(Mapping[int, LayerNull]):
 
     @classmethod
     def load(cls, path: str | Path) -> "KdeModel":
-        """Read a null model file.
+        """Read a null model file, or the object of a URI.
 
         Raises:
             CorruptKde: it is not there, not a null model file, or breaks an invariant.
         """
-        path = Path(path)
         try:
             data = read_bytes(path)
         except OSError as error:
             raise CorruptKde(
-                f"{path}: cannot read a null model ({error.strerror}); "
+                f"{shown(str(path))}: cannot read a null model ({error.strerror or error}); "
                 "fit one with: bhlog kde fit RUN --out FILE"
             ) from error
-        return cls.from_bytes(data, str(path))
+        return cls.from_bytes(data, shown(str(path)))
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str, *, sha256: str | None = None) -> "KdeModel":

@@ -1,4 +1,5 @@
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -99,7 +100,7 @@ def test_nothing_is_overwritten_or_written_twice(run, tmp_path):
     with pytest.raises(InvalidOption, match="twice"):
         write_decisions(log, settings_of(log, [0.1, 0.1]), tmp_path / "out")
     with pytest.raises(InvalidOption, match="on this machine"):
-        write_decisions(log, [OPTIONS], "s3://bucket/out")
+        write_decisions(log, [OPTIONS], Path("s3://bucket/out"))
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidOption, match="cannot write there"):
         write_decisions(log, [OPTIONS], tmp_path / "file")

@@ -7,11 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import bhlog.capture.writing.uploads as uploads
 from bhlog.analysis.run import open_log
-from bhlog.capture.contract.errors import RouterLogError, RunExists, WriterFailed
+from bhlog.capture.contract.errors import InvalidOption, RouterLogError, RunExists, WriterFailed
 from bhlog.capture.contract.manifest import Totals
+from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.observe import observe
 from bhlog.capture.writing.place import Place
 from tests.capture.blocks import LAYERS, check_run, make_block, no_errors, writer
 from tests.capture.writing.test_kill import Nursery, kill, wait_for
@@ -136,11 +139,11 @@ def test_killed_at_random_moments_and_resumed(server, tmp_path):
     """kill -9: what came to the store reads, what did not is found in the staging folder."""
     place = f"endpoint_override={server.endpoint}&scheme=http&region=us-east-1"
     uri = f"s3://key:secret@{server.bucket}/run?{place}"
-    server.delay = 0.01
+    server.delay = 0.002
     rng, notes, before = random.Random(0), tmp_path / "notes", 0
     notes.write_text("0")
     nursery = Nursery()
-    for turn in range(3):
+    for turn in range(2):
         child = nursery.start("log_blocks_for_ever", uri, int(turn > 0), notes)
         wait_for(lambda before=before: int(notes.read_text() or 0) > before)
         time.sleep(rng.uniform(0, 0.5))
@@ -182,6 +185,21 @@ def test_ranks_share_a_run(server, uri, monkeypatch):
         writer(uri, rank=1)
     with pytest.raises(RunExists, match="not empty"):
         writer(uri)
+
+
+def test_a_null_model_is_fitted_into_a_store(server, uri, model, monkeypatch):
+    null = f"s3://{server.bucket}/null.parquet"
+    with torch.no_grad(), observe(model, uri, fit_kde=null, pad_token_id=0):
+        model(torch.arange(40)[None])
+    assert KdeModel.load(null).sha256 == open_log(uri).fit().sha256
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    null = "s3://AKIAKEY:hunter2@b/null.parquet"
+    with (
+        pytest.raises(InvalidOption, match="2 ranks count into files") as error,
+        observe(model, uri, fit_kde=null),
+    ):
+        pass
+    assert "hunter2" not in str(error.value)
 
 
 def test_staged_shards_of_a_run_that_went_on_elsewhere_are_refused(
