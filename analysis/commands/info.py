@@ -9,6 +9,7 @@ from bhlog.analysis.cells import cell, spelled_out
 from bhlog.analysis.commands.kinds import RUN
 from bhlog.analysis.commands.options import Output, memory_option, output_options
 from bhlog.capture.contract.errors import CorruptRun, InvalidOption
+from bhlog.capture.contract.uris import shown
 
 if TYPE_CHECKING:
     import polars as pl
@@ -84,10 +85,10 @@ def _verify_file(path: str, replay: bool, output: Output) -> int:
     from bhlog.analysis.verify.verification import findings_frame
 
     if replay:
-        raise InvalidOption(f"{path}: is a file, and --replay replays a run: leave it out")
+        raise InvalidOption(f"{shown(path)}: is a file, and --replay replays a run: leave it out")
     frame = findings_frame(verify_file(path))
     output.write(frame)
-    _raise_errors(path, frame)
+    _raise_errors(shown(path), frame)
     return 0
 
 

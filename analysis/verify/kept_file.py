@@ -7,11 +7,12 @@ import numpy as np
 
 from bhlog.analysis.sweep.profile import Profile
 from bhlog.analysis.verify.verification import Finding
-from bhlog.capture.contract.checksum import has_checksum
+from bhlog.capture.contract.checksum import has_checksum, read_bytes
 from bhlog.capture.contract.errors import CorruptKde, CorruptProfile
 from bhlog.capture.contract.null.curve import NullCurve
 from bhlog.capture.contract.null.fit import refit
 from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.uris import shown, suffix_of
 
 _PROFILE = b"bhlog.profile_schema_version"
 _END = 1 << 20  # bytes of a file in which the names of its metadata stand
@@ -19,7 +20,9 @@ TOLERANCE = 1e-3  # relative, of tails down to 1e-8: what other versions of the 
 
 
 def is_kept_file(path: str | Path) -> bool:
-    """Whether a path is of a Parquet file, which may be a null model or a profile."""
+    """Whether a path or URI is of a Parquet file, which may be a null model or a profile."""
+    if "://" in str(path):
+        return suffix_of(path) == ".parquet"
     try:
         if not Path(path).is_file():  # a FIFO would wait for ever
             return False
@@ -36,15 +39,13 @@ def verify_file(path: str | Path) -> list[Finding]:
     cannot be: its log has them.
     """
     try:
-        with Path(path).open("rb") as file:
-            file.seek(max(0, Path(path).stat().st_size - _END))
-            end = file.read()
+        end = read_bytes(path)[-_END:]
     except OSError:  # loading says why
         end = b""
     findings = [*(_profile(path) if _PROFILE in end else _null_model(path))]
     if all(finding.status == "ok" for finding in findings) and not has_checksum(path):
         detail = "of version 1, which had no checksum: that its numbers are as written is not known"
-        findings.append(Finding("files", "warning", str(path), detail))
+        findings.append(Finding("files", "warning", shown(str(path)), detail))
     return findings
 
 
@@ -52,24 +53,24 @@ def _profile(path: str | Path) -> Iterator[Finding]:
     try:
         found = Profile.load(path)
     except CorruptProfile as error:
-        yield Finding("profile", "error", str(path), str(error))
+        yield Finding("profile", "error", shown(str(path)), str(error))
         return
     rows = max(int(of_layer[0].sum()) for of_layer in found.counts.values())
     detail = f"{len(found.layers)} layers, {rows:,} rows a layer, {len(found.alphas):,} alphas"
-    yield Finding("profile", "ok", str(path), detail)
+    yield Finding("profile", "ok", shown(str(path)), detail)
 
 
 def _null_model(path: str | Path) -> Iterator[Finding]:
     try:
         model = KdeModel.load(path)
     except CorruptKde as error:
-        yield Finding("null model", "error", str(path), str(error))
+        yield Finding("null model", "error", shown(str(path)), str(error))
         return
     detail = f"{len(model)} layers, {len(model.curves)} curves, sha256 {model.sha256[:12]}..."
-    yield Finding("null model", "ok", str(path), detail)
+    yield Finding("null model", "ok", shown(str(path)), detail)
     if any(curve.histogram is None for _, curve in model.curves):
         detail = "imported: its tails have no histogram that they could be fitted from again"
-        yield Finding("null model", "warning", str(path), detail)
+        yield Finding("null model", "warning", shown(str(path)), detail)
         return
     again = refit(model)
     for layer, curve in model.curves:
@@ -78,7 +79,7 @@ def _null_model(path: str | Path) -> Iterator[Finding]:
         if apart > TOLERANCE:
             who = f"layer {layer}" + ("" if curve.expert is None else f", expert {curve.expert}")
             detail = f"{who}: its tail is off that of its histogram by {apart:.2g} of it"
-            yield Finding("null model", "error", str(path), detail)
+            yield Finding("null model", "error", shown(str(path)), detail)
 
 
 def _apart(curve: NullCurve, fitted: NullCurve) -> float:

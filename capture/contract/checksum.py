@@ -91,7 +91,8 @@ def check_checksum(table: pa.Table, *, required: bool) -> None:
 
 def has_checksum(path: str | Path) -> bool:
     """Whether a file that could be loaded carries the checksum of its rows."""
-    return _CHECKSUM in (pq.read_schema(path).metadata or {})
+    file = pa.BufferReader(read_bytes(path))
+    return _CHECKSUM in (pq.read_schema(file).metadata or {})
 
 
 def checksum(table: pa.Table) -> str:

@@ -140,8 +140,9 @@ def create(place: Place, manifest: Manifest, kde: KdeModel | None, rank: int) ->
             meeting.refuse(str(error))
         if isinstance(error, RouterLogError):
             raise
+        where = place if place.store is None else error.filename or place  # the staging folder's
         raise RouterLogError(
-            f"{place}: the run cannot be written there ({error.strerror or error}); choose "
+            f"{where}: the run cannot be written there ({error.strerror or error}); choose "
             "another folder"
         ) from error
     if rank == 0:

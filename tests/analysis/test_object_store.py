@@ -184,8 +184,9 @@ def test_what_was_written_into_a_store_is_read_there(server, bucket, bhlog):
     assert from_file == from_log
     open_log(f"{bucket}/native").fit().save(f"{bucket}/n.parquet")
     assert KdeModel.load(f"{bucket}/n.parquet").sha256 == open_log(f"{bucket}/native").fit().sha256
-    server.delete("p.parquet")
-    server.delete("n.parquet")
+    for name in ("p.parquet", "n.parquet"):
+        assert bhlog("verify", f"{bucket}/{name}")[0] == 0
+        server.delete(name)
 
 
 @pytest.mark.parametrize("fault", ["deny", "truncate", "late"])
