@@ -11,8 +11,8 @@ from bhlog.analysis.figures.run_data import RunData
 from bhlog.analysis.figures.style import STYLE, Style
 from bhlog.analysis.log import Log
 from bhlog.analysis.nulls import Named
+from bhlog.analysis.output import write
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
-from bhlog.capture.contract.files import whole_file
 from bhlog.capture.contract.rule import OPEN, Bounds
 
 Image = Literal["png", "svg", "pdf"]
@@ -74,8 +74,7 @@ def draw_figures(
             paths.append(save_figure(page, folder / f"{kind.name}.{image}"))
             if data:
                 paths.append(folder / f"{kind.name}.csv")
-                with whole_file(paths[-1]) as file:
-                    numbers.frame.write_csv(file)
+                write(numbers.frame, out=paths[-1])
         if progress is not None:
             progress(1)
     return paths

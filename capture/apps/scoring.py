@@ -174,9 +174,12 @@ class Examiner:
             return
         remove_run(run)
         found = self._run(setting, run, self._scored())
-        scores.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(scores) as file:
-            file.write(json.dumps({"noted": noted, "tasks": found}, indent=1).encode())
+        try:
+            scores.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(scores) as file:
+                file.write(json.dumps({"noted": noted, "tasks": found}, indent=1).encode())
+        except OSError as error:
+            raise InvalidOption(f"{scores}: cannot be written ({error.strerror})") from error
 
     def _scored(self) -> dict[str, list[int]] | None:
         """Documents of each task that scores count; None for the first `limit`."""

@@ -125,11 +125,10 @@ def create(place: Place, manifest: Manifest, kde: KdeModel | None, rank: int) ->
             manifest = replace(manifest, run_id=meeting.join())
         try:
             manifest = _fill(place, manifest, kde, rank)
-        except OSError:
+        except BaseException as error:
             if rank == 0:  # nothing of a run is there yet
-                with suppress(OSError):
-                    remove_run(place.folder)
-                    place.folder.rmdir()
+                meeting.refuse(str(error))
+                place.clear(head_files(0))
                 if place.store is not None:
                     for name in head_files(0):
                         with suppress(OSError):
@@ -202,11 +201,6 @@ def resume(
         raise
     except OSError as error:
         raise RouterLogError(f"{name}: no run to resume ({error.strerror or error})") from error
-    for part in (
-        *place.folder.glob(f"*/rank{rank:05d}-*.part"),
-        *place.folder.glob(f"{manifest_name(rank)}*.part"),
-    ):
-        part.unlink(missing_ok=True)
     entries, progress = _standing(place, shards)
     totals = progress.totals
     lost = before.error is not None and before.totals.dropped > totals.dropped
@@ -214,11 +208,16 @@ def resume(
         totals = before.totals  # it counts what came after the last shard, too
     progress = replace(progress, totals=totals)
     manifest = replace(before, totals=totals, shards=tuple(entries), closed=None, error=None)
-    manifest.write(place.folder, rank)
     try:
+        for part in (
+            *place.folder.glob(f"*/rank{rank:05d}-*.part"),
+            *place.folder.glob(f"{manifest_name(rank)}*.part"),
+        ):
+            part.unlink(missing_ok=True)
+        manifest.write(place.folder, rank)
         place.publish(manifest_name(rank))
     except OSError as error:
-        raise RouterLogError(f"{name}: cannot be written ({error})") from error
+        raise RouterLogError(f"{name}: cannot be written ({error.strerror or error})") from error
     return manifest, progress
 
 

@@ -151,10 +151,14 @@ class Place:
 
     def unstage(self, names: Iterable[str]) -> None:
         """Remove what is in the store from the staging folder, and the folder when it is empty."""
-        if self.store is None:
-            return
-        for name in names:
-            (self.folder / name).unlink(missing_ok=True)
+        if self.store is not None:
+            self.clear(names)
+
+    def clear(self, names: Iterable[str]) -> None:
+        """Remove files from the folder on this machine, and the folder when it is empty."""
+        for path in (self.folder / name for name in names):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
         for folder in (*(self.folder / name for name in FOLDERS), self.folder):
             with suppress(OSError):  # not empty: what could not be uploaded
                 folder.rmdir()

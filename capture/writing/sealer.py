@@ -126,7 +126,7 @@ class Sealer:
             for part in parts:  # tokens first: a routing shard without its tokens cannot exist
                 seal(part)
         except BaseException:
-            for part in parts:
+            for part in reversed(parts):
                 part.unlink(missing_ok=True)
                 final_path(part).unlink(missing_ok=True)  # half a pair is no shard
             raise

@@ -212,12 +212,14 @@ class RunWriter:
         """
         done = threading.Event()
         self._put(done)
-        while not done.wait(0.1):
-            if not self._thread.is_alive():
-                break
+        while not done.wait(0.1) and self._thread.is_alive():
+            pass
         self.check()
         if self._error is None:
-            self._write(self.manifest)
+            try:
+                self._write(self.manifest)
+            except OSError as error:
+                raise self._failed(error) from error
 
     def check(self) -> None:
         """Raise the writer's error, once.
@@ -226,13 +228,13 @@ class RunWriter:
             WriterFailed: the writer stopped on an error.
         """
         with self._lock:
-            if self._error is None or self._raised:
-                return
-            self._raised = True
+            told, self._raised = self._raised, self._error is not None
+        if self._error is not None and not told:
+            raise self._failed(self._error) from self._error
+
+    def _failed(self, error: BaseException) -> WriterFailed:
         remains = self.place.remains(len(self.sealer.sealed[0]))
-        raise WriterFailed(
-            f"{self.place}: writing stopped ({_words(self._error)}); {remains}"
-        ) from self._error
+        return WriterFailed(f"{self.place}: writing stopped ({_words(error)}); {remains}")
 
     def close(self, error: BaseException | None = None) -> None:
         """Seal the rest and complete the manifest. Closing twice does nothing.
@@ -245,8 +247,7 @@ class RunWriter:
         """
         if self._closed:
             return
-        self._closed = True
-        self._broken = error is not None
+        self._closed, self._broken = True, error is not None
         if self._broken and self._uploads is not None:
             self._uploads.hurry()
         self._put(None)
