@@ -113,11 +113,9 @@ class Run(Log):
             alphas: the grid; None is fine enough for most.
             kept: whether to count the probability that experts keep too, at about twice the cost.
         """
-        from bhlog.analysis.sweep.profile import GRID
         from bhlog.analysis.sweep.profiling import profile_log
 
-        grid = GRID if alphas is None else alphas
-        return profile_log(self, _named(kde), alphas=grid, kept=kept, scope=Scope(**rows))
+        return profile_log(self, _named(kde), alphas=alphas, kept=kept, scope=Scope(**rows))
 
     def compare(
         self,

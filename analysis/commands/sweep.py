@@ -146,7 +146,7 @@ def _profile(
     run: str, alphas: tuple[float, ...], kept: bool, null: "KdeModel | None", scope: "Scope"
 ) -> "Profile":
     """The profile of a run, or the one in a file."""
-    from bhlog.analysis.sweep.profile import GRID, Profile
+    from bhlog.analysis.sweep.profile import Profile, grid_for
     from bhlog.analysis.sweep.profiling import profile_log
 
     if Path(run).is_file() or ("://" in run and suffix_of(run) == ".parquet"):
@@ -157,7 +157,8 @@ def _profile(
             )
         return Profile.load(run)
     log = open_run(run)
-    grid = sorted({*GRID, *alphas})
+    shape = len(log.check_layers(scope.layers)), log.n_experts
+    grid = sorted({*grid_for(*shape), *DEFAULT_ALPHAS, *alphas})
     with progress_bar("sweep", log.manifest.totals.rows or None) as advance:
         return profile_log(log, null, alphas=grid, kept=kept, scope=scope.but(progress=advance))
 

@@ -46,6 +46,11 @@ class Counted:
         return Counted(self.steps + other.steps, kept)
 
 
+def table_bytes(n_experts: int, n_alphas: int) -> int:
+    """What the CriticalAlphas of a layer take."""
+    return n_experts * ((n_alphas + 1) * 2 * 4 + BUCKETS * 2)
+
+
 @dataclass(frozen=True, eq=False)
 class CriticalAlphas:
     """Finds critical alphas of rows of one layer.

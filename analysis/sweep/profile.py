@@ -26,6 +26,15 @@ from bhlog.capture.contract.rule import OPEN, Bounds
 GRID = tuple(
     sorted({*np.geomspace(1e-6, 1e-2, 801).round(9).tolist(), *(i / 1000 for i in range(10, 1000))})
 )
+_ROUND = (0.001, 0.002, 0.005, 0.01, 0.02, *(i / 20 for i in range(1, 20)))
+MOST_CELLS = 1 << 25  # counts of a profile in all its layers: 256 MiB
+
+
+def grid_for(n_layers: int, n_experts: int) -> tuple[float, ...]:
+    """GRID; or, where a profile of this shape would not hold it in MOST_CELLS, every m-th alpha of
+    it, and the round ones that people ask for."""
+    every = -(-n_layers * n_experts * (len(GRID) + 1) // MOST_CELLS)
+    return GRID if every <= 1 else tuple(sorted({*GRID[::every], *_ROUND}))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,17 +13,19 @@ from bhlog.analysis.fold import WHOLE, Scope, fold
 from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.analysis.nulls import null_model
 from bhlog.analysis.replay.settings import bounds_of
-from bhlog.analysis.sweep.critical import MOST_ALPHAS, Counted, CriticalAlphas
-from bhlog.analysis.sweep.profile import GRID, Profile, rising
+from bhlog.analysis.sweep.critical import MOST_ALPHAS, Counted, CriticalAlphas, table_bytes
+from bhlog.analysis.sweep.profile import Profile, grid_for, rising
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.model import KdeModel
+
+MOST_TABLE_BYTES = 1 << 28  # of the tables that are kept
 
 
 def profile_log(
     log: Log,
     kde: KdeModel | None = None,
     *,
-    alphas: Sequence[float] = GRID,
+    alphas: Sequence[float] | None = None,
     kept: bool = False,
     scope: Scope = WHOLE,
 ) -> Profile:
@@ -32,7 +34,7 @@ def profile_log(
     Rows without a finite logit are left out: the rule does not decide them.
 
     Args:
-        alphas: the grid.
+        alphas: the grid; None is grid_for the shape of the log.
         kept: whether to count the probability kept too, for probability_kept and alphas_for.
         scope: which rows.
 
@@ -43,6 +45,8 @@ def profile_log(
     """
     if scope.sample < 1:
         raise InvalidOption("a profile counts every row, and its file says so: leave sample out")
+    if alphas is None:
+        alphas = grid_for(len(log.check_layers(scope.layers)), log.n_experts)
     grid = np.asarray(alphas, dtype=np.float64)
     if not rising(grid) or len(grid) > MOST_ALPHAS:
         raise InvalidOption(f"alphas must rise inside (0, 1), at most {MOST_ALPHAS:,} of them")
@@ -69,21 +73,29 @@ def profile_log(
 
 
 class Tables:
-    """What finds critical alphas, by layer, made when a layer is first asked for."""
+    """What finds critical alphas, by layer, made when a layer is asked for.
+
+    Those of the first layers are kept, in MOST_TABLE_BYTES; the others are made again, since a log
+    that goes through its layers in turn would push each out before it is asked for again.
+    """
 
     def __init__(self, model: KdeModel, grid: NDArray[np.float64], n_experts: int) -> None:
         self.model, self.grid, self.n_experts = model, grid, n_experts
         self._of: dict[int, CriticalAlphas] = {}
+        self._most = max(1, MOST_TABLE_BYTES // table_bytes(n_experts, len(grid)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_of": {}}  # soon made again
 
     def __getitem__(self, layer: int) -> CriticalAlphas:
-        if layer not in self._of:
+        found = self._of.get(layer)
+        if found is None:
             curve = self.model[layer].curves[0]
             thresholds = curve.threshold_grid(self.grid, self.n_experts)
-            self._of[layer] = CriticalAlphas(np.ascontiguousarray(thresholds.T))
-        return self._of[layer]
+            found = CriticalAlphas(np.ascontiguousarray(thresholds.T))
+            if len(self._of) < self._most:
+                self._of[layer] = found
+        return found
 
 
 class Shared:
@@ -118,6 +130,10 @@ class LayerCounts:
     def __init__(self, tables: Tables, kept: bool, shared: Shared | None = None) -> None:
         self._tables, self._kept, self._shared = tables, kept, shared
         self._own: dict[int, Counted] = {}
+        self._table: tuple[int, CriticalAlphas] | None = None  # of the layer at hand
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_table": None}
 
     @property
     def layers(self) -> dict[int, Counted]:
@@ -130,7 +146,9 @@ class LayerCounts:
         layer = layer_of(batch)
         if layer not in self._own:
             self._hand_over()
-        self._own[layer] = self._tables[layer].count(
+        if self._table is None or self._table[0] != layer:
+            self._table = layer, self._tables[layer]
+        self._own[layer] = self._table[1].count(
             logits_of(batch), weigh=self._kept, into=self._own.get(layer)
         )
 
