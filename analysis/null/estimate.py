@@ -10,14 +10,21 @@ from bhlog.analysis.kernels.patterns import count_patterns
 from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.fit import FitOptions as FitOptions
+from bhlog.capture.contract.null.fit import fit_histograms
 from bhlog.capture.contract.null.histogram import HistogramAccumulator
+from bhlog.capture.contract.null.layer import LayerNull
 from bhlog.capture.contract.null.model import KdeModel, layer_ranges
+
+MOST_COUNTED = 1 << 11  # histograms at a time, up to some 128 kB each
 
 
 def fit_kde(
     logs: Log | Sequence[Log], options: FitOptions | None = None, *, scope: Scope = WHOLE
 ) -> KdeModel:
     """Fit a null model from one run or several of the same model, in one pass over their logits.
+
+    Curves by expert are counted and fitted a few layers at a time, so that memory holds
+    MOST_COUNTED dense histograms, whatever the number of layers.
 
     Args:
         logs: the runs.
@@ -31,19 +38,26 @@ def fit_kde(
     """
     options = options or FitOptions()
     logs = [logs] if isinstance(logs, Log) else list(logs)
-    histograms = count_logits(logs, options, scope=scope).histograms()
-    missing = logs[0].check_layers(scope.layers) - {key.layer for key in histograms}
-    if missing:
-        raise InvalidOption(
-            f"no rows of layers {layer_ranges(missing)} in {', '.join(log.path for log in logs)}"
-            f"{scope.words}"
-        )
-    return KdeModel.fit(
-        histograms,
-        options,
-        source=[log.manifest.run_id for log in logs],
-        n_experts=logs[0].n_experts,
-    )
+    if not logs:
+        raise InvalidOption("name at least one run")
+    wanted, E = sorted(logs[0].check_layers(scope.layers)), logs[0].n_experts
+    together = len(wanted)
+    if options.null == "expert":
+        together = max(1, MOST_COUNTED // (E * len(options.trims)))
+    layers: dict[int, LayerNull] = {}
+    for start in range(0, len(wanted), together):
+        part = tuple(wanted[start : start + together])
+        histograms = count_logits(logs, options, scope=scope.but(layers=part)).histograms()
+        missing = set(part) - {key.layer for key in histograms}
+        if missing:
+            raise InvalidOption(
+                f"no rows of layers {layer_ranges(missing)} in "
+                f"{', '.join(log.path for log in logs)}{scope.words}"
+            )
+        source = [log.manifest.run_id for log in logs]
+        n_curves = len(wanted) * (E if options.null == "expert" else 1)
+        layers |= fit_histograms(histograms, options, source=source, n_curves=n_curves)
+    return KdeModel(layers, E)
 
 
 def count_logits(

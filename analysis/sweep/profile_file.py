@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from bhlog.capture.contract.arrays import values_of
-from bhlog.capture.contract.checksum import check_checksum, read_bytes, read_table, with_checksum
+from bhlog.capture.contract.checksum import Checksum, read_bytes, read_tables, with_checksum
 from bhlog.capture.contract.errors import CorruptProfile, InvalidOption, RouterLogError, one_line
 from bhlog.capture.contract.files import whole_file
 from bhlog.capture.contract.rule import Bounds
@@ -117,7 +117,8 @@ def read(path: str | Path) -> tuple[Facts, Counts, Counts | None, dict[int, int]
     try:
         data = read_bytes(given)
         with pq.ParquetFile(pa.BufferReader(data)) as file:
-            table = read_table(file, len(data))
+            groups = list(read_tables(file, len(data)))
+            table = pa.concat_tables(groups) if groups else file.schema_arrow.empty_table()
     except OSError as error:
         raise CorruptProfile(
             f"{path}: cannot read a profile ({error.strerror or error}); "
@@ -140,7 +141,9 @@ def read(path: str | Path) -> tuple[Facts, Counts, Counts | None, dict[int, int]
         )
     try:
         parts = _parts(table, _bounds(metadata))
-        check_checksum(table, required=version != "1")
+        checksum = Checksum(table.schema)
+        checksum.add(table)
+        checksum.check(required=version != "1")
     except (RouterLogError, ValueError) as error:
         raise CorruptProfile(f"{path}: {error}") from error
     return parts

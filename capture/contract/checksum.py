@@ -7,6 +7,7 @@ version 1 have none, and are read as they are.
 import errno
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -42,15 +43,63 @@ def read_bytes(path: str | Path) -> bytes:
         return file.read(MOST_BYTES)
 
 
-def with_checksum(table: pa.Table) -> pa.Table:
-    """The table with the checksum of its rows in its metadata."""
-    return table.replace_schema_metadata(
-        {**(table.schema.metadata or {}), _CHECKSUM: checksum(table)}
-    )
+class Checksum:
+    """Sha256 of what rows and their metadata say, however they are encoded and cut into groups.
+
+    Args:
+        schema: of the rows, with the metadata.
+    """
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.schema = schema
+        self._columns = {name: (hashlib.sha256(), hashlib.sha256()) for name in schema.names}
+
+    def add(self, table: pa.Table) -> None:
+        """Add the next rows."""
+        for name, (numbers, rest) in self._columns.items():
+            column = table[name].combine_chunks()
+            plain: list[object]
+            if pa.types.is_list(column.type) and not pa.types.is_string(column.type.value_type):
+                plain = column.value_lengths().to_pylist()
+                numbers.update(values_of(column.flatten()).data)
+            else:
+                plain = column.to_pylist()
+            rest.update("".join(f"{json.dumps(value)}\n" for value in plain).encode())
+
+    @property
+    def hexdigest(self) -> str:
+        metadata = {
+            key.decode(): value.decode()
+            for key, value in (self.schema.metadata or {}).items()
+            if key.startswith(b"bhlog.") and key != _CHECKSUM
+        }
+        parts = {name: [d.hexdigest() for d in both] for name, both in self._columns.items()}
+        return hashlib.sha256(json.dumps([metadata, parts], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def signed(self) -> pa.Schema:
+        """The schema with the checksum in its metadata."""
+        return self.schema.with_metadata(
+            {**(self.schema.metadata or {}), _CHECKSUM: self.hexdigest}
+        )
+
+    def check(self, *, required: bool) -> None:
+        """Raise ValueError if the rows are not those that were written.
+
+        Args:
+            required: whether files of its version have a checksum.
+        """
+        expected = (self.schema.metadata or {}).get(_CHECKSUM)
+        if expected is None and required:
+            raise ValueError("it lacks its checksum: restore the file from a copy")
+        if expected is not None and self.hexdigest.encode() != expected:
+            raise ValueError(
+                "its rows are not those that were written: restore the file from a copy"
+            )
 
 
-def read_table(file: pq.ParquetFile, size: int, rows: str = "rows") -> pa.Table:
-    """The table of a file whose columns were looked at; its rows go by a name of their own.
+def read_tables(file: pq.ParquetFile, size: int, rows: str = "rows") -> Iterator[pa.Table]:
+    """The row groups of a file whose columns were looked at; its rows go by a name of their own.
 
     Args:
         size: bytes of the file.
@@ -72,44 +121,19 @@ def read_table(file: pq.ParquetFile, size: int, rows: str = "rows") -> pa.Table:
             claimed += 8 * values
     if claimed > most:
         raise too_much(claimed, size, most)
-    # one of Arrow's threads would end the process if it let go of the bytes at exit
-    return file.read(use_threads=False)
+    for group in range(footer.num_row_groups):
+        # one of Arrow's threads would end the process if it let go of the bytes at exit
+        yield file.read_row_group(group, use_threads=False)
 
 
-def check_checksum(table: pa.Table, *, required: bool) -> None:
-    """Raise ValueError if the rows are not those that were written.
-
-    Args:
-        required: whether files of its version have a checksum.
-    """
-    expected = (table.schema.metadata or {}).get(_CHECKSUM)
-    if expected is None and required:
-        raise ValueError("it lacks its checksum: restore the file from a copy")
-    if expected is not None and checksum(table).encode() != expected:
-        raise ValueError("its rows are not those that were written: restore the file from a copy")
+def with_checksum(table: pa.Table) -> pa.Table:
+    """A table that is all of a file, with the checksum of its rows in its metadata."""
+    checksum = Checksum(table.schema)
+    checksum.add(table)
+    return table.replace_schema_metadata(checksum.signed.metadata)
 
 
 def has_checksum(path: str | Path) -> bool:
     """Whether a file that could be loaded carries the checksum of its rows."""
     file = pa.BufferReader(read_bytes(path))
     return _CHECKSUM in (pq.read_schema(file).metadata or {})
-
-
-def checksum(table: pa.Table) -> str:
-    """Sha256 of what the rows and the other metadata say, however the file is encoded."""
-    metadata = {
-        key.decode(): value.decode()
-        for key, value in (table.schema.metadata or {}).items()
-        if key.startswith(b"bhlog.") and key != _CHECKSUM
-    }
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name in table.column_names:
-        column = table[name].combine_chunks()
-        plain: list[object]
-        if pa.types.is_list(column.type) and not pa.types.is_string(column.type.value_type):
-            plain = column.value_lengths().to_pylist()
-            digest.update(values_of(column.flatten()).data)
-        else:
-            plain = column.to_pylist()
-        digest.update(json.dumps([name, plain]).encode())
-    return digest.hexdigest()

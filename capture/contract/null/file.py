@@ -20,6 +20,7 @@ which loading compares; files of version 1 may have none.
 
 import io
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bhlog.capture.contract.arrays import values_of
-from bhlog.capture.contract.checksum import check_checksum, read_table, with_checksum
+from bhlog.capture.contract.checksum import Checksum, read_tables
 from bhlog.capture.contract.errors import CorruptKde, one_line
 from bhlog.capture.contract.null.curve import NullCurve
 from bhlog.capture.contract.null.histogram import BIN_WIDTH, LARGEST_LOGIT, Histogram, Trim
@@ -60,33 +61,55 @@ KDE_SCHEMA = pa.schema(
     ]
 )
 _ARRAYS = ("counts", "spread", "tail")
+GROUP_NUMBERS = 1 << 22  # in a row group
 
 
 def to_table(layers: Mapping[int, LayerNull], n_experts: int | None) -> pa.Table:
     """The file's rows, a curve each, with KDE_SCHEMA and the file's metadata."""
-    rows = [
-        row
-        for layer in sorted(layers)
-        for curve in layers[layer].curves
-        for row in _rows(layer, curve)
-    ]
+    checksum = _checksum(layers, n_experts)
+    return pa.concat_tables(_groups(layers, checksum.signed))
+
+
+def _checksum(layers: Mapping[int, LayerNull], n_experts: int | None) -> Checksum:
     metadata = {_VERSION: str(KDE_SCHEMA_VERSION)}
     if n_experts is not None:
         metadata[_N_EXPERTS] = str(n_experts)
-    return with_checksum(pa.Table.from_pylist(rows, schema=KDE_SCHEMA.with_metadata(metadata)))
+    checksum = Checksum(KDE_SCHEMA.with_metadata(metadata))
+    for group in _groups(layers, checksum.schema):
+        checksum.add(group)
+    return checksum
+
+
+def _groups(layers: Mapping[int, LayerNull], schema: pa.Schema) -> Iterator[pa.Table]:
+    """The rows in row groups: one, or several of about GROUP_NUMBERS numbers each."""
+    rows: list[dict[str, Any]] = []
+    numbers = 0
+    for layer in sorted(layers):
+        for curve in layers[layer].curves:
+            for row in _rows(layer, curve):
+                rows.append(row)
+                numbers += sum(len(row[name]) for name in _ARRAYS if name in row)
+            if numbers > GROUP_NUMBERS:
+                yield pa.Table.from_pylist(rows, schema=schema)
+                rows, numbers = [], 0
+    if rows:
+        yield pa.Table.from_pylist(rows, schema=schema)
 
 
 def to_bytes(layers: Mapping[int, LayerNull], n_experts: int | None) -> bytes:
     """The file as bytes: the same model gives the same bytes."""
     buffer = io.BytesIO()
-    pq.write_table(
-        to_table(layers, n_experts),
+    schema = _checksum(layers, n_experts).signed
+    with pq.ParquetWriter(
         buffer,
+        schema,
         compression="zstd",
         use_dictionary=False,
         column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _ARRAYS},
         write_statistics=False,
-    )
+    ) as writer:
+        for group in _groups(layers, schema):
+            writer.write_table(group)
     return buffer.getvalue()
 
 
@@ -96,29 +119,29 @@ def from_bytes(data: bytes) -> tuple[dict[int, LayerNull], int | None]:
     Raises:
         CorruptKde: it is no null model file, or breaks an invariant.
     """
-    groups: dict[tuple[int, int | None], list[dict[str, Any]]] = {}
+    curves: dict[int, list[NullCurve]] = {}
     try:
         with pq.ParquetFile(pa.BufferReader(data)) as file:
             n_experts = _check_schema(file)
-            table = read_table(file, len(data), rows="curves")
-        for row in _read_rows(table):
-            groups.setdefault((row["layer"], row["expert"]), []).append(row)
+            checksum = Checksum(file.schema_arrow)
+            for (layer, _), rows in groupby(_read_rows(file, len(data), checksum), _curve_key):
+                curves.setdefault(layer, []).append(_curve(layer, list(rows)))
+    except CorruptKde:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = one_line(str(error).splitlines()[0])
         raise CorruptKde(f"not a null model file: {reason}") from error
-    curves: dict[int, list[NullCurve]] = {}
-    for (layer, _), rows in groups.items():
-        try:
-            curves.setdefault(layer, []).append(_curve(rows))
-        except CorruptKde as error:
-            raise CorruptKde(f"layer {layer}: {error}") from error
     layers = {i: LayerNull(i, tuple(c)) for i, c in sorted(curves.items())}
     try:
-        version = (table.schema.metadata or {}).get(_VERSION, b"1")
-        check_checksum(table, required=version != b"1")
+        version = (checksum.schema.metadata or {}).get(_VERSION, b"1")
+        checksum.check(required=version != b"1")
     except ValueError as error:
         raise CorruptKde(str(error)) from error
     return layers, n_experts
+
+
+def _curve_key(row: dict[str, Any]) -> tuple[int, int | None]:
+    return row["layer"], row["expert"]
 
 
 def _check_schema(file: pq.ParquetFile) -> int | None:
@@ -187,20 +210,29 @@ def _histogram_columns(histogram: Histogram) -> dict[str, Any]:
     }
 
 
-def _read_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """The rows, each list of numbers as an array."""
-    plain = table.drop_columns(list(_ARRAYS)).to_pylist()
-    for i, row in enumerate(plain):
-        lists = {name: table[name][i] for name in _ARRAYS}
-        arrays = {
-            name: values_of(values.values) if values.is_valid else None
-            for name, values in lists.items()
-        }
-        yield {**row, **arrays, "source": tuple(row["source"])}
+def _read_rows(file: pq.ParquetFile, size: int, checksum: Checksum) -> Iterator[dict[str, Any]]:
+    """The rows, each list of numbers as an array; they are added to the checksum."""
+    for table in read_tables(file, size, rows="curves"):
+        checksum.add(table)
+        plain = table.drop_columns(list(_ARRAYS)).to_pylist()
+        for i, row in enumerate(plain):
+            lists = {name: table[name][i] for name in _ARRAYS}
+            arrays = {
+                name: values_of(values.values) if values.is_valid else None
+                for name, values in lists.items()
+            }
+            yield {**row, **arrays, "source": tuple(row["source"])}
 
 
-def _curve(rows: list[dict[str, Any]]) -> NullCurve:
+def _curve(layer: int, rows: list[dict[str, Any]]) -> NullCurve:
     """A curve from its rows: exactly one in force, the others kept levels."""
+    try:
+        return _checked_curve(rows)
+    except CorruptKde as error:
+        raise CorruptKde(f"layer {layer}: {error}") from error
+
+
+def _checked_curve(rows: list[dict[str, Any]]) -> NullCurve:
     in_force = [row for row in rows if row["tail"] is not None]
     if len(in_force) != 1:
         raise CorruptKde(f"expected one row with a tail, found {len(in_force)}")

@@ -23,6 +23,7 @@ from bhlog.capture.contract.null.layer import LayerNull
 Layers = Mapping[int, LayerNull]  # by decoder layer, as a KdeModel is
 
 MOST_LAYER_POINTS = 1 << 22  # grid points of a layer's curves together: 32 MiB
+MOST_MODEL_POINTS = 1 << 26  # and of a model's: 512 MiB
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,14 @@ def fit_histograms(
     options: FitOptions,
     *,
     source: Iterable[str],
+    n_curves: int | None = None,
 ) -> dict[int, LayerNull]:
     """Fit the null model of each layer from what a HistogramAccumulator counted.
 
     Args:
         histograms: HistogramAccumulator.histograms(), counted at options.trims.
         source: ids of the runs they were counted from.
+        n_curves: of the whole model, where these are some of its layers; None: these are all.
 
     Raises:
         InvalidOption: a layer or expert has no finite logit to fit from.
@@ -95,7 +98,11 @@ def fit_histograms(
         curves.setdefault((key.layer, key.expert), {})[key.trim] = histogram
     sources = tuple(sorted(set(source)))
     most_curves = max(Counter(layer for layer, _ in curves).values(), default=1)
-    most_points = min(MOST_GRID_POINTS, MOST_LAYER_POINTS // most_curves)
+    most_points = min(
+        MOST_GRID_POINTS,
+        MOST_LAYER_POINTS // most_curves,
+        MOST_MODEL_POINTS // max(1, n_curves or len(curves)),
+    )
 
     def fitted(item: tuple[tuple[int, int | None], dict[Trim, Histogram]]) -> NullCurve:
         (layer, expert), levels = item

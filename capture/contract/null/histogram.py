@@ -23,10 +23,35 @@ _TABLE_FROM = 1 << 15  # values from which the table of patterns pays
 
 PatternCounter = Callable[[NDArray[np.float32], NDArray[np.int64]], Iterator[NDArray[np.float32]]]
 
+_FEW = 3  # times as many nodes as hold something, from which a histogram is packed
+
 _scratch = threading.local()  # one buffer a thread: fresh pages would cost more than the counting
 
 
-@dataclass(frozen=True, eq=False)
+class _Packed(NamedTuple):
+    """An array of numbers that are mostly 0: those that are not, and where; or all of them."""
+
+    size: int
+    at: NDArray[np.uint32] | None
+    values: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, dense: NDArray[np.int64]) -> "_Packed":
+        at = np.flatnonzero(dense)
+        if _FEW * len(at) > len(dense):
+            return cls(len(dense), None, dense)
+        return cls(len(dense), at.astype(np.uint32), dense[at])
+
+    @property
+    def dense(self) -> NDArray[np.int64]:
+        if self.at is None:
+            return self.values
+        dense = np.zeros(self.size, dtype=np.int64)
+        dense[self.at] = self.values
+        return dense
+
+
+@dataclass(frozen=True, eq=False, init=False)
 class Histogram:
     """Linearly binned logits on nodes at multiples of BIN_WIDTH.
 
@@ -42,12 +67,30 @@ class Histogram:
         spread: (N,) int64, sum of f (1 - f) in units of 1 / ONE_SPREAD over the values between
             nodes j and j + 1; 0 for values on nodes.
         left_out: logits that are not counted: NaN, infinite or beyond +-LARGEST_LOGIT.
+
+    Few values on many nodes, as an expert's of a short run, are kept packed.
     """
 
     first: int
-    counts: NDArray[np.int64]
-    spread: NDArray[np.int64]
-    left_out: int = 0
+    left_out: int
+    _counts: _Packed
+    _spread: _Packed
+
+    def __init__(
+        self, first: int, counts: NDArray[np.int64], spread: NDArray[np.int64], left_out: int = 0
+    ) -> None:
+        object.__setattr__(self, "first", first)
+        object.__setattr__(self, "left_out", left_out)
+        object.__setattr__(self, "_counts", _Packed.of(counts))
+        object.__setattr__(self, "_spread", _Packed.of(spread))
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        return self._counts.dense
+
+    @property
+    def spread(self) -> NDArray[np.int64]:
+        return self._spread.dense
 
     @property
     def lo(self) -> float:
@@ -57,12 +100,12 @@ class Histogram:
     @property
     def nodes(self) -> NDArray[np.float64]:
         """(N,) float64: positions of the nodes, in logits."""
-        return np.arange(self.first, self.first + len(self.counts), dtype=np.float64) * BIN_WIDTH
+        return np.arange(self.first, self.first + self._counts.size, dtype=np.float64) * BIN_WIDTH
 
     @property
     def n(self) -> int:
         """Number of values counted."""
-        return int(self.counts.sum()) // ONE_VALUE
+        return int(self._counts.values.sum()) // ONE_VALUE
 
     @classmethod
     def empty(cls, left_out: int = 0) -> Self:

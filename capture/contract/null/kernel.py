@@ -97,7 +97,8 @@ def kernel_tail(
         histogram: at least one value.
         kernel: a name of UPPER.
         bandwidth: standard deviation of the kernel, in logits, above 0.
-        most_points: the step is not refined beyond as many grid points, whatever the accuracy.
+        most_points: the grid has no more points, whatever the accuracy, but for one in _COARSEST
+            nodes.
 
     Returns:
         (x0, dx, tail): tail is (G,) float64, P(logit > x0 + g * dx), falling from 1 to 0.
@@ -112,7 +113,7 @@ def kernel_tail(
     step = bandwidth / BIN_WIDTH / _MOST_STEPS[kernel] if kernel in _MOST_STEPS else 0.0
     if resolved:
         step = max(step, _widest_step(tail))
-    finest = min(_FINEST, max(1, most_points // len(tail)))
+    finest = min(_FINEST, max(1 / _COARSEST, most_points / len(tail)))
     per_node = 2.0 ** np.ceil(-np.log2(max(step, 1 / _FINEST)))
     per_node = float(np.clip(per_node, 1 / _COARSEST, 2.0 ** np.floor(np.log2(finest))))
     if per_node > 1:

@@ -209,3 +209,11 @@ def test_a_run_without_logits_has_no_null_model(run, tmp_path):
     bare = without_logits(write_run(tmp_path / "bare", layers=(0,), n_experts=16))
     with pytest.raises(InvalidOption, match="bare has no logits, only the experts"):
         fit_kde(open_log(bare))
+
+
+def test_experts_are_fitted_a_few_layers_at_a_time_and_alike(run, monkeypatch):
+    log = open_log(run)
+    options = FitOptions(null="expert", trim_high=2, keep=((0, 0),))
+    together = fit_kde(log, options)
+    monkeypatch.setattr("bhlog.analysis.null.estimate.MOST_COUNTED", 1)
+    assert fit_kde(log, options).to_bytes() == together.to_bytes()

@@ -10,7 +10,7 @@ import pytest
 
 from bhlog.analysis.fold import Scope
 from bhlog.analysis.run import open_log
-from bhlog.analysis.sweep.profile import GRID, Profile
+from bhlog.analysis.sweep.profile import GRID, MOST_CELLS, Profile, grid_for
 from bhlog.analysis.sweep.profiling import profile_log
 from bhlog.capture.contract.checksum import with_checksum
 from bhlog.capture.contract.errors import CorruptProfile, InvalidOption, KdeMismatch
@@ -331,3 +331,20 @@ def test_damaged_bounds_are_one_clear_error(bounded, tmp_path, bounds):
     pq.write_table(table.replace_schema_metadata(metadata), path)
     with pytest.raises(CorruptProfile, match=f"^{path}: bounds are"):
         Profile.load(path)
+
+
+def test_a_log_of_many_layers_and_experts_has_a_coarser_grid_with_the_round_alphas():
+    assert grid_for(16, 64) == grid_for(58, 256) == grid_for(94, 128) == GRID
+    coarse = grid_for(128, 512)
+    assert 128 * 512 * (len(coarse) + 1) < 1.1 * MOST_CELLS < 128 * 512 * len(GRID)
+    assert {0.001, 0.01, 0.05, 0.3, 0.95, GRID[0]} <= {*coarse}
+    assert list(coarse) == sorted(coarse) and len(grid_for(4096, 4096)) >= 20
+
+
+def test_tables_that_are_not_kept_are_made_again_alike(monkeypatch, tmp_path):
+    log = open_log(write_run(tmp_path / "run", layers=range(5), n_shards=3))
+    kde, alphas = normal_kde(range(5)), GRID[::20]
+    expected = profile_log(log, kde, alphas=alphas, scope=Scope(threads=1))
+    monkeypatch.setattr("bhlog.analysis.sweep.profiling.MOST_TABLE_BYTES", 0)
+    found = profile_log(log, kde, alphas=alphas, scope=Scope(threads=1))
+    assert all(np.array_equal(found.counts[i], expected.counts[i]) for i in range(5))

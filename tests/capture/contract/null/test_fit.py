@@ -236,3 +236,15 @@ def test_the_kernel_integrals_are_upper_tails():
     for upper in UPPER.values():
         assert upper(z) == pytest.approx(1 - upper(-z))
         assert np.all(np.diff(upper(z)) <= 0)
+
+
+def test_a_grid_has_no_more_points_than_it_may_and_still_says_the_tail():
+    values = np.random.default_rng(0).normal(size=2000)
+    histogram = Histogram.of(values.astype(np.float32))
+    full = kernel_tail(histogram, "gaussian", 0.2)
+    x0, dx, tail = kernel_tail(histogram, "gaussian", 0.2, most_points=500)
+    assert 250 < len(tail) <= 501 < len(full[2])
+    few = NullCurve(expert=None, n=2000, x0=x0, dx=dx, tail=tail)
+    whole = NullCurve(expert=None, n=2000, x0=full[0], dx=full[1], tail=full[2])
+    x = np.linspace(-3, 4, 300)
+    assert np.abs(few.p_value(x) / whole.p_value(x) - 1)[whole.p_value(x) > 1e-6].max() < 0.03

@@ -188,3 +188,17 @@ def test_what_was_counted_elsewhere_arrives_pickled_and_adds_up(by_expert):
         found, expected = parts.histograms(), whole.histograms()
         assert list(found) == list(expected)
         assert all(same_histogram(found[key], expected[key]) for key in expected)
+
+
+def test_few_values_on_many_nodes_are_kept_packed_and_are_the_same_numbers():
+    values = np.array([-700.0, 0.1, 0.1, 700.3], np.float32)
+    few, many = Histogram.of(values), Histogram.of(np.linspace(-1, 1, 5000, dtype=np.float32))
+    for histogram in (few, many):
+        again = Histogram(histogram.first, histogram.counts, histogram.spread, 3)
+        assert np.array_equal(again.counts, histogram.counts)
+        assert np.array_equal(again.spread, histogram.spread)
+        assert (again.n, again.left_out, len(again.nodes)) == (histogram.n, 3, len(again.counts))
+    assert few._counts.values.nbytes < 100 < few.counts.nbytes  # of 1.4 million nodes
+    assert many._counts.at is None
+    same = few.merge(many)
+    assert same.n == few.n + many.n and same.counts.sum() == few.counts.sum() + many.counts.sum()

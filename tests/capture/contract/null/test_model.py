@@ -427,7 +427,19 @@ def test_a_small_file_that_would_fill_memory_is_refused_before_it_is_read(tmp_pa
         pq.ParquetFile(tmp_path / "bomb") as file,
         pytest.raises(ValueError, match=r"claims to hold 320 MiB in [\d,]+ bytes"),
     ):
-        table_file.read_table(file, size)
+        list(table_file.read_tables(file, size))
     monkeypatch.setenv("BHLOG_MEMORY_LIMIT", "1GB")
     with pq.ParquetFile(tmp_path / "bomb") as file:
-        assert len(table_file.read_table(file, size)) == 40
+        assert [len(table) for table in table_file.read_tables(file, size)] == [40]
+
+
+def test_a_model_of_many_numbers_is_written_in_row_groups_and_is_the_same(monkeypatch, tmp_path):
+    model = normal_kde(range(9))
+    one = model.to_bytes()
+    monkeypatch.setattr("bhlog.capture.contract.null.file.GROUP_NUMBERS", 5_000)
+    several = model.to_bytes()
+    with pq.ParquetFile(pa.BufferReader(several)) as file:
+        assert 2 < file.num_row_groups < 9
+    found = [KdeModel.from_bytes(data, "model") for data in (one, several)]
+    assert found[0].to_bytes() == found[1].to_bytes() == several
+    assert found[1].to_table().equals(model.to_table())
