@@ -436,7 +436,7 @@ def test_a_small_file_that_would_fill_memory_is_refused_before_it_is_read(tmp_pa
 def test_a_model_of_many_numbers_is_written_in_row_groups_and_is_the_same(monkeypatch, tmp_path):
     model = normal_kde(range(9))
     one = model.to_bytes()
-    monkeypatch.setattr("bhlog.capture.contract.null.file.GROUP_NUMBERS", 5_000)
+    monkeypatch.setattr("bhlog.capture.contract.null.file.GROUP_NUMBERS", 20_000)
     several = model.to_bytes()
     with pq.ParquetFile(pa.BufferReader(several)) as file:
         assert 2 < file.num_row_groups < 9
