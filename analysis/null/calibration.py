@@ -17,8 +17,9 @@ from scipy.special import betainc
 from bhlog.analysis.fold import WHOLE, Scope, fold
 from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.capture.contract.errors import InvalidOption
-from bhlog.capture.contract.null.histogram import ONE_VALUE, Histogram, HistogramAccumulator, kept
+from bhlog.capture.contract.null.histogram import ONE_VALUE, Histogram, HistogramAccumulator
 from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.null.trim import kept
 
 SMALLEST_P = 2.0**-1000
 LARGEST_P = 1 - 2.0**-53

@@ -10,8 +10,9 @@ import numpy as np
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.files import require_local, whole_file
 from bhlog.capture.contract.null.fit import FitOptions
-from bhlog.capture.contract.null.histogram import Histogram, HistogramKey, Trim
+from bhlog.capture.contract.null.histogram import Histogram, HistogramKey
 from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.null.trim import Trim
 from bhlog.capture.contract.store import Store
 from bhlog.capture.contract.uris import shown
 from bhlog.capture.writing.counting import count_shard

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bhlog.capture.contract.errors import CorruptKde, InvalidOption
-from bhlog.capture.contract.null.histogram import Histogram, Trim
+from bhlog.capture.contract.null.histogram import Histogram
+from bhlog.capture.contract.null.trim import Trim
 from bhlog.capture.contract.rule import critical_values
 
 KERNELS = ("gaussian", "epanechnikov", "tophat", "triangular", "none")

@@ -31,8 +31,9 @@ from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.checksum import Checksum, read_tables
 from bhlog.capture.contract.errors import CorruptKde, one_line
 from bhlog.capture.contract.null.curve import NullCurve
-from bhlog.capture.contract.null.histogram import BIN_WIDTH, LARGEST_LOGIT, Histogram, Trim
+from bhlog.capture.contract.null.histogram import BIN_WIDTH, LARGEST_LOGIT, Histogram
 from bhlog.capture.contract.null.layer import LayerNull
+from bhlog.capture.contract.null.trim import Trim
 from bhlog.capture.contract.schema import list_type, schema_difference
 
 KDE_SCHEMA_VERSION = 2

@@ -15,10 +15,10 @@ from bhlog.capture.contract.null.histogram import (
     HistogramAccumulator,
     HistogramKey,
     PatternCounter,
-    Trim,
 )
 from bhlog.capture.contract.null.kernel import MOST_GRID_POINTS, empirical_tail, kernel_tail
 from bhlog.capture.contract.null.layer import LayerNull
+from bhlog.capture.contract.null.trim import Trim
 
 Layers = Mapping[int, LayerNull]  # by decoder layer, as a KdeModel is
 

@@ -3,7 +3,8 @@ import pytest
 
 from bhlog.analysis.kernels import patterns
 from bhlog.analysis.kernels.patterns import count_patterns
-from bhlog.capture.contract.null.histogram import Histogram, HistogramAccumulator, Trim
+from bhlog.capture.contract.null.histogram import Histogram, HistogramAccumulator
+from bhlog.capture.contract.null.trim import Trim
 from tests.synthetic import normal_logits, same_histogram
 
 

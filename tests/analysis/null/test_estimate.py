@@ -7,8 +7,9 @@ from bhlog.analysis.null.estimate import FitOptions, fit_kde
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.curve import NullCurve
-from bhlog.capture.contract.null.histogram import Histogram, Trim
+from bhlog.capture.contract.null.histogram import Histogram
 from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.null.trim import Trim
 from tests.synthetic import normal_kde, same_histogram, without_logits, write_run
 
 

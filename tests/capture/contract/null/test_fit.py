@@ -14,10 +14,10 @@ from bhlog.capture.contract.null.histogram import (
     Histogram,
     HistogramAccumulator,
     HistogramKey,
-    Trim,
 )
 from bhlog.capture.contract.null.kernel import UPPER, kernel_tail
 from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.null.trim import Trim
 from tests.synthetic import to_bfloat16
 
 

@@ -15,9 +15,8 @@ from bhlog.capture.contract.null.histogram import (
     Histogram,
     HistogramAccumulator,
     HistogramKey,
-    Trim,
-    kept,
 )
+from bhlog.capture.contract.null.trim import Trim, kept
 from tests.synthetic import normal_logits, same_histogram, to_bfloat16
 
 finite = st.floats(-40, 40, width=32)

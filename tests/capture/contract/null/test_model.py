@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from bhlog.capture.contract import checksum as table_file
 from bhlog.capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.curve import round_up_to_float32
-from bhlog.capture.contract.null.histogram import Histogram, Trim
+from bhlog.capture.contract.null.histogram import Histogram
 from bhlog.capture.contract.null.model import KdeModel, LayerNull, NullCurve
+from bhlog.capture.contract.null.trim import Trim
 from bhlog.capture.contract.rule import critical_values
 from tests.synthetic import normal_kde, normal_null, same_histogram
 
