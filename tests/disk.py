@@ -38,7 +38,7 @@ class Fault:
 
 @dataclass
 class Disk:
-    """What lies below a folder, see `between`.
+    """What lies below a folder, see `between`; `done` is replayed by tests.power.
 
     Attributes:
         counts: operations by kind.

@@ -11,6 +11,7 @@ import click
 
 from bhlog.analysis.commands.kinds import KDE, OUT_FILE
 from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.files import make_folder
 from bhlog.capture.contract.sizes import bytes_of
 from bhlog.capture.contract.store import Store
 from bhlog.capture.contract.uris import shown
@@ -324,7 +325,7 @@ def make_room(out: str) -> str:
     if path.is_dir():
         raise InvalidOption(f"{out}: is a folder; expected the name of a file")
     try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.absolute().parent)
     except OSError as error:
         raise InvalidOption(f"{out}: its folder cannot be made ({error.strerror})") from error
     return out

@@ -13,6 +13,7 @@ from bhlog.analysis.log import Log
 from bhlog.analysis.nulls import Named
 from bhlog.analysis.output import write
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
+from bhlog.capture.contract.files import make_folder
 from bhlog.capture.contract.rule import OPEN, Bounds
 
 Image = Literal["png", "svg", "pdf"]
@@ -85,7 +86,7 @@ def _folder(log: Log, out: str | Path | None) -> Path:
         raise InvalidOption(f"{log.path} is not a local folder; say where figures go: --out DIR")
     folder = Path(log.path) / "figures" if out is None else Path(out)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise InvalidOption(f"{folder}: cannot make the folder ({error.strerror})") from error
     return folder

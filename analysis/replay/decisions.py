@@ -18,7 +18,7 @@ from bhlog.analysis.log import Log, logits_of
 from bhlog.analysis.replay.decide import COLUMNS, Decider, decider_of
 from bhlog.analysis.replay.listed import LIST_NAME, write_list
 from bhlog.capture.contract.errors import InvalidOption, RouterLogError, RunExists
-from bhlog.capture.contract.files import open_part, require_local, seal, sync_folder
+from bhlog.capture.contract.files import make_folder, open_part, require_local, seal, sync_folder
 from bhlog.capture.contract.manifest import ModelInfo, Seal
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.opening import seal_of
@@ -211,7 +211,7 @@ def _part(part: Path, folder: Path) -> Iterator[Path]:
         RunExists: another call is writing it.
     """
     while True:
-        part.mkdir(parents=True, exist_ok=True)
+        make_folder(part)
         try:
             lock = os.open(part, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:  # another call has just ended

@@ -20,7 +20,7 @@ from bhlog.analysis.run import Run, open_log
 from bhlog.capture.apps.harness import harness_model, named_requests
 from bhlog.capture.checkpoint import LoadedModel
 from bhlog.capture.contract.errors import InvalidOption, RouterLogError, RunExists, one_line
-from bhlog.capture.contract.files import whole_file
+from bhlog.capture.contract.files import make_folder, whole_file
 from bhlog.capture.contract.manifest import Routing
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions
@@ -175,7 +175,7 @@ class Examiner:
         remove_run(run)
         found = self._run(setting, run, self._scored())
         try:
-            scores.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(scores.parent)
             with whole_file(scores) as file:
                 file.write(json.dumps({"noted": noted, "tasks": found}, indent=1).encode())
         except OSError as error:

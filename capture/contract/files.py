@@ -121,6 +121,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, and make them survive a power cut."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in made:
+        with suppress(FileNotFoundError):  # removed meanwhile by another process
+            sync_folder(path.parent)
+
+
 def require_local(path: Path) -> None:
     """Raise InvalidOption for what was a URI: as a path it would be a folder called `s3:`."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path.as_posix()):

@@ -20,6 +20,7 @@ from bhlog.capture.contract.errors import (
     RouterLogError,
     RunExists,
 )
+from bhlog.capture.contract.files import make_folder
 from bhlog.capture.contract.manifest import (
     Count,
     Manifest,
@@ -151,7 +152,7 @@ def create(place: Place, manifest: Manifest, kde: KdeModel | None, rank: int) ->
 
 def _fill(place: Place, manifest: Manifest, kde: KdeModel | None, rank: int) -> Manifest:
     for name in FOLDERS:
-        (place.folder / name).mkdir(parents=True, exist_ok=True)
+        make_folder(place.folder / name)
     if rank == 0:
         write_card(place.folder)
     if kde is not None:
@@ -195,7 +196,7 @@ def resume(
         if place.store is not None:
             before = send_staged(place, before, rank)
             for folder in FOLDERS:
-                (place.folder / folder).mkdir(parents=True, exist_ok=True)
+                make_folder(place.folder / folder)
         shards = [n for n in place.names("routing") if _is_of(n, rank)]
     except RouterLogError:
         raise

@@ -2,7 +2,7 @@
 
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from unittest import mock
@@ -35,8 +35,18 @@ def begin(folder: Path, *, resume: bool = False) -> RunWriter:
     )
 
 
-def capture(folder: Path, *, resume: bool = False, blocks: int = BLOCKS) -> None:
-    """Log blocks as a capture logs batches, and fit a null model from them."""
+def capture(
+    folder: Path,
+    *,
+    resume: bool = False,
+    blocks: int = BLOCKS,
+    say: Callable[[int | str], None] = lambda what: None,
+) -> None:
+    """Log blocks as a capture logs batches, and fit a null model from them.
+
+    Args:
+        say: told how many blocks are promised to stay, and what is finished.
+    """
     writer = begin(folder, resume=resume)
     fit = KdeFit(folder / "null.parquet")
     try:
@@ -47,12 +57,16 @@ def capture(folder: Path, *, resume: bool = False, blocks: int = BLOCKS) -> None
             writer.checkpoint()
             if number == 0:
                 writer.flush()
+                say(1)
     except BaseException as error:
         with suppress(RouterLogError):
             writer.close(error)
         raise
     writer.close()
+    say(blocks)
+    say("closed")
     fit.finish(writer)
+    say("fitted")
 
 
 def plain(table: pa.Table) -> pa.Table:
