@@ -21,7 +21,6 @@ from bhlog.analysis.database.failures import Failures
 from bhlog.analysis.database.pages import Chunk, chunks_of, page_error
 from bhlog.analysis.log import Log
 from bhlog.analysis.replay.decisions import SCHEMA as DECISIONS
-from bhlog.analysis.replay.listed import LIST_NAME
 from bhlog.capture.contract.errors import CorruptShard
 from bhlog.capture.contract.manifest import Seal
 from bhlog.capture.contract.schema import SHARD_NAME
@@ -52,20 +51,12 @@ class RunFiles(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships no typ
         self.failures = Failures()
         self._files: dict[str, tuple[Log, str, int]] = {}  # log, path inside the run, bytes
         for name, log in runs.items():
-            tree = log.tree()
-            # in a store these are uploads that did not come to their end
-            cut = {f for f in log.replay_folders if f"{f}/{LIST_NAME}" not in tree}
-            cut = set() if log.is_local else cut
-            for path, size in tree.items():
+            for path, size in log.tree().items():
                 folder, _, file = path.rpartition("/")
-                if folder in cut:
-                    continue
                 shard = folder in ("routing", "tokens") or re.fullmatch(r"replay/[^/]+", folder)
                 if path == "kde.parquet" or (shard and SHARD_NAME.fullmatch(file)):
                     self._files[f"{name}/{path}"] = (log, path, size)
-            for folder in {
-                *log.replay_folders
-            } - cut:  # a part that is gone is met when it is opened
+            for folder in log.replay_folders:  # a part that is gone is met when it is opened
                 for file, seal in (self._listed(log, folder) or {}).items():
                     self._files.setdefault(
                         f"{name}/{folder}/{file}", (log, f"{folder}/{file}", seal.bytes)

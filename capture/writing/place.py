@@ -57,12 +57,14 @@ class Place:
         store = Store(str(run))
         if store.is_local:
             return cls(Path(store.root))
-        digest = hashlib.sha256(store.name.encode()).hexdigest()[:8]
+        digest = hashlib.sha256(str(cls(Path(), store)).encode()).hexdigest()[:8]
         name = f"{store.root.rpartition('/')[2]}-{digest}" + (f"-rank{rank:05d}" if rank else "")
         return cls((Path(staging) if staging else staging_folder()).absolute() / name, store)
 
     def __str__(self) -> str:
-        return str(self.folder) if self.store is None else self.store.name.partition("?")[0]
+        if self.store is None:
+            return str(self.folder)
+        return self.store.name.partition("?")[0].rstrip("/")
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +79,8 @@ def write(blocks: list[Block], folder: Path, options: WriterOptions) -> tuple[fl
     writer = RunWriter(folder, info, Routing(), options=options)
     for block in blocks:
         # the same tensors go in many times; release() would let them go
-        writer.submit(
-            Block(
-                Staged(dict(block.staged.tensors), block.staged.n_bytes),
-                block.layers,
-                block.sequence,
-                block.forward,
-                block.phase,
-                block.texts,
-            )
-        )
+        staged = Staged(dict(block.staged.tensors), block.staged.n_bytes)
+        writer.submit(replace(block, staged=staged))
     writer.close()
     return time.perf_counter() - wall, time.process_time() - cpu
 
