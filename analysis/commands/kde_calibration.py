@@ -117,6 +117,22 @@ def compare(
 @click.argument("file", type=KDE, metavar="KDE")
 @click.argument("run", type=RUN, metavar="RUN")
 @click.option("--by-expert", is_flag=True, help="A line per layer and expert.")
+@click.option(
+    "--simulate",
+    is_flag=True,
+    help="Instead: false discovery rate and power of BH where the truth is known.",
+)
+@click.option(
+    "--alpha",
+    "alphas",
+    type=float,
+    multiple=True,
+    default=(0.05, 0.3),
+    show_default=True,
+    help="Of --simulate; may be given several times.",
+)
+@click.option("--signals", default=8, show_default=True, help="Planted in a row.", metavar="N")
+@click.option("--shift", default=2.0, show_default=True, help="Of a signal, in sd of the noise.")
 @figure_option
 @click.option(
     "--draw",
@@ -130,26 +146,45 @@ def check(
     file: str,
     run: str,
     by_expert: bool,
+    simulate: bool,
+    alphas: tuple[float, ...],
+    signals: int,
+    shift: float,
     figure: str | None,
     draw: str | None,
     scope: "Scope",
     output: Output,
 ) -> None:
-    """Check that p-values are uniform where they should be.
+    """Check that p-values are uniform where they should be, and what BH makes of them.
+
+    BH keeps the false discovery rate below alpha where the null is that of the tested logits. Under
+    a trimmed null it does not: there it is a threshold that adapts to the row. --simulate plants
+    signals in noise of the null's own shape and counts.
 
     \b
     ks             distance of the p-values from uniform, on rows trimmed as the null was
     p_0.05 ...     share of them at most 0.05 ...
+    all_0.05 ...   the same of all logits, the trimmed ones among them
+    pi0            share of all logits that are as the null has them (Storey)
     ks_expert      the same distance for each expert alone: the median, and the worst
     ks_rank_k      k-th smallest p-value of a row against the k-th uniform order statistic
     """
     from bhlog.analysis.null.calibration import check as check_model
     from bhlog.analysis.null.calibration import check_frame, expert_frame
+    from bhlog.analysis.null.simulation import Planted
+    from bhlog.analysis.null.simulation import simulate as simulated
 
+    if simulate and (figure or by_expert or scope.narrows):
+        raise click.UsageError("--simulate draws its own rows: leave the other options out")
     if draw and not figure:
         raise click.UsageError(f"--draw {draw} needs a file: --figure FILE")
     check_figure(figure)
     model, log = load_null(file), open_run(run)
+    if simulate:
+        planted = Planted(signals, shift)
+        title = f"{shown(file)}: {signals} signals of {shift:g} sd in {planted.rows:,} rows a layer"
+        output.write(simulated(model, alphas, log.n_experts, planted), title=title)
+        return
     total = sum(group.rows for group in log.row_groups(scope.layers))
     with progress_bar("checking", total) as advance:
         checks = check_model(model, log, scope=scope.but(progress=advance))

@@ -185,4 +185,20 @@ def _targets(
         if profile.kept is not None:
             share = profile.probability_kept(alpha, **vars(bounds), layer=layer)
             rows[-1]["probability_kept"] = share
+    _note_floors(profile, experts, bounds)
     return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _note_floors(profile: "Profile", experts: float, bounds: "Bounds") -> None:
+    """Say which layers no alpha brings down to a number of experts, and why."""
+    floors = {layer: profile.floor(**vars(bounds), layer=layer) for layer in profile.layers}
+    above = {layer: floor for layer, floor in floors.items() if floor > experts}
+    if above:
+        layers = "1 layer" if len(above) == 1 else f"{len(above)} layers"
+        worst = max(above, key=lambda layer: above[layer])
+        click.echo(
+            f"bhlog: {layers} cannot come down to {experts:g} experts a token: at alpha "
+            f"{profile.alphas[0]:g}, the smallest, layer {worst} takes {above[worst]:.4g}; min_k "
+            "and logits beyond the null model's support (p = 0 at any alpha) set a floor",
+            err=True,
+        )

@@ -26,6 +26,7 @@ LARGEST_P = 1 - 2.0**-53
 _CHUNK_ROWS = 2048  # looked at together, so that temporaries stay small
 P_BINS = 1024  # in which p-values of each expert are counted
 LEVELS = (0.05, 0.01, 0.001)  # shares of p-values at most these are shown beside them
+LAMBDA = 0.5  # p-values above it are taken to be of the null
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,8 @@ class LayerCheck:
         trimmed: p-values of the logits that the null's own trimming level keeps.
         by_expert: the same, of each expert.
         by_rank: p-values of the row's k-th smallest p-value, by k; no trimming.
+        below: of all logits, the share of p-values at most each of LEVELS; no trimming.
+        pi0: Storey's estimate of the share of all logits that are as the null has them.
         popularity: (E,) float64, share of rows in which an expert is among the top_k logits.
         left_out: logits without a p-value (NaN or infinite), in all rows.
     """
@@ -92,6 +95,8 @@ class LayerCheck:
     trimmed: PValues
     by_expert: tuple[PValues, ...]
     by_rank: Mapping[int, PValues]
+    below: Mapping[float, float]
+    pi0: float
     popularity: NDArray[np.float64]
     left_out: int
 
@@ -142,6 +147,7 @@ class _PValueFold:
         self.bits = HistogramAccumulator()
         self.by_rank = HistogramAccumulator(by_expert=True)
         self.by_expert: dict[int, NDArray[np.int64]] = {}
+        self.whole: dict[int, NDArray[np.int64]] = {}  # at most each of LEVELS, above LAMBDA, all
         self.chosen: dict[int, NDArray[np.int64]] = {}
         self.rows: dict[int, int] = {}
         self.left_out: dict[int, int] = {}
@@ -164,6 +170,8 @@ class _PValueFold:
         finite = np.isfinite(logits)
         p = np.where(finite, null.p_value(logits), np.nan)
         ranked = np.sort(p, axis=1)[:, [k - 1 for k in self.ranks]]
+        at_most = [np.count_nonzero(p <= level) for level in LEVELS]
+        whole = np.array([*at_most, np.count_nonzero(p > LAMBDA), np.count_nonzero(finite)])
         keep = kept(logits, null.curves[0].trim)
         if keep is not None:
             p = np.where(keep, p, np.nan)
@@ -173,7 +181,7 @@ class _PValueFold:
         kth = np.partition(keys, E - self.top_k, axis=1)[:, [E - self.top_k]]
         chosen = np.count_nonzero((keys >= kth) & finite, axis=0)
         left_out = int(finite.size - np.count_nonzero(finite))
-        self._add(layer, len(logits), chosen, left_out, by_expert)
+        self._add(layer, len(logits), chosen, left_out, by_expert, whole)
         return _bits(p), _bits(ranked)
 
     def merge(self, other: Self) -> None:
@@ -186,6 +194,7 @@ class _PValueFold:
                 other.chosen[layer],
                 other.left_out[layer],
                 other.by_expert[layer],
+                other.whole[layer],
             )
 
     def _add(
@@ -195,11 +204,18 @@ class _PValueFold:
         chosen: NDArray[np.int64],
         left_out: int,
         by_expert: NDArray[np.int64],
+        whole: NDArray[np.int64],
     ) -> None:
+        self.whole[layer] = self.whole.get(layer, 0) + whole
         self.by_expert[layer] = self.by_expert.get(layer, 0) + by_expert
         self.rows[layer] = self.rows.get(layer, 0) + rows
         self.chosen[layer] = self.chosen.get(layer, 0) + chosen
         self.left_out[layer] = self.left_out.get(layer, 0) + left_out
+
+    def _share(self, layer: int) -> NDArray[np.float64]:
+        """Shares of all p-values: at most each of LEVELS, and above LAMBDA; NaN without any."""
+        *counts, n = self.whole[layer].tolist()
+        return np.array(counts) / n if n else np.full(len(counts), np.nan)
 
     def layer_checks(self, n_experts: int) -> list[LayerCheck]:
         """What was found, by layer."""
@@ -216,6 +232,8 @@ class _PValueFold:
                     for counts in self.by_expert[layer].reshape(n_experts, P_BINS)
                 ),
                 by_rank={k: by_rank[layer, i] for i, k in enumerate(self.ranks)},
+                below=dict(zip(LEVELS, self._share(layer)[:-1].tolist(), strict=True)),
+                pi0=min(1.0, float(self._share(layer)[-1]) / (1 - LAMBDA)),
                 popularity=self.chosen[layer] / self.rows[layer],
                 left_out=self.left_out[layer],
             )
@@ -245,9 +263,11 @@ def _from_bits(histogram: Histogram) -> PValues:
 def check_frame(checks: Sequence[LayerCheck]) -> pl.DataFrame:
     """One row per layer: distances from uniform, and shares of small p-values beside their level.
 
-    Columns: n p-values; ks of all; p_0.05, p_0.01, p_0.001 the shares of p-values at most that;
-    ks_expert (median) and ks_worst with its expert; ks_rank_k of the k-th smallest p of a row
-    against the k-th uniform order statistic.
+    Columns: n p-values, of the logits that the null's own trimming keeps; ks of them; p_0.05,
+    p_0.01, p_0.001 the shares of them at most that; all_0.05, ... those of all logits; pi0, the
+    share of all logits that are as the null has them, by Storey (2002); ks_expert (median) and
+    ks_worst with its expert; ks_rank_k of the k-th smallest p of a row against the k-th uniform
+    order statistic.
     """
     rows = []
     for found in checks:
@@ -257,6 +277,8 @@ def check_frame(checks: Sequence[LayerCheck]) -> pl.DataFrame:
             {"layer": found.layer, "n": round(found.trimmed.n), "left_out": found.left_out}
             | {"ks": found.trimmed.ks}
             | {f"p_{level}": found.trimmed.share_below(level) for level in LEVELS}
+            | {f"all_{level}": share for level, share in found.below.items()}
+            | {"pi0": found.pi0}
             | {
                 "ks_expert": float(np.nanmedian(by_expert)) if known else None,
                 "ks_worst": float(np.nanmax(by_expert)) if known else None,

@@ -165,6 +165,20 @@ class Profile:
         ]
         return float(np.average(values, weights=[self.rows(i) for i in wanted]))
 
+    def floor(
+        self, *, min_k: int | None = None, max_k: int | None = None, layer: int | None = None
+    ) -> float:
+        """Mean n_selected at the smallest alpha: no alpha of the grid gives fewer.
+
+        Logits beyond the support of the null model have p = 0, which BH rejects at any alpha, so
+        that a null fitted from trimmed rows has a floor under the number of experts. Arguments as
+        of mean_experts.
+
+        Raises:
+            InvalidOption: as mean_experts.
+        """
+        return float(self.curve(min_k=min_k, max_k=max_k, layer=layer)[0])
+
     def alpha_for(
         self,
         mean_experts: float,
@@ -174,6 +188,8 @@ class Profile:
         layer: int | None = None,
     ) -> float:
         """The smallest alpha of the grid that gives at least this many experts per token.
+
+        It may give more: see floor.
 
         Raises:
             InvalidOption: no alpha of the grid reaches it.

@@ -242,3 +242,21 @@ def test_the_commands_load_without_scipy_matplotlib_or_polars_fits():
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_check_simulates_what_bh_finds_where_the_truth_is_known(bhlog, tmp_path):
+    run = write_run(tmp_path / "run", layers=(0, 1), n_experts=16, n_sequences=2, length=40)
+    null = tmp_path / "null.parquet"
+    bhlog("fit", str(run), "--trim-high", "4", "--out", str(null))
+    arguments = ["check", str(null), str(run), "--simulate", "--format", "json"]
+    code, out, err = bhlog(*arguments, "--alpha", "0.1", "--signals", "2", "--shift", "3")
+    rows = json.loads(out)
+    assert (code, err) == (0, "")
+    assert [(row["layer"], row["null"]) for row in rows] == [
+        (layer, null) for layer in (0, 1) for null in ("as it is", "fitted again")
+    ]
+    assert bhlog(*arguments, "--layers", "0")[0] == 2
+    assert bhlog(*arguments, "--signals", "99")[::2] == (
+        1,
+        "bhlog: signals must be from 0 to 16, got 99\n",
+    )

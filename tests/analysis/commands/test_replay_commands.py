@@ -228,3 +228,15 @@ def test_a_replay_that_is_there_is_not_overwritten(bhlog, tmp_path):
     code, _, err = bhlog(*options)
     assert (code, "is there already" in err) == (1, True)
     assert len(open_log("bh").shards) == 2
+
+
+def test_sweep_says_which_layers_no_alpha_brings_down_to_the_target(bhlog):
+    code, out, err = bhlog("sweep", "bh", "--experts", "1.5", "--min-k", "2", "--format", "json")
+    assert code == 0
+    assert {(row["alpha"], row["mean_experts"]) for row in json.loads(out)} == {(1e-6, 2)}
+    assert err == (
+        "bhlog: 2 layers cannot come down to 1.5 experts a token: at alpha 1e-06, the smallest, "
+        "layer 0 takes 2; min_k and logits beyond the null model's support (p = 0 at any alpha) "
+        "set a floor\n"
+    )
+    assert bhlog("sweep", "bh", "--experts", "3")[2] == ""

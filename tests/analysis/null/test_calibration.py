@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy.stats import beta, ks_2samp, kstest, norm, wasserstein_distance
@@ -201,3 +203,33 @@ def test_p_values_are_told_apart_at_both_ends(end):
     for share in (0.1, 0.5, 0.9):
         place = np.interp(share, found.mid_cdf, found.p)
         assert place == pytest.approx(np.quantile(p, share), abs=width)
+
+
+def test_shares_of_all_logits_count_what_was_trimmed_too(tmp_path, normal_logits):
+    kde = null_normal()
+    trimmed = KdeModel(
+        {
+            i: LayerNull(i, (dataclasses.replace(null.curves[0], trim_high=4),))
+            for i, null in kde.items()
+        }
+    )
+    logits = normal_logits.copy()
+    logits[0, :50, 3] = np.nan
+    first, second = check(trimmed, write(tmp_path / "run", logits))
+    for found, values in ((first, logits[0]), (second, logits[1])):
+        p = norm.sf(values[np.isfinite(values)].astype(float))
+        assert found.below == {
+            level: pytest.approx((p <= level).mean(), abs=1e-4) for level in (0.05, 0.01, 0.001)
+        }
+        assert found.pi0 == pytest.approx(min(1, (p > 0.5).mean() * 2), abs=1e-3)
+    frame = check_frame([first, second])
+    assert (frame["all_0.05"] > 2 * frame["p_0.05"]).all()  # the largest four are not in the latter
+
+
+def test_pi0_is_the_share_of_logits_that_are_of_the_null(tmp_path):
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=(2, T, E)).astype(np.float32)
+    logits[1, :, :4] += 6  # a quarter are signals, far away
+    first, second = check(null_normal(), write(tmp_path / "run", logits))
+    assert first.pi0 == pytest.approx(1.0, abs=0.03)
+    assert second.pi0 == pytest.approx(0.75, abs=0.03)
