@@ -19,22 +19,9 @@ from bhlog.analysis.report.markup import small_table, text
 from bhlog.analysis.sweep import profile_file
 from bhlog.analysis.sweep.budget import share_budget
 from bhlog.analysis.sweep.critical import ONE
+from bhlog.analysis.sweep.grid import rising
 from bhlog.capture.contract.errors import CorruptProfile, InvalidOption
 from bhlog.capture.contract.rule import OPEN, Bounds
-
-# 200 alphas a decade below 0.01, then steps of 0.001: the resolution of alpha_for
-GRID = tuple(
-    sorted({*np.geomspace(1e-6, 1e-2, 801).round(9).tolist(), *(i / 1000 for i in range(10, 1000))})
-)
-_ROUND = (0.001, 0.002, 0.005, 0.01, 0.02, *(i / 20 for i in range(1, 20)))
-MOST_CELLS = 1 << 25  # counts of a profile in all its layers: 256 MiB
-
-
-def grid_for(n_layers: int, n_experts: int) -> tuple[float, ...]:
-    """GRID; or, where a profile of this shape would not hold it in MOST_CELLS, every m-th alpha of
-    it, and the round ones that people ask for."""
-    every = -(-n_layers * n_experts * (len(GRID) + 1) // MOST_CELLS)
-    return GRID if every <= 1 else tuple(sorted({*GRID[::every], *_ROUND}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -395,9 +382,3 @@ def _sum(
     return {
         i: a[i] + b[i] if i in a and i in b else (a if i in a else b)[i] for i in sorted({*a, *b})
     }
-
-
-def rising(alphas: NDArray[np.float64]) -> bool:
-    """Whether alphas rise inside (0, 1); not if there are none, or NaN."""
-    inside = len(alphas) > 0 and alphas[0] > 0 and alphas[-1] < 1
-    return bool(inside and np.all(np.diff(alphas) > 0))

@@ -14,7 +14,8 @@ from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.analysis.nulls import null_model
 from bhlog.analysis.replay.settings import bounds_of
 from bhlog.analysis.sweep.critical import MOST_ALPHAS, Counted, CriticalAlphas, table_bytes
-from bhlog.analysis.sweep.profile import Profile, grid_for, rising
+from bhlog.analysis.sweep.grid import grid_for, rising
+from bhlog.analysis.sweep.profile import Profile
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.model import KdeModel
 

@@ -38,7 +38,8 @@ from bhlog.analysis.replay.decide import Decider, decider_of
 from bhlog.analysis.replay.settings import settings_of
 from bhlog.analysis.run import open_log
 from bhlog.analysis.sweep.critical import CriticalAlphas
-from bhlog.analysis.sweep.profile import GRID, Profile
+from bhlog.analysis.sweep.grid import GRID
+from bhlog.analysis.sweep.profile import Profile
 from bhlog.analysis.sweep.profiling import profile_log
 from bhlog.capture.contract.null.model import KdeModel, NullCurve
 from bhlog.capture.contract.rule import BhOptions

@@ -13,7 +13,7 @@ from bhlog.analysis.replay.decide import Decider
 from bhlog.analysis.replay.match import Totals
 from bhlog.analysis.replay.registry import parse_policy
 from bhlog.analysis.run import open_log
-from bhlog.analysis.sweep.profile import GRID
+from bhlog.analysis.sweep.grid import GRID
 from bhlog.analysis.sweep.profiling import LayerCounts, Shared, Tables
 from bhlog.capture.contract.rule import BhOptions
 from tests.analysis.replay.test_one_engine import by_expert, empirical

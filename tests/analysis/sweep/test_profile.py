@@ -10,7 +10,8 @@ import pytest
 
 from bhlog.analysis.fold import Scope
 from bhlog.analysis.run import open_log
-from bhlog.analysis.sweep.profile import GRID, MOST_CELLS, Profile, grid_for
+from bhlog.analysis.sweep.grid import GRID, MOST_CELLS, grid_for
+from bhlog.analysis.sweep.profile import Profile
 from bhlog.analysis.sweep.profiling import profile_log
 from bhlog.capture.contract.checksum import with_checksum
 from bhlog.capture.contract.errors import CorruptProfile, InvalidOption, KdeMismatch
