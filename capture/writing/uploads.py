@@ -66,8 +66,10 @@ class Uploads:
         """Upload a file in this thread, asking again as for shards.
 
         Raises:
-            OSError: the store did not take it in time.
+            OSError: the store did not take it in time, or an earlier file: then it is not asked.
         """
+        if isinstance(self._error, OSError):
+            raise self._error
         began, pause = time.monotonic(), _FIRST_PAUSE
         while True:
             try:
@@ -86,9 +88,7 @@ class Uploads:
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _patience(self) -> float:
-        """Seconds for which a file is tried: none once another was not taken."""
-        if self._error is not None:
-            return 0
+        """Seconds for which a file is tried."""
         return min(self._seconds, _HURRY_SECONDS) if self._hurry.is_set() else self._seconds
 
     def hurry(self) -> None:
