@@ -146,7 +146,8 @@ def _profile(
     run: str, alphas: tuple[float, ...], kept: bool, null: "KdeModel | None", scope: "Scope"
 ) -> "Profile":
     """The profile of a run, or the one in a file."""
-    from bhlog.analysis.sweep.profile import Profile, grid_for
+    from bhlog.analysis.sweep.grid import grid_for
+    from bhlog.analysis.sweep.profile import Profile
     from bhlog.analysis.sweep.profiling import profile_log
 
     if Path(run).is_file() or ("://" in run and suffix_of(run) == ".parquet"):
