@@ -140,10 +140,13 @@ def create(place: Place, manifest: Manifest, kde: KdeModel | None, rank: int) ->
             meeting.refuse(str(error))
         if isinstance(error, RouterLogError):
             raise
-        where = place if place.store is None else error.filename or place  # the staging folder's
+        where, do = str(place), "choose another folder"
+        if place.store is not None and error.filename:
+            where, do = error.filename, "choose another --staging"
+        elif place.store is not None:
+            do = "check the bucket, its endpoint and your credentials"
         raise RouterLogError(
-            f"{where}: the run cannot be written there ({error.strerror or error}); choose "
-            "another folder"
+            f"{where}: the run cannot be written there ({error.strerror or error}); {do}"
         ) from error
     if rank == 0:
         meeting.announce(manifest.run_id)
@@ -201,7 +204,8 @@ def resume(
     except RouterLogError:
         raise
     except OSError as error:
-        raise RouterLogError(f"{name}: no run to resume ({error.strerror or error})") from error
+        what = "no run to resume" if error.errno == ENOENT else "cannot be resumed"
+        raise RouterLogError(f"{name}: {what} ({error.strerror or error})") from error
     entries, progress = _standing(place, shards)
     totals = progress.totals
     lost = before.error is not None and before.totals.dropped > totals.dropped

@@ -249,7 +249,11 @@ def test_a_store_that_takes_nothing_is_one_line_and_leaves_nothing(
     text = str(error.value)
     assert f"s3://{bucket}/run: the run cannot be written there" in text
     assert "hunter2" not in text and "AKIAKEY" not in text and "\n" not in text
+    assert text.endswith("check the bucket, its endpoint and your credentials")
     assert not list((tmp_path / "cache").rglob("*.*")) and server.files() == {}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RouterLogError, match=r"file.*choose another --staging"):
+        writer(f"s3://{server.bucket}/run", staging=str(tmp_path / "file"))
 
 
 def test_a_slow_store_does_not_slow_the_model(server, uri, run, caplog):
