@@ -9,7 +9,7 @@ TESTS4 := $(patsubst %,tests/capture/%.py,routers/test_blocks4 test_copies test_
 	test_kinds test_patch test_processes test_recorder test_session tokens/test_filler \
 	tokens/test_generation tokens/test_identity tokens/test_loss)
 
-.PHONY: demo test test-slow test-offline test-transformers4 lint clean FORCE
+.PHONY: demo test test-slow test-offline test-transformers4 fuzz lint clean FORCE
 
 demo: .venv-demo/.linked
 	.venv-demo/bin/bhlog demo
@@ -25,6 +25,10 @@ test-offline: .venv-offline/.linked
 
 test-transformers4: .venv4/.linked
 	OMP_NUM_THREADS=1 .venv4/bin/python $(PYTEST) $(TESTS4)
+
+MUTANTS ?= 1000 # of each format
+fuzz: .venv/.linked
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.fuzz --mutants $(MUTANTS)
 
 lint: .venv/.linked
 	.venv/bin/ruff format --check

@@ -184,6 +184,7 @@ class Log(RunFolder):
         shard = shard or self.open_shard("routing", group.shard)
         there = [name for name in needed if name in self.schema("routing").names]
         read = shard.iter_batches(max(1, most_rows), [group.index], there, use_threads=False)
+        seen = 0
         while True:
             try:
                 batch = next(read, None)
@@ -194,7 +195,9 @@ class Log(RunFolder):
                     "the rest"
                 ) from error
             if batch is None:
+                self._check_rows(seen, group.rows, f"routing/{group.shard}")
                 return
+            seen += batch.num_rows
             self._check_values(batch, f"routing/{group.shard}")
             if "layer" in there:
                 layers = values_of(batch.column("layer"))
@@ -274,8 +277,17 @@ class Log(RunFolder):
                 f"{self.path}/tokens/{name}: cannot be read ({str(error).splitlines()[0]}); "
                 "restore the file, or move it away to read the rest"
             ) from error
+        self._check_rows(table.num_rows, shard.metadata.num_rows, f"tokens/{name}")
         self._check_values(table, f"tokens/{name}")
         return table if len(there) == len(names) else filled(table, "tokens", names)
+
+    def _check_rows(self, found: int, expected: int, path: str) -> None:
+        """Raise CorruptShard unless pages held the rows that the footer counts."""
+        if found != expected:
+            raise CorruptShard(
+                f"{self.path}/{path}: {found:,} rows in its pages, its footer counts "
+                f"{expected:,}; restore the file, or move it away to read the rest"
+            )
 
     def _check_values(self, rows: pa.RecordBatch | pa.Table, path: str) -> None:
         """Raise CorruptShard if a value is missing that every row has."""

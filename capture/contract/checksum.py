@@ -40,7 +40,7 @@ def read_bytes(path: str | Path) -> bytes:
     if size > MOST_BYTES:
         raise OSError(errno.EFBIG, f"{size:,} bytes; expected at most {MOST_BYTES:,}")
     with path.open("rb") as file:
-        return file.read(MOST_BYTES)
+        return file.read(size)  # reading up to a bound sets all of it aside
 
 
 class Checksum:

@@ -25,7 +25,14 @@ RouterLogError              tell the user: its text is one line
 
 
 class RouterLogError(Exception):
-    """Base of every error bhlog raises for a user's mistake or a broken file."""
+    """Base of every error bhlog raises for a user's mistake or a broken file.
+
+    Its text is one line, whatever a library's message or a stranger's name in it holds.
+    """
+
+    def __str__(self) -> str:
+        text = " ".join(filter(None, map(str.strip, super().__str__().splitlines())))
+        return text if text.isprintable() else "".join(map(_printable, text))
 
 
 class InvalidOption(RouterLogError, ValueError):
@@ -98,6 +105,11 @@ class EmptyText(RouterLogError):
 
 class MissingExtra(RouterLogError, ImportError):
     """A command needs packages of an extra that is not installed."""
+
+
+def _printable(character: str) -> str:
+    shown = character.isprintable() or character == "\xa0"
+    return character if shown else character.encode("unicode_escape").decode()
 
 
 def one_line(text: str, most: int = 300) -> str:

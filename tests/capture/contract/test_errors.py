@@ -25,3 +25,8 @@ def test_an_error_of_files_is_one_of_python_too():
 
 def test_a_strangers_text_is_one_short_line():
     assert errors.one_line("a\nb\x1b[31m" + "x" * 1000, 10) == r"a\nb\x1b[31mxx"
+
+
+def test_an_errors_text_is_one_line_whatever_it_tells():
+    told = errors.InvalidOption("run\x1b[2J: Invalid data\nDeserializing failed.\r\n (naïve)\n")
+    assert str(told) == "run\\x1b[2J: Invalid data Deserializing failed. (naïve)"

@@ -1,0 +1,58 @@
+"""The invariant of tests/fuzz: an error in one line or the right answer, never another."""
+
+from zipfile import ZipFile
+
+import pytest
+
+from bhlog.capture.contract.errors import InvalidOption
+from tests.fuzz.__main__ import CORPUS, verdicts
+from tests.fuzz.readers import READERS, Missed, Reader
+from tests.fuzz.worker import GOOD, verdict_of
+from tests.fuzz.world import FORMATS
+
+KEPT = sorted(CORPUS.glob("*.zip"))
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_files_of_earlier_findings_are_refused_or_read_as_they_are(path, tmp_path):
+    with ZipFile(path) as archive:
+        archive.extractall(tmp_path)
+    readers = READERS[path.stem.partition("-")[0]]
+    for name, reader in readers.items():
+        if reader.weight > 1:
+            verdict, detail = verdict_of(tmp_path, reader)
+            assert verdict in GOOD, (name, verdict, detail)
+
+
+def raising(error):
+    def ask(root):
+        raise error
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    ("ask", "plain", "unchanged", "verdict"),
+    [
+        (lambda root: 1.0, None, 2.0, "wrong"),
+        (lambda root: 1.0, lambda root: 2.0, None, "wrong"),
+        (lambda root: 1.0, raising(KeyError("x")), None, "wrong"),
+        (lambda root: [float("nan"), 1.0], lambda root: (float("nan"), 1 + 1e-12), None, "right"),
+        (lambda root: 1.0, None, None, "answered"),
+        (raising(KeyError("x")), None, None, "traceback"),
+        (raising(MemoryError()), None, None, "memory"),
+        (raising(Missed("x")), None, None, "missed"),
+        (raising(InvalidOption("two\nlines \x1b[2J")), None, None, "refused"),  # made one line
+        (raising(InvalidOption("")), None, None, "lines"),
+    ],
+)
+def test_each_breach_of_the_invariant_has_a_verdict(ask, plain, unchanged, verdict, tmp_path):
+    assert verdict_of(tmp_path, Reader(ask, plain), unchanged)[0] == verdict
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS)
+def test_mutants_are_refused_or_read_right(format):
+    found = list(verdicts(format, range(40)))
+    assert len(found) == 40
+    assert not [one for one in found if one["verdict"] not in GOOD]
