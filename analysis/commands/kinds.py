@@ -9,6 +9,7 @@ from click.shell_completion import CompletionItem
 from bhlog.analysis.database.catalog import VIEWS
 from bhlog.analysis.database.question import questions
 from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.uris import shown
 
 
 class PathKind(click.ParamType):  # type: ignore[type-arg, unused-ignore]
@@ -34,8 +35,8 @@ class PathKind(click.ParamType):  # type: ignore[type-arg, unused-ignore]
         if "://" in text and not self.remote:
             kind = "folder" if self.what == "dir" else "file"
             raise InvalidOption(
-                f"{text}: is a URI; expected a {kind} on this machine: write it here, then copy it "
-                "there"
+                f"{shown(text)}: is a URI; expected a {kind} on this machine: write it here, "
+                "then copy it there"
             )
         return text
 

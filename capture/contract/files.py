@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.store import uploaded
+from bhlog.capture.contract.uris import shown
 
 COMPRESSION_LEVEL = 1  # zstd; higher levels gain little on BYTE_STREAM_SPLIT logits
 
@@ -134,8 +135,8 @@ def require_local(path: Path) -> None:
     """Raise InvalidOption for what was a URI: as a path it would be a folder called `s3:`."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path.as_posix()):
         raise InvalidOption(
-            f"{path.as_posix().replace(':/', '://', 1)}: is a URI in a Path, which "
-            "spoils it; expected text, or a path on this machine"
+            f"{shown(path.as_posix().replace(':/', '://', 1))}: is a URI; expected a path on "
+            "this machine, or, where a URI will do, text and not a Path"
         )
 
 
