@@ -15,6 +15,7 @@ from bhlog.analysis.commands.options import (
     figure_option,
     kde_option,
     memory_option,
+    note_one_sequence,
     null_named,
     open_run,
     output_options,
@@ -38,10 +39,14 @@ SHORT = (
     "policy",
     "layer",
     "mean_experts",
+    "mean_experts_se",
     "sd_experts",
     "at_min_k",
     "at_max_k",
     "probability_kept",
+    "probability_kept_se",
+    "probability_kept_difference",
+    "probability_kept_difference_se",
     "native_jaccard",
     "native_recall",
     "load_entropy",
@@ -119,8 +124,10 @@ def compare(
 ) -> None:
     """Compare policies over a run: what each would have chosen, and at what cost.
 
-    Reads only the log: no model, no GPU. --figure draws probability kept against experts, a curve a
-    policy. --fit-on and --test-on hold a text out: what one run chose, on the other.
+    Reads only the log: no model, no GPU. X_se is the standard error of X, clustered by sequence;
+    X_difference is X less that of the first policy, row by row. --figure draws probability kept
+    against experts, a curve a policy. --fit-on and --test-on hold a text out: what one run chose,
+    on the other.
     """
     import polars as pl
 
@@ -150,6 +157,7 @@ def compare(
         rows = vars(scope.but(progress=advance))
         frame = log.compare(policies, kde=null, **vars(bounds), **rows)
     output.write(_shortened(frame, by_layer=by_layer, whole=all_columns or not output.for_people))
+    note_one_sequence(frame["mean_experts_se"])
     _note_bounds(log, bounds)
     if experts is not None:
         _note_misses(frame.filter(pl.col("layer").is_null()), experts)

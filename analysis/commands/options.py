@@ -310,6 +310,15 @@ def null_named(kde: str | None) -> "KdeModel | None":
     return None if kde is None else load_null(kde)
 
 
+def note_one_sequence(errors: "pl.Series") -> None:
+    """Say on stderr why there are no standard errors, where there are none."""
+    if len(errors) and errors.is_null().all():
+        click.echo(
+            "bhlog: no standard errors: they are clustered by sequence, and all rows are of one",
+            err=True,
+        )
+
+
 def make_room(out: str) -> str:
     """Make the folder that a file is to be written in, before the work rather than after.
 

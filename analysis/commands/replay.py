@@ -11,6 +11,7 @@ from bhlog.analysis.commands.options import (
     bounds_options,
     kde_option,
     memory_option,
+    note_one_sequence,
     null_named,
     open_run,
     output_options,
@@ -30,10 +31,12 @@ SHORT = (
     "layer",
     "rows",
     "mean_experts",
+    "mean_experts_se",
     "sd_experts",
     "at_min_k",
     "at_max_k",
     "probability_kept",
+    "probability_kept_se",
     "native_recall",
     "logged_jaccard",
     "load_entropy",
@@ -89,7 +92,7 @@ def replay(
 ) -> None:
     """Recompute a run's expert selection at other values of alpha.
 
-    Reads only the log: no model, no GPU.
+    Reads only the log: no model, no GPU. X_se is the standard error of X, clustered by sequence.
     """
     from bhlog.analysis.replay.comparison import replay as replay_log
     from bhlog.analysis.replay.decisions import write_decisions
@@ -119,6 +122,7 @@ def replay(
         frame = replay_log(log, settings, kde=null, scope=scope.but(progress=advance))
     whole = all_columns or not output.for_people
     output.write(_shortened(frame, whole), title=f"{log.name}: {bounds_words(log, bounds)}")
+    note_one_sequence(frame["mean_experts_se"])
 
 
 @click.command(
@@ -131,13 +135,14 @@ def replay(
 def fidelity(native: str, bh: str, output: Output) -> None:
     """How far a what-if can be trusted: replay NATIVE at the settings of BH and compare with BH.
 
-    Both runs must hold the same text.
+    Both runs must hold the same text. X_se is the standard error of X, clustered by sequence.
     """
     mine, rerun = open_run(native), open_run(bh)
     rows = sum(log.manifest.totals.rows for log in (mine, rerun))
     with progress_bar("compare", rows or None) as advance:
         frame = mine.fidelity(rerun, progress=advance)
     output.write(frame)
+    note_one_sequence(frame["gap_se"])
 
 
 def _shortened(frame: "pl.DataFrame", whole: bool) -> "pl.DataFrame":

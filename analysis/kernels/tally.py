@@ -1,7 +1,7 @@
 """Tally: what a summary counts in every row of chosen experts."""
 
 import numpy as np
-from numpy import float32, int32
+from numpy import float32, int32, int64
 from numpy.typing import NDArray
 
 from bhlog.analysis.kernels.choice import choose
@@ -10,6 +10,7 @@ from bhlog.analysis.kernels.places import NOWHERE, find_places, largest, value_a
 from bhlog.analysis.kernels.softmax import keep
 
 NONE_REJECTED, KEPT, NATIVE_JACCARD, NATIVE_RECALL, LOGGED_JACCARD, LOGGED_RECALL, SUMS = range(7)
+ROWS, EXPERTS, SQUARES, AT_MIN_K, AT_MAX_K, BY_SEQUENCE = SUMS, 7, 8, 9, 10, 11  # after these
 
 
 @compiled_sums
@@ -23,9 +24,14 @@ def tally(
     logged_experts: NDArray[np.uint16],
     top_k: int,
     temperature: float,
+    min_k: int,
+    max_k: int,
+    slots: NDArray[np.int64],
+    one: float,
     selected: NDArray[np.int64],
     load: NDArray[np.int64],
     sums: NDArray[np.float64],
+    by_sequence: NDArray[np.int64],
 ) -> None:
     """Add T rows to the counts of a summary.
 
@@ -41,10 +47,15 @@ def tally(
         logged_experts: experts that the run used, each once in its row.
         top_k: experts of the native choice.
         temperature: of the softmax.
+        min_k, max_k: bounds in force.
+        slots: (T,), the row's place in `by_sequence`; (0,) counts nothing there.
+        one: what 1 is in its sums of shares.
         selected: (E + 1,) rows by n_selected, added to.
         load: (E,) rows by chosen expert, added to.
         sums: (SUMS,) over rows, added to: whether n_rejected is 0, probability kept, Jaccard and
             recall of the choice with the native and the logged one.
+        by_sequence: (G, BY_SEQUENCE), added to: the same as whole numbers, and rows, n_selected,
+            its square, and whether it is min_k and max_k.
 
     Raises:
         IndexError: an expert beyond E was logged, or more than E in a row.
@@ -65,6 +76,7 @@ def tally(
                 raise IndexError("an expert beyond the logits")
         find_places(bits[row], places)
         top = largest(places)
+        kept = 0.0
         both = min(n, top_k)  # with the native choice, if both are the first by falling logit
         if top == NOWHERE:
             chosen[:] = 0
@@ -79,20 +91,35 @@ def tally(
                     both += chosen[expert] & native[expert]
             else:
                 choose(places, top, n, cuts[row], chosen)
-            sums[KEPT] += keep(logits[row], places, value_at(top), float32(temperature), chosen)
+            kept = float(keep(logits[row], places, value_at(top), float32(temperature), chosen))
         selected[n] += 1
+        sums[KEPT] += kept
         sums[NONE_REJECTED] += n_rejected[row] == 0
         for expert in range(E):
             loads[expert] = int32(loads[expert] + chosen[expert])
         jaccard, recall = overlap(both, n, top_k)
         sums[NATIVE_JACCARD] += jaccard
         sums[NATIVE_RECALL] += recall
+        if len(slots):
+            of_sequence = by_sequence[slots[row]]
+            of_sequence[NONE_REJECTED] += n_rejected[row] == 0
+            of_sequence[KEPT] += int64(kept * one)
+            of_sequence[NATIVE_JACCARD] += int64(jaccard * one)
+            of_sequence[NATIVE_RECALL] += int64(recall * one)
+            of_sequence[ROWS] += 1
+            of_sequence[EXPERTS] += n
+            of_sequence[SQUARES] += n * n
+            of_sequence[AT_MIN_K] += n == min_k
+            of_sequence[AT_MAX_K] += n == max_k
         both = 0
         for expert in logged:
             both += chosen[expert]
         jaccard, recall = overlap(both, n, len(logged))
         sums[LOGGED_JACCARD] += jaccard
         sums[LOGGED_RECALL] += recall
+        if len(slots):
+            by_sequence[slots[row], LOGGED_JACCARD] += int64(jaccard * one)
+            by_sequence[slots[row], LOGGED_RECALL] += int64(recall * one)
     load += loads
 
 

@@ -8,16 +8,20 @@ import polars as pl
 import pyarrow as pa
 
 from bhlog.analysis.fold import WHOLE, Scope, fold
+from bhlog.analysis.kernels.tally import BY_SEQUENCE
 from bhlog.analysis.log import Log, layer_of
 from bhlog.analysis.replay.decide import Decider, decider_of
 from bhlog.analysis.replay.match import match_experts, no_rows
 from bhlog.analysis.replay.policy import Policy
 from bhlog.analysis.replay.registry import parse_policy
 from bhlog.analysis.replay.settings import bounds_of
-from bhlog.analysis.replay.summary import LayerSummary, summary_frame
+from bhlog.analysis.replay.summary import LayerSummary, differences, summary_frame
+from bhlog.analysis.sequences import COLUMNS, SequenceSums
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import OPEN, BhOptions, Bounds
+
+_OF_TESTS = ("none_rejected", "none_rejected_se")
 
 
 def replay(
@@ -71,7 +75,9 @@ def compare(
     Returns:
         One row per policy and layer, and one per policy over all layers (layer null): policy (its
         text), min_k, max_k, and the columns of replay.summary; none_rejected is null for
-        policies that test nothing.
+        policies that test nothing. Last X_difference and X_difference_se of mean_experts,
+        probability_kept and native_recall: less the first policy's, row by row, with the standard
+        error of that, clustered by sequence.
 
     Raises:
         InvalidOption: no policy, a text or bound that is wrong, or no rows.
@@ -90,9 +96,11 @@ def compare(
     if not total.layers:
         raise InvalidOption(no_rows(log, scope))
     labels = [pl.lit(str(policy)).alias("policy") for policy in wanted]
-    frames = total.frames(labels, native_logged=_is_native(log))
+    frames = total.frames(labels, native_logged=_is_native(log), paired=True)
     return pl.concat(
-        frame if policy.tests else frame.with_columns(none_rejected=pl.lit(None, pl.Float64))
+        frame
+        if policy.tests
+        else frame.with_columns(pl.lit(None, pl.Float64).alias(name) for name in _OF_TESTS)
         for policy, frame in zip(wanted, frames, strict=True)
     )
 
@@ -101,7 +109,8 @@ def _summaries(
     log: Log, decider: Decider, scope: Scope, temperatures: tuple[float, ...]
 ) -> "Summaries":
     make = partial(Summaries, decider, temperatures, log.manifest.model.top_k)
-    return fold(log, make, decider.columns, scope, whole_groups=decider.empirical)
+    columns = (*dict.fromkeys([*decider.columns, *COLUMNS]),)
+    return fold(log, make, columns, scope, whole_groups=decider.empirical)
 
 
 def _is_native(log: Log) -> bool:
@@ -120,13 +129,28 @@ class Summaries:
     def __init__(self, decider: Decider, temperatures: Sequence[float], top_k: int) -> None:
         self.decider, self.temperatures, self.top_k = decider, temperatures, top_k
         self.layers: dict[int, list[LayerSummary]] = {}
+        self.sequences: dict[int, SequenceSums] = {}  # a table for each policy
 
     def update(self, batch: pa.RecordBatch) -> None:
         E, policies = batch.column("logits").type.list_size, self.decider.policies
-        parts = self.layers.setdefault(layer_of(batch), [LayerSummary(E) for _ in policies])
+        layer = layer_of(batch)
+        parts = self.layers.setdefault(layer, [LayerSummary(E) for _ in policies])
+        sequences = self.sequences.setdefault(layer, SequenceSums(len(parts), BY_SEQUENCE))
+        slots, start = sequences.slots(batch), 0
         for rows in self.decider.rows(batch):
-            for policy, temperature, part in zip(policies, self.temperatures, parts, strict=True):
-                part.add(policy.decide(rows), top_k=self.top_k, temperature=temperature)
+            block = slots[start : start + len(rows)]
+            start += len(rows)
+            for i, (policy, temperature) in enumerate(
+                zip(policies, self.temperatures, strict=True)
+            ):
+                parts[i].add(
+                    policy.decide(rows),
+                    top_k=self.top_k,
+                    temperature=temperature,
+                    bounds=policy.bounds(E),
+                    slots=block,
+                    by_sequence=sequences.sums[i],
+                )
 
     def merge(self, other: Self) -> None:
         for layer, parts in other.layers.items():
@@ -135,18 +159,44 @@ class Summaries:
             else:
                 for mine, theirs in zip(self.layers[layer], parts, strict=True):
                     mine.merge(theirs)
+        for layer, sums in other.sequences.items():
+            self.sequences.setdefault(layer, SequenceSums(len(sums.sums), BY_SEQUENCE)).merge(sums)
 
     def frames(
-        self, labels: Sequence[pl.Expr], *, native_logged: bool = False
+        self, labels: Sequence[pl.Expr], *, native_logged: bool = False, paired: bool = False
     ) -> list[pl.DataFrame]:
-        """The table of each policy: its label, min_k, max_k, and the columns of summary_frame."""
+        """The table of each policy: its label, min_k, max_k, and the columns of summary_frame.
+
+        Args:
+            paired: whether differences from the first policy are there too.
+        """
         frames = []
+        every = SequenceSums(len(self.temperatures), BY_SEQUENCE)
+        for layer in sorted(self.sequences):
+            every.merge(self.sequences[layer])
         for i, (policy, label) in enumerate(zip(self.decider.policies, labels, strict=True)):
             low, high = policy.bounds(self.decider.n_experts)
             parts = {layer: summaries[i] for layer, summaries in self.layers.items()}
+            by_layer = {layer: sums.table(i) for layer, sums in self.sequences.items()}
             frame = summary_frame(
-                parts, min_k=low, max_k=high, top_k=self.top_k, native_logged=native_logged
+                parts,
+                by_layer,
+                every.table(i),
+                min_k=low,
+                max_k=high,
+                top_k=self.top_k,
+                native_logged=native_logged,
             )
+            if paired:
+                pairs = [
+                    (by_layer[layer], self.sequences[layer].table(0)) for layer in sorted(by_layer)
+                ]
+                rows = [
+                    differences(mine, first, native_logged=native_logged)
+                    for mine, first in [*pairs, (every.table(i), every.table(0))]
+                ]
+                table = pl.DataFrame(rows, schema=dict.fromkeys(rows[0], pl.Float64))
+                frame = frame.hstack(table).select(pl.exclude("histogram"), "histogram")
             bounds = pl.lit(low).alias("min_k"), pl.lit(high).alias("max_k")
             frames.append(frame.select(label, *bounds, pl.all()))
         return frames

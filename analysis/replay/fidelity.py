@@ -10,11 +10,13 @@ import pyarrow as pa
 from bhlog.analysis.fold import PIECE_LOGITS, WHOLE, Scope, sampled
 from bhlog.analysis.log import Log
 from bhlog.analysis.replay.decide import Decider, decider_of
+from bhlog.analysis.sequences import COLUMNS, ONE, SequenceSums, ratio_se
 from bhlog.analysis.texts import TOKEN, other_texts, tokens_missing
 from bhlog.capture.contract.arrays import arrow_of
 from bhlog.capture.contract.errors import InvalidOption
 
 _TOKEN = list(TOKEN)
+_SUMS = ("tokens", "replayed", "actual", "gap", "same_count", "same_experts", "jaccard")
 _EMPTY = pl.DataFrame(
     schema={
         "rank": pl.UInt16,
@@ -39,7 +41,8 @@ def fidelity(native: Log, rerun: Log, *, scope: Scope = WHOLE) -> pl.DataFrame:
     Returns:
         One row per layer: layer, tokens, replayed and actual (mean experts per token), gap
         (replayed - actual), same_count and same_experts (shares of tokens), jaccard (mean overlap
-        of the two sets of experts).
+        of the two sets of experts); beside each mean its standard error, X_se, clustered by
+        sequence, null where there is one.
 
     Raises:
         InvalidOption: the second run is routed natively, the models differ, or the texts do.
@@ -51,29 +54,27 @@ def fidelity(native: Log, rerun: Log, *, scope: Scope = WHOLE) -> pl.DataFrame:
         raise InvalidOption(f"{native.path} and {rerun.path} come from models of other shape")
     layers = sorted(native.check_layers(scope.layers))
     decider = decider_of(native, [options], rerun.kde, scope)
-    return pl.DataFrame([_compare(native, rerun, layer, decider, scope) for layer in layers])
+    rows = [_compare(native, rerun, layer, decider, scope) for layer in layers]
+    errors = {name: pl.Float64 for name in rows[0] if name.endswith("_se")}
+    return pl.DataFrame(rows, schema_overrides=errors)
 
 
 def _compare(native: Log, rerun: Log, layer: int, decider: Decider, scope: Scope) -> dict[str, Any]:
     """A layer's row of fidelity."""
-    sums = np.zeros(6)  # tokens, replayed, actual, same count, same experts, Jaccard
+    sums = SequenceSums(1, len(_SUMS))
     for both in _matched(
         _pieces(native, layer, decider, scope), _pieces(rerun, layer, None, scope), native, rerun
     ):
-        sums += _sums(both)
-    tokens, replayed, actual, same_count, same_experts, jaccard = sums.tolist()
-    if not tokens:
+        _add(sums, both)
+    table = sums.table(0) / np.array([1, 1, 1, 1, 1, 1, ONE])
+    tokens = table[:, 0]
+    if not len(table):
         raise InvalidOption(f"{rerun.path}: no tokens to compare in layer {layer}{scope.words}")
-    return {
-        "layer": layer,
-        "tokens": int(tokens),
-        "replayed": replayed / tokens,
-        "actual": actual / tokens,
-        "gap": (replayed - actual) / tokens,
-        "same_count": same_count / tokens,
-        "same_experts": same_experts / tokens,
-        "jaccard": jaccard / tokens,
-    }
+    row: dict[str, Any] = {"layer": layer, "tokens": int(tokens.sum())}
+    for name, values in zip(_SUMS[1:], table.T[1:], strict=True):
+        row[name] = float(values.sum() / tokens.sum())
+        row[f"{name}_se"] = ratio_se(values, tokens)
+    return row
 
 
 def _matched(
@@ -110,14 +111,18 @@ def _matched(
         raise tokens_missing(theirs.height, seen[1], rerun.path, native.path)
 
 
-def _sums(both: pl.DataFrame) -> np.ndarray:
-    """(6,): tokens, experts of both, tokens with the same number and the same ones, Jaccard."""
-    n, m = both["experts"].list.len(), both["experts_actual"].list.len()
-    common = both["experts"].list.set_intersection(both["experts_actual"]).list.len()
+def _add(sums: SequenceSums, both: pl.DataFrame) -> None:
+    """Count tokens, experts of both, tokens with the same number and the same ones, Jaccard."""
+    mine, theirs = both["experts"], both["experts_actual"]
+    common = mine.list.set_intersection(theirs).list.len().cast(pl.Int64).to_numpy()
+    n, m = (experts.list.len().cast(pl.Int64).to_numpy() for experts in (mine, theirs))
     union = n + m - common
+    jaccard = np.where(union > 0, common / np.maximum(union, 1), 1.0)  # two empty sets agree
     same = (n == m) & (common == n)
-    jaccard = (common / union).fill_nan(1.0)  # two empty sets agree
-    return np.array([both.height, n.sum(), m.sum(), (n == m).sum(), same.sum(), jaccard.sum()])
+    shares = (jaccard * ONE).astype(np.int64)
+    values = np.stack([np.ones_like(n), n, m, n - m, n == m, same, shares], axis=1)
+    slots = sums.slots(both.select(COLUMNS).to_arrow().combine_chunks().to_batches()[0])
+    np.add.at(sums.sums[0], slots, values)
 
 
 def _pieces(log: Log, layer: int, decider: Decider | None, scope: Scope) -> Iterator[pl.DataFrame]:

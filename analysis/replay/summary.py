@@ -5,19 +5,46 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from bhlog.analysis.kernels.tally import (
+    AT_MAX_K,
+    AT_MIN_K,
+    BY_SEQUENCE,
+    EXPERTS,
     KEPT,
     LOGGED_JACCARD,
     LOGGED_RECALL,
     NATIVE_JACCARD,
     NATIVE_RECALL,
     NONE_REJECTED,
+    ROWS,
+    SQUARES,
     SUMS,
     tally,
 )
 from bhlog.analysis.replay.policy import Selection
 from bhlog.analysis.replay.rows import damaged
+from bhlog.analysis.sequences import ONE, ratio_se
+
+# of what each column is the mean over rows, in the sums by sequence
+MEANS = {
+    "mean_experts": EXPERTS,
+    "at_min_k": AT_MIN_K,
+    "at_max_k": AT_MAX_K,
+    "none_rejected": NONE_REJECTED,
+    "probability_kept": KEPT,
+    "native_jaccard": NATIVE_JACCARD,
+    "native_recall": NATIVE_RECALL,
+    "logged_jaccard": LOGGED_JACCARD,
+    "logged_recall": LOGGED_RECALL,
+}
+PAIRED = ("mean_experts", "probability_kept", "native_recall")  # compared with the first policy
+_WHOLE = {EXPERTS, AT_MIN_K, AT_MAX_K, NONE_REJECTED}  # the others count ONE for 1
+
+
+_NO_SLOTS = np.zeros(0, dtype=np.int64)
+_NO_SUMS = np.zeros((0, BY_SEQUENCE), dtype=np.int64)
 
 
 class LayerSummary:
@@ -49,12 +76,24 @@ class LayerSummary:
         """Mean softmax probability of the chosen experts."""
         return float(self.sums[KEPT] / self.rows)
 
-    def add(self, selection: Selection, *, top_k: int, temperature: float = 1.0) -> None:
+    def add(
+        self,
+        selection: Selection,
+        *,
+        top_k: int,
+        temperature: float = 1.0,
+        bounds: tuple[int, int] = (-1, -1),
+        slots: NDArray[np.int64] = _NO_SLOTS,
+        by_sequence: NDArray[np.int64] = _NO_SUMS,
+    ) -> None:
         """Count the rows of a selection.
 
         Args:
             top_k: experts of the native choice.
             temperature: of the softmax.
+            bounds: min_k and max_k in force, for the sums by sequence.
+            slots: (T,), where a row's sequence is in by_sequence; none are counted by default.
+            by_sequence: (G, BY_SEQUENCE), added to.
 
         Raises:
             CorruptShard: experts are logged that cannot be.
@@ -72,9 +111,13 @@ class LayerSummary:
                 rows.logged_experts,
                 top_k,
                 float(temperature),
+                *bounds,
+                slots,
+                float(ONE),
                 self.selected,
                 self.load,
                 self.sums,
+                by_sequence,
             )
         except IndexError as error:
             raise damaged(rows.n_experts) from error
@@ -86,9 +129,19 @@ class LayerSummary:
         self.sums += other.sums
 
     def row(
-        self, *, min_k: int, max_k: int, top_k: int, native_logged: bool = False
+        self,
+        by_sequence: NDArray[np.int64],
+        *,
+        min_k: int,
+        max_k: int,
+        top_k: int,
+        native_logged: bool = False,
     ) -> dict[str, Any]:
-        """The summary as the columns of summary_frame."""
+        """The summary as the columns of summary_frame.
+
+        Args:
+            by_sequence: (G, BY_SEQUENCE), the same rows; G of 0 or 1 gives no standard error.
+        """
         jaccard, recall = NATIVE_JACCARD, NATIVE_RECALL
         if native_logged:
             jaccard, recall = LOGGED_JACCARD, LOGGED_RECALL
@@ -99,7 +152,7 @@ class LayerSummary:
         share = self.load / max(1, self.load.sum())
         spread = share[share > 0]
         rising = np.sort(share)
-        return {
+        row = {
             "rows": n,
             "mean_experts": mean,
             "sd_experts": float(np.sqrt(self.selected @ (k - mean) ** 2 / n)),
@@ -123,10 +176,74 @@ class LayerSummary:
             "flops": mean / top_k,
             "histogram": self.selected.tolist(),
         }
+        errors = standard_errors(by_sequence, native_logged=native_logged)
+        errors["flops"] = _scaled(errors["mean_experts"], 1 / top_k)
+        found: dict[str, Any] = {}
+        for name, value in row.items():
+            found[name] = value
+            if name in errors:
+                found[f"{name}_se"] = errors[name]
+        return found
+
+
+def standard_errors(
+    by_sequence: NDArray[np.int64], *, native_logged: bool = False
+) -> dict[str, float | None]:
+    """Standard errors of MEANS and of sd_experts, clustered by sequence; None from one sequence.
+
+    Args:
+        by_sequence: (G, BY_SEQUENCE).
+    """
+    y, x = _means(by_sequence, native_logged)
+    errors = {name: ratio_se(of_one, x) for name, of_one in y.items()}
+    mean = float(y["mean_experts"].sum() / max(1.0, x.sum()))
+    # sum over rows of (n_selected - mean)^2; the delta method from the variance to its root
+    squares = by_sequence[:, SQUARES] - 2 * mean * y["mean_experts"] + mean**2 * x
+    sd = float(np.sqrt(max(0.0, squares.sum()) / max(1.0, x.sum())))
+    errors["sd_experts"] = (
+        _scaled(ratio_se(squares, x), 1 / (2 * sd)) if sd else _scaled(errors["mean_experts"], 0)
+    )
+    return errors
+
+
+def differences(
+    by_sequence: NDArray[np.int64], first: NDArray[np.int64], *, native_logged: bool = False
+) -> dict[str, float | None]:
+    """X_difference and X_difference_se of PAIRED: mean less the mean of another policy.
+
+    Args:
+        by_sequence, first: (G, BY_SEQUENCE), of the same rows.
+    """
+    y, x = _means(by_sequence, native_logged)
+    others, _ = _means(first, native_logged)
+    found: dict[str, float | None] = {}
+    for name in PAIRED:
+        of_one = y[name] - others[name]
+        found[f"{name}_difference"] = float(of_one.sum() / x.sum())
+        found[f"{name}_difference_se"] = ratio_se(of_one, x)
+    return found
+
+
+def _means(
+    by_sequence: NDArray[np.int64], native_logged: bool
+) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.float64]]:
+    """(G,) sums of what each of MEANS is the mean of, and rows."""
+    logged = {NATIVE_JACCARD: LOGGED_JACCARD, NATIVE_RECALL: LOGGED_RECALL} if native_logged else {}
+    y = {
+        name: by_sequence[:, logged.get(i, i)] / (1 if i in _WHOLE else ONE)
+        for name, i in MEANS.items()
+    }
+    return y, by_sequence[:, ROWS].astype(np.float64)
+
+
+def _scaled(error: float | None, by: float) -> float | None:
+    return None if error is None else error * by
 
 
 def summary_frame(
     layers: Mapping[int, LayerSummary],
+    sequences: Mapping[int, NDArray[np.int64]],
+    every: NDArray[np.int64],
     *,
     min_k: int,
     max_k: int,
@@ -136,6 +253,8 @@ def summary_frame(
     """One row per layer, then one over all layers (layer null).
 
     Args:
+        sequences: (G, BY_SEQUENCE) of each layer, see SequenceSums.
+        every: the same over all layers.
         min_k, max_k, top_k: bounds in force, and experts of the native choice.
         native_logged: whether the logged experts are the native choice, as in a native run. In
             others it is the top_k largest logits, ties to the lower index.
@@ -149,10 +268,13 @@ def summary_frame(
     busiest_share (of all choices), dead_experts (count; summed over layers); flops (expert FLOPs
     relative to the native top-k); histogram (rows by n_selected from 0 to E). Over all layers, load
     figures are means over layers.
+
+    mean, sd, the shares and means of rows, and flops have their standard error beside them, X_se,
+    clustered by sequence: the ratio estimator. It is null where there is one sequence.
     """
     bounds = {"min_k": min_k, "max_k": max_k, "top_k": top_k}
     rows: list[dict[str, Any]] = [
-        {"layer": layer, **part.row(**bounds, native_logged=native_logged)}
+        {"layer": layer, **part.row(sequences[layer], **bounds, native_logged=native_logged)}
         for layer, part in sorted(layers.items())
     ]
     if not rows:
@@ -160,8 +282,11 @@ def summary_frame(
     total = LayerSummary(len(next(iter(layers.values())).load))
     for part in layers.values():
         total.merge(part)
-    overall: dict[str, Any] = {"layer": None, **total.row(**bounds, native_logged=native_logged)}
+    overall: dict[str, Any] = {"layer": None}
+    overall |= total.row(every, **bounds, native_logged=native_logged)
     for name in ("load_entropy", "load_cv", "load_gini", "busiest_share"):
         overall[name] = float(np.mean([row[name] for row in rows]))
     overall["dead_experts"] = sum(row["dead_experts"] for row in rows)
-    return pl.DataFrame([*rows, overall], infer_schema_length=None)
+    errors = [name for name in overall if name.endswith("_se")]
+    frame = pl.DataFrame([*rows, overall], infer_schema_length=None)
+    return frame.with_columns(pl.col(errors).cast(pl.Float64))

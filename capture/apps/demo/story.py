@@ -106,7 +106,7 @@ def tell(out: Path) -> None:
         "\nfor the first layer and an estimate "
         f"below it. Replayed against rerun at alpha {ALPHA}:\n"
     )
-    write(native.fidelity(by_alpha[ALPHA]))
+    write(native.fidelity(by_alpha[ALPHA]).select(pl.exclude("^.*_se$")))
 
     say(
         f"\nIs BH worth it? Every policy brought to {' and '.join(map(str, BUDGETS))} experts by "

@@ -63,8 +63,9 @@ def test_summaries_and_totals_are_the_same(run, kind, tmp_path):
     decider = Decider(log, policies, kde)
     make = partial(Summaries, decider, (1.0,) * len(policies), 8)
     labels = [pl.lit(text).alias("policy") for text in TEXTS]
-    here = fold(log, make, decider.columns, whole_groups=decider.empirical)
-    there = folded_elsewhere(log, make, decider.columns)
+    columns = (*dict.fromkeys([*decider.columns, "rank", "sequence"]),)
+    here = fold(log, make, columns, whole_groups=decider.empirical)
+    there = folded_elsewhere(log, make, columns)
     assert pl.concat(here.frames(labels)).equals(pl.concat(there.frames(labels)))
     counted = fold(log, partial(Totals, decider), decider.columns, whole_groups=decider.empirical)
     again = folded_elsewhere(log, partial(Totals, decider), decider.columns)
