@@ -1,15 +1,19 @@
 """The `bhlog` command: finds a subcommand, runs it, and turns errors into one line."""
 
 import importlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from pathlib import Path
 
 import click
 
 from bhlog.analysis.cells import spelled_out
 from bhlog.analysis.imports import leave_out_unneeded
 from bhlog.analysis.interrupts import deaf, patient
+from bhlog.analysis.memory_limit import is_limited, is_out_of_memory, supervise, told
 from bhlog.capture.contract.errors import MissingExtra, RouterLogError
 
 # Where each command is defined, and its line in the list: a module is imported when it is used.
@@ -114,10 +118,12 @@ def bhlog() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `bhlog`; a user's mistake ends in one line on stderr and exit code 1."""
+    if arguments is None and is_limited():
+        supervise()
     if arguments is None and sys.argv[1:2] and _is_offline(sys.argv[1]):
         leave_out_unneeded()
     try:
-        with patient():
+        with patient(), _written():
             code = bhlog.main(
                 args=None if arguments is None else list(arguments), standalone_mode=False
             )
@@ -125,7 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except RouterLogError as error:
-        click.echo(f"bhlog: {spelled_out(str(error))}", err=True)
+        memory = is_limited() and is_out_of_memory(error)
+        click.echo(told() if memory else f"bhlog: {spelled_out(str(error))}", err=True)
         sys.exit(1)
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers", "safetensors"):
@@ -137,7 +144,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
             deaf()
         click.echo("bhlog: interrupted", err=True)
         sys.exit(130)
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_out_of_memory(error):
+            raise
+        click.echo(told() if is_out_of_memory(error) else f"bhlog: {_words(error)}", err=True)
+        sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    """A block after which stdout is written; if it cannot be, it is let go.
+
+    Raises:
+        OSError: it cannot be: the disk under it is full.
+    """
+    if sys.stdout is None:  # it was closed: >&-
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, RouterLogError) and error.filename is None:
+            with suppress(OSError, ValueError):  # or Python would try once more, and tell of it
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def _words(error: Exception) -> str:
+    """An error of the system's, in a line."""
+    where = getattr(error, "filename", None)
+    why = getattr(error, "strerror", None) or error
+    return spelled_out(f"{where or 'the output'}: {why}")
 
 
 def _is_offline(command: str) -> bool:

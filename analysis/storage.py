@@ -58,8 +58,8 @@ def read_manifest(path: str, fs: pafs.FileSystem, root: str) -> Manifest:
                 why = refused(Path(root), name) if local else None
                 if why is not None:
                     raise CorruptManifest(f"{path}/{name}: {why}; replace it by a copy of the file")
-                with fs.open_input_stream(f"{root}/{name}") as stream:
-                    text = stream.read(MOST_MANIFEST_BYTES + 1)
+                with fs.open_input_file(f"{root}/{name}") as file:
+                    text = file.read_at(min(MOST_MANIFEST_BYTES + 1, file.size()), 0)
                 ranks.append(Manifest.from_json(text, f"{path}/{name}"))
     if len({manifest.run_id for manifest in ranks}) > 1:
         raise CorruptManifest(f"{path}: its manifests belong to different runs")

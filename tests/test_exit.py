@@ -32,6 +32,21 @@ def files(tmp_path_factory):
     }
 
 
+@pytest.mark.parametrize("command", ["info RUN", "verify RUN", "sql RUN tokens", "--help"])
+@pytest.mark.parametrize("where", ["/dev/full", "closed"])
+def test_output_that_nobody_can_take_ends_in_a_line(files, command, where):
+    run = next(iter(files.values())).with_name("run")
+    words = command.replace("RUN", str(run)).replace("tokens", "'SELECT * FROM tokens'")
+    shell = f"{sys.executable} -c 'from bhlog.analysis.cli import main; main()' {words}"
+    shell += " >&-" if where == "closed" else f" >{where}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    if where == "closed":
+        assert (done.returncode, done.stderr) in ((0, ""), (0, f"{run}: 200 rows\n")), done.stderr
+    else:
+        assert done.returncode == 1
+        assert done.stderr == "bhlog: the output: No space left on device\n"
+
+
 @pytest.mark.parametrize(
     "name", ["bhlog.capture.contract.null.model.KdeModel", "bhlog.analysis.sweep.profile.Profile"]
 )

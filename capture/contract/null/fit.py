@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
@@ -109,7 +110,9 @@ def fit_histograms(
         return _fit_curve(layer, expert, levels, options, sources, most_points)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = list(pool.map(fitted, curves.items()))
+        items = iter(curves.items())
+        first = [fitted(item) for item in islice(items, 1)]  # imports scipy, in one thread alone
+        done = [*first, *pool.map(fitted, items)]
     layers: dict[int, list[NullCurve]] = {}
     for (layer, _), curve in zip(curves, done, strict=True):
         layers.setdefault(layer, []).append(curve)
