@@ -257,9 +257,8 @@ class RouterPatcher:
         if options is None or kde is None:
             return
         E = self.info.n_experts
-        alpha = options.level(E)
         for router in self.routers:
-            yield kde[router.layer].thresholds(alpha, E).tobytes()
+            yield kde[router.layer].thresholds_of(options.named, E).tobytes()
 
     def _observer(self, router: Router, forwards: Forwards) -> Any:
         layers = router.layer, *router.again

@@ -208,6 +208,9 @@ def _all_policies(log: "Log", null: "KdeModel | None") -> tuple[str, ...]:
     from bhlog.analysis.replay.registry import families
 
     tested, known = has_p_values(log, null), families()
+    kde = null or log.kde
+    if tested and not (kde and all(layer.central for layer in kde.values())):
+        known.pop("lfdr")  # it has no other null to go by
     left_out = [name for name, kind in known.items() if kind.tests and not tested]
     if left_out:
         click.echo(

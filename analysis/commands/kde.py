@@ -90,7 +90,7 @@ def fit_(
         model = first.fit(options, also=others, **vars(scope.but(progress=advance)))
     save_model(model, out, output)
     top_k, trim_high = first.manifest.model.top_k, options.trim_high
-    if trim_high < top_k:
+    if trim_high < top_k and options.null_from == "kept":
         click.echo(
             f"bhlog: --trim-high {trim_high} leaves experts that the model chose in their own "
             f"null, so that BH finds few; --trim-high {top_k} leaves them out",

@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from bhlog.capture.contract.rule import Bounds
 
 FORMATS = ("table", "json", "csv", "markdown", "parquet")  # as in bhlog.analysis.output
-KERNELS = ("gaussian", "epanechnikov", "tophat", "triangular", "none")  # as in contract.null.curve
+KERNELS = (
+    "gaussian",
+    "epanechnikov",
+    "tophat",
+    "triangular",
+    "none",
+    "conformal",
+)  # as in contract.null.curve
 BANDWIDTH_RULES = ("scott", "silverman", "nrd0", "isj")
 
 Decorator = Callable[[Any], Any]
@@ -256,10 +263,22 @@ def fit_options(*, as_fitted: bool) -> Decorator:
     return bundle(
         "fit",
         dict,
-        option("--kernel", "gaussian", "none is the empirical tail", type=click.Choice(KERNELS)),
+        option(
+            "--kernel",
+            "gaussian",
+            "none is the empirical tail, conformal (1 + #{logits >= x}) / (n + 1)",
+            type=click.Choice(KERNELS),
+        ),
         option("--bandwidth", "scott", bandwidth, type=read_bandwidth, metavar="RULE|LOGITS"),
         option("--trim-high", 0, f"Leave out each row's N largest logits{level}", **number),
         option("--trim-low", 0, f"Leave out each row's N smallest logits{level}", **number),
+        option(
+            "--null-from",
+            "kept",
+            "The logits that trimming keeps, or central: Efron's empirical null, a normal curve "
+            "matched to the middle half of all of them, which lfdr:X needs",
+            type=click.Choice(("kept", "central")),
+        ),
     )
 
 

@@ -1,5 +1,7 @@
 """Null models as tables."""
 
+from dataclasses import asdict
+
 import polars as pl
 
 from bhlog.capture.contract.errors import InvalidOption
@@ -51,6 +53,9 @@ def curves_frame(
             "grid_points": len(curve.tail),
             "dx": curve.dx,
         }
+        if any(c.central for _, c in model.curves):
+            found = curve.central
+            row |= asdict(found) if found else dict.fromkeys(("delta0", "sigma0", "pi0"))
         if alpha is not None and E is not None:
             t = curve.thresholds(alpha, E)
             row |= {"t_1": float(t[0]), f"t_{E}": float(t[-1])}
@@ -58,6 +63,7 @@ def curves_frame(
         rows.append(row)
     schema = {"lowest": pl.Float64, "highest": pl.Float64, "kept": pl.String, "source": pl.String}
     schema |= {"left_out": pl.Int64, "bandwidth": pl.Float64}
+    schema |= dict.fromkeys(("delta0", "sigma0", "pi0"), pl.Float64) if "pi0" in rows[0] else {}
     return pl.DataFrame(rows, schema_overrides=schema)
 
 

@@ -19,10 +19,12 @@ from bhlog.capture.contract.rule import OPEN, Bounds
 
 
 def kinds_of_null(top_k: int) -> dict[str, FitOptions]:
-    """Fits of a null model that are tried, by name: of all logits, or without each row's top_k."""
+    """Fits of a null model that are tried, by name: of all logits, without each row's top_k, or
+    matched to their centre."""
     return {
         "whole": FitOptions(),
         "trimmed": FitOptions(trim_high=top_k),
+        "central": FitOptions(null_from="central"),
         "by expert": FitOptions(trim_high=top_k, null="expert"),
     }
 
@@ -66,7 +68,9 @@ def held_out(
     ]
     testing = [policy for policy in wanted if policy.tests]
     for kind, options in kinds_of_null(top_k).items() if testing else ():
-        groups.append((kind, fit_kde([fitted], options, scope=scope), testing))
+        suited = [p for p in testing if options.null_from == "central" or p.name != "lfdr"]
+        if suited:
+            groups.append((kind, fit_kde([fitted], options, scope=scope), suited))
     frames = []
     for name, kde, group in groups:
         if not group:

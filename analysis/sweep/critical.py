@@ -17,6 +17,7 @@ from bhlog.analysis.kernels.sorting import network
 MOST_ALPHAS = 60_000  # of a grid: their places fit 16 bits
 ONE = 1 << 20  # fixed-point unit of probability
 
+_FAR = np.float32(1 << 20)  # logits, beyond every grid
 _BEYOND = np.iinfo(np.int32).max  # a place that no logit has
 
 
@@ -91,7 +92,9 @@ class CriticalAlphas:
     @cached_property
     def _guides(self) -> tuple[NDArray[np.uint16], NDArray[np.float32], NDArray[np.float32]]:
         """(E, BUCKETS) guides, (E,) where the buckets of a rank start and how fine they are."""
-        lows, highs = self.thresholds[:, -1], self.thresholds[:, 0]
+        finite = np.where(np.isfinite(self.thresholds), self.thresholds, -_FAR)
+        highs = finite.max(axis=1)
+        lows = np.minimum(self.thresholds[:, -1], highs)
         width = np.maximum(highs.astype(np.float64) - lows, 1e-30)
         per_logit = (BUCKETS / width).astype(np.float32)
         guides = np.empty((len(lows), BUCKETS), dtype=np.uint16)

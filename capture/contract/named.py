@@ -148,6 +148,30 @@ class By(Named):
 
 
 @dataclass(frozen=True)
+class Lfdr(Named):
+    """Every expert whose local false discovery rate is at most X.
+
+    n = #{i : pi0 f0(l_i) / f(l_i) <= X} right of the null's centre: of logits like this one, about
+    a share X or less is null. It needs a null model of `kde fit --null-from central`, one curve a
+    layer, and compares logits with one float32 threshold a layer: the smallest logit from which on
+    the local fdr, made to fall, is at most X.
+
+    Attributes:
+        x: X, 0 < X < 1.
+
+    Reference:
+        Efron, Tibshirani, Storey and Tusher (2001), J. Am. Stat. Assoc. 96, 1151-1160; Efron
+        (2004), J. Am. Stat. Assoc. 99, 96-104.
+    """
+
+    x: float
+    name: ClassVar[str] = "lfdr"
+    parameter: ClassVar[str] = "x"
+    example: ClassVar[float] = 0.2
+    tests: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class TopK(Named):
     """The k experts with the largest logits, for every row alike.
 
@@ -249,7 +273,8 @@ class MinP(Named):
         return np.float32(np.log(self.t))
 
 
-ROUTED: dict[str, type[Named]] = {kind.name: kind for kind in (Bh, By, TopK, Threshold, TopP, MinP)}
+_ROUTED = (Bh, By, Lfdr, TopK, Threshold, TopP, MinP)
+ROUTED: dict[str, type[Named]] = {kind.name: kind for kind in _ROUTED}
 Kind = TypeVar("Kind", bound=Named)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bhlog.capture.contract.bounds import OPEN as OPEN
 from bhlog.capture.contract.bounds import Bounds as Bounds
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
-from bhlog.capture.contract.named import ROUTED, Bh, By, Named, parse
+from bhlog.capture.contract.named import ROUTED, Bh, By, Lfdr, Named, parse
 
 Renormalize = bool | Literal["model"]
 RENORMALIZE: dict[str, Renormalize] = {"model": "model", "yes": True, "no": False}  # as options
@@ -72,6 +72,8 @@ class BhOptions:
             raise InvalidOption(f"p_values must be 'kde' or 'empirical', got {self.p_values!r}")
         if not self.named.tests and self.p_values == "empirical":
             raise InvalidOption(f"{self.policy} tests no p-values: leave empirical p-values out")
+        if isinstance(self.named, Lfdr) and self.p_values == "empirical":
+            raise InvalidOption(f"{self.policy} needs a null model: leave empirical p-values out")
 
     @property
     def named(self) -> Named:

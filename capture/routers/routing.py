@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bhlog.capture.contract.named import Named
 from bhlog.capture.contract.null.model import LayerNull
 
 
@@ -53,17 +54,17 @@ class Weighing:
 
 
 class TorchNull:
-    """A layer's null model on a device: thresholds at one alpha, and p-values where they order.
+    """A layer's null model on a device: thresholds of one policy, and p-values where they order.
 
     Args:
         null: pooled, or with one curve per expert.
-        alpha: BH level.
+        policy: what it decides by.
         n_experts: experts of the layer's router.
     """
 
-    def __init__(self, null: LayerNull, alpha: float, n_experts: int) -> None:
+    def __init__(self, null: LayerNull, policy: Named, n_experts: int) -> None:
         self._null = null
-        self._thresholds = torch.from_numpy(null.thresholds(alpha, n_experts).copy())
+        self._thresholds = torch.from_numpy(null.thresholds_of(policy, n_experts).copy())
         self._on: dict[torch.device, tuple[Tensor, list[tuple[Tensor, ...]]]] = {}
 
     def place(self, device: torch.device) -> None:
@@ -104,7 +105,7 @@ class TorchNull:
             curves = [
                 tuple(
                     torch.as_tensor(value, dtype=torch.float64, device=device)
-                    for value in (curve.x0, curve.dx, curve.tail)
+                    for value in (curve.x0, curve.dx, curve.tail, curve.beyond)
                 )
                 for curve in self._null.curves
                 if not self._null.pooled
@@ -260,11 +261,11 @@ def _share_at_least(pool: Tensor, values: Tensor) -> Tensor:
     return torch.where(values.isfinite() & (n_finite > 0), share, 1.0)
 
 
-def _p_value(x: Tensor, x0: Tensor, dx: Tensor, tail: Tensor) -> Tensor:
+def _p_value(x: Tensor, x0: Tensor, dx: Tensor, tail: Tensor, beyond: Tensor) -> Tensor:
     """NullCurve.p_value in torch: the same float64 operations in the same order."""
     u = (x.double() - x0) / dx
     last = len(tail) - 1
     cell = u.floor().nan_to_num(nan=0.0).clamp(0, last - 1).long()
     left = tail[cell]
     p = left + (u - cell) * (tail[cell + 1] - left)
-    return torch.where(u < 0, 1.0, torch.where(u > last, 0.0, p))
+    return torch.where(u < 0, 1.0, torch.where(u > last, beyond, p))

@@ -63,7 +63,7 @@ class Steering:
         max_k = max(min_k, min(max_k, most_experts(policy, E)))
         renormalize = options.renormalizes(router.norm_topk_prob)
         alpha = options.level(E)
-        null = None if layer_null is None else TorchNull(layer_null, alpha, E)
+        null = None if layer_null is None else TorchNull(layer_null, policy, E)
         weight = next(router.module.parameters(), None)
         placed = weight is not None and not weight.is_meta
         fused, thresholds = None, None

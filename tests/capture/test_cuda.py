@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from bhlog.capture.contract.named import Bh
 from bhlog.capture.contract.null.model import KdeModel, LayerNull
 from bhlog.capture.contract.rule import (
     decide,
@@ -89,7 +90,7 @@ def test_the_kernel_selects_as_the_torch_code_bit_for_bit(dtype, n_experts, in_g
     wide = keys.double()
     own_weights, own = keys.softmax(dim=-1).nan_to_num(nan=0.0).topk(min(8, n_experts), dim=-1)
     own_weights = own_weights.to(dtype)
-    null = TorchNull(normal_null(0, mean=0.0, sd=1.0), 0.3, n_experts)
+    null = TorchNull(normal_null(0, mean=0.0, sd=1.0), Bh(0.3), n_experts)
     ranked = null.order(keys)
     bounds = ((1, own.shape[1]), (0, n_experts), (2, min(16, n_experts)))
     for number, weighing in enumerate(WEIGHINGS):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bhlog.capture.apps.notebook.logger import BHRoutingLogger
 from bhlog.capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch, UnsupportedModel
 from bhlog.capture.contract.manifest import Routing
+from bhlog.capture.contract.named import Bh
 from bhlog.capture.contract.null.layer import LayerNull
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.null.pickles import curve_of, load_kde_models
@@ -163,7 +164,7 @@ def benjamini_hochberg_routing(
         order, n_rejected = empirical_order(keys, alpha, None)
     else:
         null.require((layer_idx,), E)
-        order, n_rejected = TorchNull(null[layer_idx], alpha, E).order(keys)
+        order, n_rejected = TorchNull(null[layer_idx], Bh(alpha), E).order(keys)
     scores = (keys / temperature).softmax(dim=-1).nan_to_num(nan=0.0)
     # a row without a finite logit has no router to fall back to: its first experts, equal weights
     own = order[:, :max_k]

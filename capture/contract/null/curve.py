@@ -1,17 +1,18 @@
 """Null models in memory: the tail p-values come from, and the thresholds the decision rule uses."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bhlog.capture.contract.errors import CorruptKde, InvalidOption
+from bhlog.capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch
+from bhlog.capture.contract.null.central import Central
 from bhlog.capture.contract.null.histogram import Histogram
 from bhlog.capture.contract.null.trim import Trim
 from bhlog.capture.contract.rule import critical_values
 
-KERNELS = ("gaussian", "epanechnikov", "tophat", "triangular", "none")
+KERNELS = ("gaussian", "epanechnikov", "tophat", "triangular", "none", "conformal")
 BANDWIDTH_RULES = ("scott", "silverman", "nrd0", "isj")
 INSTEAD = "isj, silverman"  # asked for isj, which found no root, and fitted with silverman
 
@@ -38,6 +39,9 @@ class NullCurve:
             "imported".
         source: ids of the runs it was fitted from, or the name of the imported file.
         kept: histograms of the same logits at other trimming levels, for refits.
+        central: the normal null that was matched to the centre; None where the tail is that of the
+            logits themselves.
+        lfdr: (G,) float64, the local fdr on the grid, falling from 1; None without `central`.
     """
 
     expert: int | None
@@ -53,6 +57,8 @@ class NullCurve:
     rule: str = "imported"
     source: tuple[str, ...] = field(default=())
     kept: Mapping[Trim, Histogram] = field(default_factory=dict)
+    central: Central | None = None
+    lfdr: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         if self.tail.ndim != 1 or len(self.tail) < 2:
@@ -68,6 +74,24 @@ class NullCurve:
             raise CorruptKde(f"unknown bandwidth rule {self.rule!r}")
         if self.bandwidth is not None and not 0 < self.bandwidth < _FARTHEST:
             raise CorruptKde(f"bandwidth must be above 0 logits, got {self.bandwidth}")
+        if self.lfdr is not None and not (
+            len(self.lfdr) == len(self.tail)
+            and self.lfdr[0] <= 1
+            and self.lfdr[-1] >= 0
+            and np.all(np.diff(self.lfdr) <= 0)
+        ):
+            raise CorruptKde("lfdr must fall from at most 1 to at least 0, a value a grid point")
+        if (self.central is None) != (self.lfdr is None) or (
+            self.central is not None
+            and not (
+                abs(self.central.delta0) <= _FARTHEST
+                and 0 < self.central.sigma0 <= _FARTHEST
+                and 0 < self.central.pi0 <= 1
+            )
+        ):
+            raise CorruptKde(
+                f"a central null needs its lfdr, delta0, sigma0 and pi0: {self.central}"
+            )
 
     @property
     def grid(self) -> NDArray[np.float64]:
@@ -86,8 +110,13 @@ class NullCurve:
             return {}
         return {self.trim: self.histogram, **self.kept}
 
+    @property
+    def beyond(self) -> float:
+        """The p-value of logits above the grid: 0, but 1 / (n + 1) of a conformal null."""
+        return float(self.tail[-1]) if self.kernel == "conformal" else 0.0
+
     def p_value(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
-        """P(logit > x) of each value, float64: 1 below the grid, 0 above it, NaN for NaN."""
+        """P(logit > x) of each value, float64: 1 below the grid, `beyond` above it, NaN for NaN."""
         # The operations and their order are those of capture.routers.routing, which must agree.
         u = (np.asarray(logits, dtype=np.float64) - self.x0) / self.dx
         last = len(self.tail) - 1
@@ -95,16 +124,31 @@ class NullCurve:
         left = self.tail[cell]
         with np.errstate(invalid="ignore"):  # an infinite u in a flat cell; settled below
             p = left + (u - cell) * (self.tail[cell + 1] - left)
-        p = np.where(u < 0, 1.0, np.where(u > last, 0.0, p))
+        p = np.where(u < 0, 1.0, np.where(u > last, self.beyond, p))
         return np.where(np.isnan(u), np.nan, p)
 
     def thresholds(self, alpha: float, n_experts: int) -> NDArray[np.float32]:
         """(E,) float32 t_1..t_E: the smallest logits with p-value at most k * alpha / E.
 
         Smallest among float32 values, under p_value as computed: p_value(t_k) is at most the
-        critical value, and that of the next smaller float32 is above it. Falls with k.
+        critical value, and that of the next smaller float32 is above it; infinite where no logit
+        has so small a p-value. Falls with k.
         """
         return self._reaching(critical_values(alpha, n_experts))
+
+    def lfdr_threshold(self, level: float) -> np.float32:
+        """The smallest float32 from which on the local fdr is at most a level, 0 < level < 1.
+
+        Raises:
+            KdeMismatch: the null is not a central one.
+        """
+        if self.lfdr is None:
+            raise KdeMismatch(
+                "a local fdr needs a null model that was matched to the centre of the logits: "
+                "bhlog kde fit RUN --null-from central --out FILE"
+            )
+        curve = replace(self, tail=self.lfdr, central=None, lfdr=None)
+        return np.float32(curve._reaching(np.array([level]))[0])
 
     def threshold_grid(self, alphas: NDArray[np.float64], n_experts: int) -> NDArray[np.float32]:
         """(J, E) float32: thresholds at each of J alphas, the same numbers at less cost."""
@@ -128,7 +172,9 @@ class NullCurve:
             cells = (inside - 1) + np.clip((above - critical) / drop, 0.0, 1.0)
         cells = np.where(right == 0, 0.0, np.where(right > last, float(last), cells))
         t = round_up_to_float32(np.float64(self.x0) + self.dx * cells)
-        t = self._settle(t, critical)
+        never = critical < self.beyond
+        t = self._settle(t, np.where(never, self.tail[-1], critical))
+        t = np.where(never, np.float32(np.inf), t)
         return np.minimum.accumulate(t, axis=-1)  # equal in exact arithmetic; guards rounding
 
     def _settle(self, t: NDArray[np.float32], critical: NDArray[np.float64]) -> NDArray[np.float32]:

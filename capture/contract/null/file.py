@@ -12,6 +12,7 @@ the histogram of the same logits at another trimming level, from which a refit c
 | kernel, bandwidth, rule | kernel, its standard deviation in logits, how it was chosen |
 | x0, dx, tail | P(logit > x0 + g * dx), float64; null in rows that keep a level |
 | source | ids of the runs, or the imported file |
+| delta0, sigma0, pi0, lfdr | of a null matched to the centre; other files lack them |
 
 The file's metadata holds `bhlog.kde_schema_version`, where it is known `bhlog.n_experts`, the
 experts per router of the model that the logits are of, and `bhlog.sha256` of what the rows hold,
@@ -20,6 +21,7 @@ which loading compares; files of version 1 may have none.
 
 import io
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
@@ -30,6 +32,7 @@ import pyarrow.parquet as pq
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.checksum import Checksum, read_tables
 from bhlog.capture.contract.errors import CorruptKde, one_line
+from bhlog.capture.contract.null.central import Central
 from bhlog.capture.contract.null.curve import NullCurve
 from bhlog.capture.contract.null.histogram import BIN_WIDTH, LARGEST_LOGIT, Histogram
 from bhlog.capture.contract.null.layer import LayerNull
@@ -61,7 +64,14 @@ KDE_SCHEMA = pa.schema(
         pa.field("source", list_type(pa.string()), nullable=False),
     ]
 )
-_ARRAYS = ("counts", "spread", "tail")
+_MATCHED = (
+    pa.field("delta0", pa.float64()),
+    pa.field("sigma0", pa.float64()),
+    pa.field("pi0", pa.float64()),
+    pa.field("lfdr", list_type(pa.float64())),
+)
+MATCHED_SCHEMA = pa.schema([*KDE_SCHEMA, *_MATCHED])  # of files with a central null
+_ARRAYS = ("counts", "spread", "tail", "lfdr")
 GROUP_NUMBERS = 1 << 22  # in a row group
 
 
@@ -75,7 +85,9 @@ def _checksum(layers: Mapping[int, LayerNull], n_experts: int | None) -> Checksu
     metadata = {_VERSION: str(KDE_SCHEMA_VERSION)}
     if n_experts is not None:
         metadata[_N_EXPERTS] = str(n_experts)
-    checksum = Checksum(KDE_SCHEMA.with_metadata(metadata))
+    matched = any(curve.central for layer in layers.values() for curve in layer.curves)
+    schema = MATCHED_SCHEMA if matched else KDE_SCHEMA
+    checksum = Checksum(schema.with_metadata(metadata))
     for group in _groups(layers, checksum.schema):
         checksum.add(group)
     return checksum
@@ -89,7 +101,7 @@ def _groups(layers: Mapping[int, LayerNull], schema: pa.Schema) -> Iterator[pa.T
         for curve in layers[layer].curves:
             for row in _rows(layer, curve):
                 rows.append(row)
-                numbers += sum(len(row[name]) for name in _ARRAYS if name in row)
+                numbers += sum(len(row[name]) for name in _ARRAYS if row.get(name) is not None)
             if numbers > GROUP_NUMBERS:
                 yield pa.Table.from_pylist(rows, schema=schema)
                 rows, numbers = [], 0
@@ -106,7 +118,9 @@ def to_bytes(layers: Mapping[int, LayerNull], n_experts: int | None) -> bytes:
         schema,
         compression="zstd",
         use_dictionary=False,
-        column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _ARRAYS},
+        column_encoding={
+            f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _ARRAYS if name in schema.names
+        },
         write_statistics=False,
     ) as writer:
         for group in _groups(layers, schema):
@@ -155,7 +169,7 @@ def _check_schema(file: pq.ParquetFile) -> int | None:
             f"a null model file of version {version[:20]!r}, this bhlog reads "
             f"{KDE_SCHEMA_VERSION}; read it with the bhlog that wrote it"
         )
-    if schema.remove_metadata() != KDE_SCHEMA:
+    if schema.remove_metadata() not in (KDE_SCHEMA, MATCHED_SCHEMA):
         difference = (
             schema_difference(schema, KDE_SCHEMA) or "its columns are in another order or kind"
         )
@@ -189,6 +203,8 @@ def _rows(layer: int, curve: NullCurve) -> Iterator[dict[str, Any]]:
         "x0": curve.x0,
         "dx": curve.dx,
         "tail": curve.tail,
+        "lfdr": curve.lfdr,
+        **(asdict(curve.central) if curve.central else {}),
         **(_histogram_columns(curve.histogram) if curve.histogram else {}),
     }
     for trim in sorted(curve.kept):
@@ -215,9 +231,10 @@ def _read_rows(file: pq.ParquetFile, size: int, checksum: Checksum) -> Iterator[
     """The rows, each list of numbers as an array; they are added to the checksum."""
     for table in read_tables(file, size, rows="curves"):
         checksum.add(table)
-        plain = table.drop_columns(list(_ARRAYS)).to_pylist()
+        known = [name for name in _ARRAYS if name in table.column_names]
+        plain = table.drop_columns(known).to_pylist()
         for i, row in enumerate(plain):
-            lists = {name: table[name][i] for name in _ARRAYS}
+            lists = {name: table[name][i] for name in known}
             arrays = {
                 name: values_of(values.values) if values.is_valid else None
                 for name, values in lists.items()
@@ -264,6 +281,10 @@ def _checked_curve(rows: list[dict[str, Any]]) -> NullCurve:
         rule=row["rule"],
         source=row["source"],
         kept=kept,
+        central=None
+        if row.get("pi0") is None
+        else Central(row["delta0"] or 0.0, row["sigma0"] or 0.0, row["pi0"]),
+        lfdr=row.get("lfdr"),
     )
 
 

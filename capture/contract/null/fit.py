@@ -10,6 +10,7 @@ from typing import Literal
 
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.bandwidth import check_bandwidth, choose_bandwidth
+from bhlog.capture.contract.null.central import central_curves
 from bhlog.capture.contract.null.curve import INSTEAD, KERNELS, NullCurve
 from bhlog.capture.contract.null.histogram import (
     Histogram,
@@ -17,12 +18,18 @@ from bhlog.capture.contract.null.histogram import (
     HistogramKey,
     PatternCounter,
 )
-from bhlog.capture.contract.null.kernel import MOST_GRID_POINTS, empirical_tail, kernel_tail
+from bhlog.capture.contract.null.kernel import (
+    MOST_GRID_POINTS,
+    conformal_tail,
+    empirical_tail,
+    kernel_tail,
+)
 from bhlog.capture.contract.null.layer import LayerNull
 from bhlog.capture.contract.null.trim import Trim
 
 Layers = Mapping[int, LayerNull]  # by decoder layer, as a KdeModel is
 
+UNSMOOTHED = ("none", "conformal")  # kernels without a bandwidth
 MOST_LAYER_POINTS = 1 << 22  # grid points of a layer's curves together: 32 MiB
 MOST_MODEL_POINTS = 1 << 26  # and of a model's: 512 MiB
 
@@ -32,8 +39,8 @@ class FitOptions:
     """How a null model is fitted.
 
     Attributes:
-        kernel: "gaussian", "epanechnikov", "tophat", "triangular", or "none" for the empirical
-            tail.
+        kernel: "gaussian", "epanechnikov", "tophat", "triangular", "none" for the empirical tail,
+            or "conformal" for (1 + #{logits >= x}) / (n + 1), which no logit is beyond.
         bandwidth: "scott", "silverman" (1.06 sd n^-1/5), "nrd0" (R's default, 0.9 of the smaller
             of sd and IQR / 1.34), "isj" (improved Sheather-Jones; silverman where it has no
             root), or a standard deviation of the kernel in logits.
@@ -41,6 +48,8 @@ class FitOptions:
             that the signal does not sit in its own null.
         null: "pooled" for one curve a layer, "expert" for one a layer and expert.
         keep: further trimming levels (low, high) whose histograms stay in the file for refits.
+        null_from: "kept" for the logits that trimming keeps, "central" for Efron's empirical null:
+            a normal curve matched to the centre of all of them, with which there is a local fdr.
     """
 
     kernel: str = "gaussian"
@@ -49,6 +58,7 @@ class FitOptions:
     trim_high: int = 0
     null: Literal["pooled", "expert"] = "pooled"
     keep: tuple[tuple[int, int], ...] = ()
+    null_from: Literal["kept", "central"] = "kept"
 
     def __post_init__(self) -> None:
         if self.kernel not in KERNELS:
@@ -60,6 +70,13 @@ class FitOptions:
             raise InvalidOption(
                 f"trim_low and trim_high must be at least 0, got {self.trim_low} and "
                 f"{self.trim_high}"
+            )
+        if self.null_from not in ("kept", "central"):
+            raise InvalidOption(f"null_from must be 'kept' or 'central', got {self.null_from!r}")
+        if self.null_from == "central" and (self.trim != Trim() or self.kernel in UNSMOOTHED):
+            raise InvalidOption(
+                "a central null is matched to the smoothed density of all logits: leave trimming "
+                f"out and take a kernel other than {' and '.join(UNSMOOTHED)}"
             )
 
     @property
@@ -134,12 +151,20 @@ def _fit_curve(
             f"{who} has no finite logit to fit from ({histogram.left_out:,} were left out) at "
             f"trim_low {options.trim_low}, trim_high {options.trim_high}"
         )
-    if options.kernel == "none":
+    central, lfdr = None, None
+    if options.kernel in UNSMOOTHED:
         bandwidth, rule = None, "none"
-        x0, dx, tail = empirical_tail(histogram)
+        fitted = empirical_tail if options.kernel == "none" else conformal_tail
+        x0, dx, tail = fitted(histogram)
     else:
         bandwidth, rule = choose_bandwidth(histogram, options.bandwidth)
         x0, dx, tail = kernel_tail(histogram, options.kernel, bandwidth, most_points)
+        if options.null_from == "central":
+            try:
+                central, x0, dx, tail, lfdr = central_curves(x0, dx, tail, most_points)
+            except InvalidOption as error:
+                who = f"layer {layer}" if expert is None else f"expert {expert} of layer {layer}"
+                raise InvalidOption(f"{who}: {error}") from error
     return NullCurve(
         expert=expert,
         n=histogram.n,
@@ -154,6 +179,8 @@ def _fit_curve(
         rule=rule,
         source=source,
         kept={trim: kept for trim, kept in sorted(levels.items()) if trim != options.trim},
+        central=central,
+        lfdr=lfdr,
     )
 
 
@@ -164,6 +191,7 @@ def refit(
     bandwidth: str | float | None = None,
     trim_low: int | None = None,
     trim_high: int | None = None,
+    null_from: str | None = None,
 ) -> dict[int, LayerNull]:
     """Fit again from the histograms in a model; no log is read. None keeps what the model has.
 
@@ -172,13 +200,14 @@ def refit(
         KdeMismatch: the model was imported, so it has no histograms.
     """
     options = options_of(model)
-    if bandwidth is None and options.kernel == "none" and kernel not in (None, "none"):
+    if bandwidth is None and options.kernel in UNSMOOTHED and kernel not in (None, *UNSMOOTHED):
         bandwidth = FitOptions().bandwidth
     changes = {
         "kernel": kernel,
         "bandwidth": bandwidth,
         "trim_low": trim_low,
         "trim_high": trim_high,
+        "null_from": null_from,
     }
     options = replace(options, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
     histograms = _histograms(model)
@@ -254,6 +283,7 @@ def options_of(model: Layers) -> FitOptions:
                 trim_low=curve.trim_low,
                 trim_high=curve.trim_high,
                 null="pooled" if curve.expert is None else "expert",
+                null_from="kept" if curve.central is None else "central",
             )
         )
     if len(found) > 1:
@@ -285,4 +315,5 @@ def _words(options: FitOptions) -> str:
     return (
         f"{options.kernel} kernel, {options.bandwidth} bandwidth, trim "
         f"{options.trim_low}:{options.trim_high}, {options.null}"
+        + (", from the centre" if options.null_from == "central" else "")
     )

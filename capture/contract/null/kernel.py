@@ -78,6 +78,26 @@ def empirical_tail(histogram: Histogram) -> tuple[float, float, NDArray[np.float
     return histogram.lo - BIN_WIDTH, BIN_WIDTH, above / above[0]
 
 
+def conformal_tail(histogram: Histogram) -> tuple[float, float, NDArray[np.float64]]:
+    """Conformal p-values of a sample: (1 + #{values >= x}) / (n + 1), never below 1 / (n + 1).
+
+    A value between two nodes counts as if it were at the upper one, and x as if it were at the
+    lower: to the safe side by less than two BIN_WIDTH. Values on nodes, as most of bfloat16, and x
+    on one are exact unless the node just below x is taken too.
+
+    Returns:
+        (x0, dx, tail), see kernel_tail; its last value is that of any x beyond the sample.
+
+    Reference:
+        Vovk, Gammerman and Shafer (2005), Algorithmic learning in a random world, section 2.2.
+    """
+    counts = np.concatenate([[0], histogram.counts])
+    at_least = counts.sum() - np.concatenate([[0, 0], np.cumsum(counts)])
+    n = histogram.n
+    tail = (1 + at_least / ONE_VALUE) / (n + 1)
+    return histogram.lo - BIN_WIDTH, BIN_WIDTH, np.minimum(tail, 1.0)
+
+
 def kernel_tail(
     histogram: Histogram, kernel: str, bandwidth: float, most_points: int = MOST_GRID_POINTS
 ) -> tuple[float, float, NDArray[np.float64]]:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bhlog.capture.contract.errors import CorruptKde, KdeMismatch
+from bhlog.capture.contract.named import Bh, By, Lfdr, Named
 from bhlog.capture.contract.null.curve import NullCurve
 from bhlog.capture.contract.rule import Decisions, decide, decide_by_expert
 
@@ -84,6 +85,29 @@ class LayerNull(Mapping[str, NDArray[np.float64]]):
             return self.curves[0].thresholds(alpha, n_experts)
         self.require(n_experts)
         return np.stack([c.thresholds(alpha, n_experts) for c in self.curves], axis=1)
+
+    def thresholds_of(self, policy: Named, n_experts: int) -> NDArray[np.float32]:
+        """Thresholds of a policy that tests by a null model: see `thresholds`; of a local fdr one
+        for all ranks, (E,).
+
+        Raises:
+            KdeMismatch: see `thresholds`; or for a local fdr, it is not a null matched to the
+                centre of the layer, pooled over experts.
+        """
+        if isinstance(policy, Lfdr):
+            if not self.pooled:
+                raise KdeMismatch(
+                    f"a local fdr needs one curve for all experts, layer {self.layer} has one each:"
+                    " bhlog kde fit RUN --null-from central --out FILE"
+                )
+            return np.full(n_experts, self.curves[0].lfdr_threshold(policy.x), np.float32)
+        assert isinstance(policy, Bh | By)
+        return self.thresholds(policy.level(n_experts), n_experts)
+
+    @property
+    def central(self) -> bool:
+        """Whether it has a local fdr."""
+        return self.pooled and self.curves[0].central is not None
 
     def __getitem__(self, key: str) -> NDArray[np.float64]:
         if not self.pooled:

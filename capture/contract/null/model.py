@@ -184,6 +184,7 @@ class KdeModel(Mapping[int, LayerNull]):
         bandwidth: str | float | None = None,
         trim_low: int | None = None,
         trim_high: int | None = None,
+        null_from: str | None = None,
     ) -> "KdeModel":
         """Fit again from the histograms in the model; no log is read. None keeps what it has.
 
@@ -192,7 +193,12 @@ class KdeModel(Mapping[int, LayerNull]):
             KdeMismatch: the model was imported, so it has no histograms.
         """
         layers = fit.refit(
-            self, kernel=kernel, bandwidth=bandwidth, trim_low=trim_low, trim_high=trim_high
+            self,
+            kernel=kernel,
+            bandwidth=bandwidth,
+            trim_low=trim_low,
+            trim_high=trim_high,
+            null_from=null_from,
         )
         return KdeModel(layers, self.n_experts)
 

@@ -13,6 +13,7 @@ from statsmodels.stats.multitest import multipletests
 from bhlog.analysis.replay.families.bh import Bh
 from bhlog.analysis.replay.families.by import By
 from bhlog.analysis.replay.families.higher_criticism import HigherCriticism, HigherCriticismPlus
+from bhlog.analysis.replay.families.lfdr import Lfdr
 from bhlog.analysis.replay.families.minp import MinP
 from bhlog.analysis.replay.families.storey import Storey
 from bhlog.analysis.replay.families.threshold import Threshold
@@ -20,8 +21,12 @@ from bhlog.analysis.replay.families.topk import TopK
 from bhlog.analysis.replay.families.topp import TopP
 from bhlog.analysis.replay.registry import families, parse_policy
 from bhlog.analysis.replay.rows import Rows
+from bhlog.capture.contract.errors import KdeMismatch
 from bhlog.capture.contract.null.curve import NullCurve
+from bhlog.capture.contract.null.fit import FitOptions, fit_histograms
+from bhlog.capture.contract.null.histogram import Histogram, HistogramKey
 from bhlog.capture.contract.null.layer import LayerNull
+from bhlog.capture.contract.null.trim import Trim
 from bhlog.capture.contract.rule import Bounds, empirical_p_values
 from tests.analysis.replay import slow
 from tests.synthetic import normal_null
@@ -230,6 +235,8 @@ def test_storey_never_takes_fewer_than_bh(tested, alpha, lambda_):
 def test_no_row_gets_fewer_experts_further_on(tested, positions):
     rows, _ = tested
     for name, kind in families().items():
+        if name == "lfdr":  # needs a central null
+            continue
         few, more = (
             parse_policy(name, open_value=True)
             .at(kind.value_at(position, rows.n_experts))
@@ -260,3 +267,21 @@ def test_higher_criticism_selects_nothing_without_an_excess_of_small_p(kind, p):
 def test_higher_criticism_takes_all_experts_whose_p_is_0():
     p = np.array([[0.0, 0.0, 0.0, 0.4]])
     assert HigherCriticism().decide(Rows(np.zeros((1, 4), np.float32), p=p)).n_rejected == [3]
+
+
+def test_lfdr_takes_every_logit_from_its_threshold_on():
+    x = np.random.default_rng(6).normal(size=(200, 16)).astype(np.float32)
+    x[:, :2] += np.float32(3)
+    x[0, :3] = np.nan, np.inf, -np.inf
+    histogram = Histogram.of(x)
+    layers = fit_histograms(
+        {HistogramKey(0, None, Trim()): histogram}, FitOptions(null_from="central"), source=["a"]
+    )
+    t = layers[0].curves[0].lfdr_threshold(0.3)
+    found = Lfdr(0.3).decide(Rows(x, layers[0]), Bounds(0))
+    assert np.isfinite(t) and found.n_rejected.sum() > 0
+    for row, n, chosen in zip(x, found.n_rejected, found.chosen, strict=True):
+        assert n == sum(bool(v >= t) for v in row if np.isfinite(v))
+        assert chosen.tolist() == [bool(np.isfinite(v) and v >= t) for v in row]
+    with pytest.raises(KdeMismatch, match="--null-from central"):
+        Lfdr(0.3).decide(Rows(x))

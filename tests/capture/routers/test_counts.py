@@ -153,7 +153,7 @@ def test_slots_are_no_more_than_a_policy_can_fill():
 @pytest.mark.parametrize(
     "given, error, words",
     [
-        ({"policy": "storey:0.3"}, InvalidOption, "no policy 'storey'.*bh, by, topk"),
+        ({"policy": "storey:0.3"}, InvalidOption, "no policy 'storey'.*bh, by, lfdr, topk"),
         ({"policy": "mnp:0.3"}, InvalidOption, "did you mean 'minp'"),
         ({"policy": "minp:0.3", "alpha": 0.1}, InvalidOption, "leave alpha out"),
         ({"policy": "minp:0.3", "kde": KDE}, InvalidOption, "minp:0.3 uses no null model"),

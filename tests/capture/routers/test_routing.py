@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bhlog.capture.contract.manifest import Routing
+from bhlog.capture.contract.named import Bh
 from bhlog.capture.contract.null.model import LayerNull, NullCurve
 from bhlog.capture.contract.rule import (
     BhOptions,
@@ -122,7 +123,7 @@ def test_pooled_null_agrees_bit_for_bit(case):
     logits = make_logits(rng, case["T"], case["E"], case["kind"], case["dtype"])
     null = LayerNull(0, (curve(rng, None, steps=case["T"] % 2 == 0),))
     min_k, max_k = bounds(case)
-    order, n_rejected = TorchNull(null, case["alpha"], case["E"]).order(finite_keys(logits))
+    order, n_rejected = TorchNull(null, Bh(case["alpha"]), case["E"]).order(finite_keys(logits))
     thresholds = null.thresholds(case["alpha"], case["E"])
     slow = decide(logits.float().numpy(), thresholds, min_k=min_k, max_k=max_k)
     agree(choice_of(logits, order, n_rejected, min_k, max_k), slow, logits)
@@ -137,7 +138,7 @@ def test_null_per_expert_agrees_bit_for_bit(case):
         0, tuple(curve(rng, expert, steps=expert % 2 == 0) for expert in range(case["E"]))
     )
     min_k, max_k = bounds(case)
-    order, n_rejected = TorchNull(null, case["alpha"], case["E"]).order(finite_keys(logits))
+    order, n_rejected = TorchNull(null, Bh(case["alpha"]), case["E"]).order(finite_keys(logits))
     wide = logits.float().numpy()
     slow = decide_by_expert(
         wide,
@@ -186,7 +187,7 @@ def test_large_batches_of_many_widths_agree(E, dtype):
     logits = make_logits(rng, 1000, E, "nonfinite", dtype)
     null = LayerNull(0, (curve(rng, None, steps=False),))
     for alpha in (0.01, 0.3):
-        order, n_rejected = TorchNull(null, alpha, E).order(finite_keys(logits))
+        order, n_rejected = TorchNull(null, Bh(alpha), E).order(finite_keys(logits))
         slow = decide(logits.float().numpy(), null.thresholds(alpha, E), min_k=1, max_k=E)
         agree(choice_of(logits, order, n_rejected, 1, E), slow, logits)
 
@@ -201,7 +202,7 @@ def test_weights_are_those_of_the_rule(case, renormalize, temperature):
     min_k, max_k = bounds(case)
     slow = decide(wide, null.thresholds(0.3, case["E"]), min_k=min_k, max_k=max_k)
     keys = finite_keys(logits)
-    order, n_rejected = TorchNull(null, 0.3, case["E"]).order(keys)
+    order, n_rejected = TorchNull(null, Bh(0.3), case["E"]).order(keys)
     choice = select(
         keys,
         order,
@@ -249,7 +250,7 @@ def test_unused_slots_hold_experts_that_were_not_chosen():
     logits[::3] = torch.nan
     keys = finite_keys(logits)
     null = LayerNull(0, (curve(np.random.default_rng(0), None, steps=False),))
-    choice = choice_of(logits, *TorchNull(null, 0.3, 16).order(keys), 1, 9, top_k=4)
+    choice = choice_of(logits, *TorchNull(null, Bh(0.3), 16).order(keys), 1, 9, top_k=4)
     assert all(len(set(row)) == 9 for row in choice.experts.tolist())
 
 

@@ -159,7 +159,11 @@ values_lists = arrays(np.float32, st.integers(1, 40), elements=st.floats(-30, 30
 
 
 @settings(deadline=None, max_examples=40)
-@given(values_lists, st.sampled_from(KERNELS), st.sampled_from(["scott", "silverman", 0.05, 0.5]))
+@given(
+    values_lists,
+    st.sampled_from([k for k in KERNELS if k != "conformal"]),
+    st.sampled_from(["scott", "silverman", 0.05, 0.5]),
+)
 def test_tails_fall_from_1_to_0_whatever_the_values(values, kernel, bandwidth):
     model = fit_values(values, FitOptions(kernel=kernel, bandwidth=bandwidth))
     curve = model[0].curves[0]
