@@ -233,6 +233,57 @@ def test_a_wrong_argument_gets_one_line(plain, call, line):
     assert line in str(error.value) and "\n" not in str(error.value)
 
 
+LIMITS = {  # an alpha's eighth, of 8 experts, is a float64 above 0
+    "alpha": ("bh_count(logits, 0, {}::DOUBLE)", ("1e-322", "0.5", "0.9999999999999999"),
+              ("5e-324", "0", "-5e-324", "1", "1.0000000000000002", "'nan'", "'inf'")),
+    "alpha of bh_experts": ("bh_experts(logits, 0, {}::DOUBLE)", ("1e-322", "0.9999999999999999"),
+                            ("5e-324", "0", "1", "'nan'")),
+    "min_k": ("bh_count(logits, 0, 0.1, {}, 8)", ("0", "1", "7", "8"), ("-1", "9", "2147483648")),
+    "max_k": ("bh_experts(logits, 0, 0.1, 1, {})", ("1", "2", "7", "8"), ("-1", "0", "9")),
+    "max_k below min_k": ("bh_count(logits, 0, 0.1, 3, {})", ("3", "4"), ("2",)),
+    "layer of the rule": ("bh_count(logits, {}, 0.1)", ("0", "1", "2"), ("-1", "3", "65536")),
+    "layer of p_values": ("p_values(logits, {})", ("0", "2"), ("-1", "3", "2147483648")),
+    "layer of p_value": ("p_value(1.0, {})", ("0", "2"), ("-1", "3")),
+    "an expert that is shared": ("n_shared([{}], [1])", ("0", "65535"), ("-1", "65536")),
+    "a logit over a temperature": ("softmax([{}::FLOAT, 0], 0.5)", ("1.7e38", "-1.7e38"),
+                                   ("1.8e38", "-1.8e38")),
+    "a float32 logit": ("softmax([{}::DOUBLE, 0])", ("3.4e38", "'-inf'", "'nan'"), ("3.5e38",)),
+}  # fmt: skip
+BY_EXPERT = {
+    "expert": ("p_value(1.0, 0, {})", ("0", "1", "14", "15"), ("-1", "16", "NULL")),
+    "experts of the rule": ("bh_count(list_resize([1]::FLOAT[], {}, 0), 0, 0.1)", ("16",),
+                            ("1", "15", "17")),
+    "experts of p_values": ("p_values(list_resize([1]::FLOAT[], {}, 0), 0)", ("16",),
+                            ("15", "17")),
+}  # fmt: skip
+
+
+def accepted(database, call, value):
+    """Whether a function takes a value; if not, it says why in a line."""
+    try:
+        list(database.batches(f"SELECT {call.format(value)} FROM routing")[1])
+    except RouterLogError as error:
+        assert str(error).isprintable()
+        return False
+    return True
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_each_limit_is_where_it_is_said_to_be(plain, limit):
+    call, inside, outside = LIMITS[limit]
+    assert [accepted(plain[0], call, value) for value in inside] == [True] * len(inside)
+    assert [accepted(plain[0], call, value) for value in outside] == [False] * len(outside)
+
+
+@pytest.mark.parametrize("limit", BY_EXPERT)
+def test_limits_under_a_null_per_expert(run, database, limit):
+    if open_log(run).kde.pooled:
+        pytest.skip("one null for all experts")
+    call, inside, outside = BY_EXPERT[limit]
+    assert [accepted(database, call, value) for value in inside] == [True] * len(inside)
+    assert [accepted(database, call, value) for value in outside] == [False] * len(outside)
+
+
 def test_a_run_without_a_null_model_says_so_and_takes_one(tmp_path):
     write_run(tmp_path / "demo", n_experts=8, top_k=2, n_sequences=2, length=4, n_shards=1)
     query = "SELECT bh_count(logits, layer, 0.1) FROM routing"
