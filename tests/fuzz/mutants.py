@@ -46,6 +46,8 @@ def mutate(root: Path, format: str, seed: int) -> Mutant:
     structured = {".json": _json, ".parquet": _parquet}.get(path.suffix)
     if structured is not None and rng.random() < 0.5:
         words, resealed = structured(rng, path)
+        if rng.random() < 0.25:  # pages without checksums, footers that are sealed all the same
+            words += "; " + _bytes(rng, path, files)
     else:
         words, resealed = _bytes(rng, path, files), rng.random() < 0.4
     if resealed and format not in ("null", "profile", "pickle", "manifest"):
