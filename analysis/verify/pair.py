@@ -1,6 +1,7 @@
 """Pair: a routing shard beside its tokens shard, checked row by row."""
 
 import threading
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 from bhlog.analysis.fold import Progress
 from bhlog.analysis.log import Log
 from bhlog.analysis.verify.decided import expert_problems, padded_experts
+from bhlog.analysis.verify.statistics import statistics_problem
 from bhlog.analysis.verify.token_rows import Identity, identity_of
 from bhlog.analysis.verify.weighed import loss_remark, unlike_the_formula
 from bhlog.capture.contract.arrays import values_of
@@ -61,8 +63,13 @@ class Pair:
             self._check_routing(tokens, progress, stopped)
 
     def _check_tokens(self) -> Identity:
-        self._check_schema(self.log.open_shard("tokens", self.name), tokens_schema())
-        table = self.log.read_tokens(self.name)
+        shard = self.log.open_shard("tokens", self.name)
+        self._check_schema(shard, tokens_schema())
+        table, start = self.log.read_tokens(self.name), 0
+        for index in range(shard.metadata.num_row_groups):
+            group = shard.metadata.row_group(index)
+            self._check_statistics("tokens", group, table.slice(start, group.num_rows))
+            start += group.num_rows
         identity = identity_of(table)
         self.tokens = table.num_rows
         self.digest = identity.digest() if table.num_rows else None
@@ -98,6 +105,8 @@ class Pair:
                 if stopped.is_set():
                     return
                 batch = self.log.read(group, routing_schema(1).names, shard=shard)
+                metadata = shard.metadata.row_group(group.index)
+                self._check_statistics(f"layer {layer}", metadata, batch)
                 part = identity_of(batch)
                 parts.append(part)
                 self._check_identity(f"layer {layer}", batch, part)
@@ -135,6 +144,12 @@ class Pair:
         if version != str(expected_version):
             detail = f"schema version {version}, expected {expected_version}"
             self.problems.append(("shards", detail))
+
+    def _check_statistics(self, where: str, group: Any, rows: pa.RecordBatch | pa.Table) -> None:
+        """The statistics of a row group are of its rows."""
+        problem = statistics_problem(group, rows)
+        if problem is not None:
+            self._row_error(f"{where}: by its footer, {problem} in its rows")
 
     def _check_identity(
         self, where: str, table: pa.Table | pa.RecordBatch, identity: Identity

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -44,7 +45,9 @@ def mutate(root: Path, format: str, seed: int) -> Mutant:
     files = sorted(path for pattern in FORMATS[format] for path in root.glob(pattern))
     path = rng.choice(files)
     structured = {".json": _json, ".parquet": _parquet}.get(path.suffix)
-    if structured is not None and rng.random() < 0.5:
+    if path.suffix == ".parquet" and rng.random() < 0.1:
+        words, resealed = _statistics(rng, path), True
+    elif structured is not None and rng.random() < 0.5:
         words, resealed = structured(rng, path)
         if rng.random() < 0.25:  # pages without checksums, footers that are sealed all the same
             words += "; " + _bytes(rng, path, files)
@@ -144,6 +147,17 @@ BYTES: tuple[Callable[..., Any], ...] = (
     *(flip, flip, flip, overwrite, overwrite, number, number, footer_length, truncate),
     *(insert, delete, zero, swap, duplicate, splice),
 )
+
+
+def _statistics(rng: random.Random, path: Path) -> str:
+    """Another smallest or largest value in the footer: four bytes after their number, 4."""
+    data = bytearray(path.read_bytes())
+    footer = max(0, len(data) - 8 - int.from_bytes(data[-8:-4], "little"))
+    found = [m.start() for m in re.finditer(rb"\x04.\0\0\0", data, re.DOTALL) if m.start() > footer]
+    for at in rng.sample(found, min(len(found), rng.choice((1, 2, 8)))):
+        data[at + 1] = rng.choice((0, 1, 2, 3, 5, 11, 200, data[at + 1] + 1 & 255))
+    path.write_bytes(data)
+    return "statistics"
 
 
 def _json(rng: random.Random, path: Path) -> tuple[str, bool]:

@@ -97,6 +97,10 @@ def asked(query: str) -> Callable[[Path], Any]:
 sql = asked(
     "SELECT layer, sequence, position, logits, experts, n_selected, rank FROM routing ORDER BY ALL"
 )
+sql_where = asked(  # row groups are skipped by their statistics
+    "SELECT layer, sequence, position FROM routing "
+    "WHERE layer = 2 AND position < 3 AND sequence > 0 ORDER BY ALL"
+)
 sql_tokens = asked(f"SELECT {', '.join(TOKENS)} FROM tokens")
 sql_replays = asked(
     "SELECT layer, sequence, position, experts, n_selected FROM replays ORDER BY ALL"
@@ -116,6 +120,9 @@ def verify(root: Path) -> Any:
             raise Missed(f"verify found nothing, but {ask.__name__}: {error}") from error
         except RouterLogError:
             pass
+    found, right = canonical(sql_where(root)), canonical(plain_where(root))
+    if found != right:
+        raise Missed(f"verify found nothing, but SQL answers {found}, not {right}")
     return "ok"
 
 
@@ -182,6 +189,11 @@ def _as_duckdb(row: Any) -> Any:
     if isinstance(row, list | tuple):
         return [_as_duckdb(item) for item in row]
     return (math.isnan(row), 0.0 if math.isnan(row) else row)
+
+
+def plain_where(root: Path) -> Any:
+    rows = _rows(_routing(root, ["layer", "sequence", "position"]))
+    return sorted(row for row in rows if row[0] == 2 and row[1] > 0 and row[2] < 3)
 
 
 def plain_tokens(root: Path) -> Any:
