@@ -75,6 +75,7 @@ def route(
     temperature: float = 1.0,
     renormalize: Renormalize = "model",
     p_values: Literal["kde", "empirical"] = "kde",
+    centre: Literal["none", "median"] = "none",
     options: WriterOptions | None = None,
     fit_kde: KdeFit | str | Path | None = None,
     pad_token_id: int | None = None,
@@ -88,7 +89,7 @@ def route(
         policy: such as "minp:0.2" or "topk:4", of a family of capture.contract.named.ROUTED; its
             own bounds, as in "bh:0.3,max_k=16", go before min_k and max_k. None is BH at alpha.
         alpha: of BH; 0.05 where neither it nor a policy is given.
-        min_k, max_k, temperature, renormalize, p_values: see BhOptions.
+        min_k, max_k, temperature, renormalize, p_values, centre: see BhOptions.
         kde: the null model or its file, where the policy tests p-values.
         options: how the run is written.
         fit_kde, pad_token_id, allow_missing_layers: see observe.
@@ -108,6 +109,7 @@ def route(
             temperature=temperature,
             renormalize=renormalize,
             p_values=p_values,
+            centre=centre,
         )
     )
     patcher = RouterPatcher(model, allow_missing_layers=allow_missing_layers)

@@ -62,6 +62,13 @@ def kde() -> None:
     help="One curve a layer, or one a layer and expert.",
 )
 @click.option(
+    "--centre",
+    type=click.Choice(("none", "median")),
+    default="none",
+    show_default=True,
+    help="Of logits less their row's median, which a shift of the row leaves alone.",
+)
+@click.option(
     "--keep-trim",
     type=read_trim,
     multiple=True,
@@ -76,6 +83,7 @@ def fit_(
     out: str,
     fit: dict[str, Any],
     null: Any,
+    centre: Any,
     keep_trim: tuple[tuple[int, int], ...],
     scope: "Scope",
     output: Output,
@@ -83,7 +91,7 @@ def fit_(
     """Fit a null model from the logits of one run or several, in one pass."""
     from bhlog.capture.contract.null.fit import FitOptions
 
-    options = FitOptions(**fit, null=null, keep=keep_trim)
+    options = FitOptions(**fit, null=null, keep=keep_trim, centre=centre)
     first, *others = (open_run(run) for run in runs)
     total = sum(group.rows for log in (first, *others) for group in log.row_groups(scope.layers))
     with progress_bar("fitting", total) as advance:

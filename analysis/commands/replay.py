@@ -62,6 +62,11 @@ SHORT = (
 @kde_option
 @bounds_options()
 @scope_options
+@click.option(
+    "--centre",
+    type=click.Choice(("none", "median")),
+    help="Of which logits the null model must be (default: whichever it is).",
+)
 @click.option("--temperature", type=float, help="Of the weights (default: as in the run, or 1).")
 @click.option(
     "--renormalize",
@@ -84,6 +89,7 @@ def replay(
     kde: str | None,
     bounds: "Bounds",
     scope: "Scope",
+    centre: str | None,
     temperature: float | None,
     renormalize: str | None,
     all_columns: bool,
@@ -97,9 +103,12 @@ def replay(
     from bhlog.analysis.replay.comparison import replay as replay_log
     from bhlog.analysis.replay.decisions import write_decisions
     from bhlog.analysis.replay.settings import bounds_words, settings_of
-    from bhlog.capture.contract.rule import RENORMALIZE
+    from bhlog.capture.contract.rule import RENORMALIZE, require_centre
 
     log, null = open_run(run), null_named(kde)
+    known = null or log.kde
+    if centre is not None and known is not None:
+        require_centre(centre, known.centre)
     settings = settings_of(
         log,
         alphas,

@@ -172,7 +172,8 @@ def _n_selected(nulls: Nulls, rule: _Rule, logits: NDArray[np.float32]) -> NDArr
     thresholds = nulls.thresholds(rule.run, rule.layer, rule.alpha, E)
     if thresholds.ndim == 2:
         return _decisions(nulls, rule, logits).n_selected
-    return Rows(logits).step_up(thresholds, low, high)[1]
+    null = nulls.of(rule.run)[rule.layer]
+    return Rows(logits, null).step_up(thresholds, low, high)[1]
 
 
 def _bh_experts(
@@ -220,6 +221,7 @@ def _p_value(
         kde = nulls.of(name)
         kde.require((i,))
         known[rows] = True
+        kde[i].tested(values[rows])  # a lone logit has no median
         if kde[i].pooled:
             p[rows] = kde[i].curves[0].p_value(values[rows])
             continue

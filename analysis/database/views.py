@@ -226,7 +226,7 @@ def _kde_table(runs: Mapping[str, Log], kde: KdeModel | None) -> pa.Table:
     for name, log in runs.items():
         model = kde or log.kde
         if model is not None:
-            rows = model.to_table()
+            rows = model.to_table().select(KDE_SCHEMA.names)
             tables.append(rows.add_column(0, "run", pa.array([name] * len(rows), pa.string())))
     return pa.concat_tables(tables)
 

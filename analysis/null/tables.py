@@ -53,6 +53,8 @@ def curves_frame(
             "grid_points": len(curve.tail),
             "dx": curve.dx,
         }
+        if model.centre != "none":
+            row["centre"] = curve.centre
         if any(c.central for _, c in model.curves):
             found = curve.central
             row |= asdict(found) if found else dict.fromkeys(("delta0", "sigma0", "pi0"))

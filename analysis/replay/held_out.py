@@ -19,12 +19,13 @@ from bhlog.capture.contract.rule import OPEN, Bounds
 
 
 def kinds_of_null(top_k: int) -> dict[str, FitOptions]:
-    """Fits of a null model that are tried, by name: of all logits, without each row's top_k, or
-    matched to their centre."""
+    """Fits of a null model that are tried, by name: of all logits, without each row's top_k,
+    matched to their centre, or less their row's median."""
     return {
         "whole": FitOptions(),
         "trimmed": FitOptions(trim_high=top_k),
         "central": FitOptions(null_from="central"),
+        "centred": FitOptions(trim_high=top_k, centre="median"),
         "by expert": FitOptions(trim_high=top_k, null="expert"),
     }
 

@@ -81,6 +81,11 @@ class Rows:
         return finite_keys(self.logits)
 
     @cached_property
+    def tested(self) -> NDArray[np.float32]:
+        """(T, E): what the null's thresholds are held against: logits, or centred ones."""
+        return self.logits if self.null is None else self.null.tested(self.logits)
+
+    @cached_property
     def rising(self) -> NDArray[np.float32]:
         """(T, E): keys, each row rising."""
         return np.sort(self.keys, axis=1)
@@ -158,7 +163,7 @@ class Rows:
         undecided = np.empty(len(self), dtype=np.bool_)
         self.cuts = np.empty(len(self), dtype=np.int32)
         step_up(
-            self.logits,
+            self.tested,
             threshold_places(thresholds),
             min_k,
             max_k,

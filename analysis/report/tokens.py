@@ -19,7 +19,7 @@ from bhlog.analysis.vocabulary import Vocabulary
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.null.model import KdeModel
-from bhlog.capture.contract.rule import BhOptions, decide
+from bhlog.capture.contract.rule import BhOptions
 
 RANKS = 10  # shown of a token's step-up
 MOST_STEPS = 32_000  # of (token, layer, rank) on the page
@@ -123,13 +123,13 @@ def _piece(run: Log, vocabulary: Vocabulary, kde: KdeModel, options: BhOptions) 
     for group in run.groups_of(name, shard):
         batch = run.read(group, ["layer", "position", "logits"], where, shard=shard)
         if batch.num_rows:
-            curve = kde[group.layer].curves[0]
-            thresholds = curve.thresholds(options.alpha, run.n_experts)
+            null = kde[group.layer]
+            thresholds = null.curves[0].thresholds(options.alpha, run.n_experts)
             logits = logits_of(batch)
-            decided = decide(logits, thresholds, min_k=low, max_k=run.n_experts)
+            decided = null.decide(logits, thresholds, min_k=low, max_k=run.n_experts)
             n_selected = np.minimum(decided.n_selected, high)  # ranks beyond it are shown too
             first = decided.order[:, :RANKS].astype(np.int64)
-            p = curve.p_value(np.take_along_axis(logits, first, axis=1))
+            p = np.take_along_axis(null.curves[0].p_value(null.tested(logits)), first, axis=1)
             rows = zip(values_of(batch.column("position")).tolist(), n_selected.tolist(),
                        first.tolist(), p.tolist(), strict=True)  # fmt: skip
             seen.setdefault(group.layer, []).extend(

@@ -149,9 +149,9 @@ class LayerCounts:
             self._hand_over()
         if self._table is None or self._table[0] != layer:
             self._table = layer, self._tables[layer]
-        self._own[layer] = self._table[1].count(
-            logits_of(batch), weigh=self._kept, into=self._own.get(layer)
-        )
+        tested = self._tables.model[layer].tested(logits_of(batch))
+        into = self._own.get(layer)
+        self._own[layer] = self._table[1].count(tested, weigh=self._kept, into=into)
 
     def merge(self, other: Self) -> None:
         for layer, counted in other._own.items():

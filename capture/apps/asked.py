@@ -64,6 +64,7 @@ class Rule:
     max_k: int | None
     temperature: float
     renormalize: str
+    centre: str
 
     def routing(self, *, resumed: "Place | None") -> "tuple[Routing, KdeModel | None]":
         """The rule and its null model.
@@ -91,6 +92,7 @@ class Rule:
             temperature=self.temperature,
             renormalize=RENORMALIZE[self.renormalize],
             p_values="empirical" if self.empirical else "kde",
+            centre=self.centre,
         )
         kde = self.kde
         tests = options.named.tests
@@ -244,6 +246,13 @@ rule_options = bundle(
         default="model",
         show_default=True,
         help="Make weights sum to 1: as the model does with its own, always, never.",
+    ),
+    click.option(
+        "--centre",
+        type=click.Choice(["none", "median"]),
+        default="none",
+        show_default=True,
+        help="Test logits less their row's median, by a null model of such logits.",
     ),
 )
 pace_options = bundle(

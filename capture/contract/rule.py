@@ -18,6 +18,7 @@ from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.named import ROUTED, Bh, By, Lfdr, Named, parse
 
 Renormalize = bool | Literal["model"]
+CENTRED = {"none": "as they are", "median": "less their row's median"}
 RENORMALIZE: dict[str, Renormalize] = {"model": "model", "yes": True, "no": False}  # as options
 
 
@@ -35,6 +36,7 @@ class BhOptions:
             False keeps the softmax over all experts.
         p_values: "kde" takes them from a null model, "empirical" from the forward at hand.
         policy: the rule in place of BH at alpha, such as "minp:0.2"; see `named`.
+        centre: "median" tests logits less their row's median, under a null model of such logits.
     """
 
     alpha: float = 0.05
@@ -44,6 +46,7 @@ class BhOptions:
     renormalize: Renormalize = "model"
     p_values: Literal["kde", "empirical"] = "kde"
     policy: str | None = None
+    centre: Literal["none", "median"] = "none"
 
     @classmethod
     def of(cls, policy: str | Named, **options: Any) -> "BhOptions":
@@ -70,6 +73,10 @@ class BhOptions:
             )
         if self.p_values not in ("kde", "empirical"):
             raise InvalidOption(f"p_values must be 'kde' or 'empirical', got {self.p_values!r}")
+        if self.centre not in ("none", "median"):
+            raise InvalidOption(f"centre must be 'none' or 'median', got {self.centre!r}")
+        if self.centre != "none" and (not self.named.tests or self.p_values == "empirical"):
+            raise InvalidOption("only logits that a null model tests are centred: leave centre out")
         if not self.named.tests and self.p_values == "empirical":
             raise InvalidOption(f"{self.policy} tests no p-values: leave empirical p-values out")
         if isinstance(self.named, Lfdr) and self.p_values == "empirical":
@@ -83,7 +90,7 @@ class BhOptions:
     @property
     def tested_alpha(self) -> float | None:
         """The level of p-values, None where the policy tests none."""
-        return float(self.named.value) if self.named.tests else None
+        return float(self.named.value) if isinstance(self.named, Bh | By) else None
 
     def level(self, n_experts: int) -> float:
         """The alpha of BH that decides as the policy does, alpha itself where it tests none."""
@@ -117,6 +124,9 @@ class BhOptions:
                 "BH routing needs a null model: name its file (--kde, or kde= in Python), fit one "
                 "with bhlog kde fit RUN --out FILE, or ask for empirical p-values"
             )
+        centre = getattr(kde, "centre", None)  # a path has none yet
+        if centre is not None:
+            require_centre(self.centre, centre)
 
     def renormalizes(self, norm_topk_prob: bool) -> bool:
         """Whether weights are made to sum to 1, for a model with that norm_topk_prob."""
@@ -125,6 +135,16 @@ class BhOptions:
     def to_json(self) -> dict[str, Any]:
         """Plain values, as run.json keeps them."""
         return asdict(self)
+
+
+def require_centre(asked: str, centre: str) -> None:
+    """Raise KdeMismatch if a null model is of another kind of logits than asked for."""
+    if asked != centre:
+        raise KdeMismatch(
+            f"the null model is of logits {CENTRED[centre]}, asked for are logits "
+            f"{CENTRED[asked]}: say --centre {centre}, or fit one with bhlog kde fit RUN "
+            f"--centre {asked} --out FILE"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +219,12 @@ def count_rejected_by_expert(
 
 
 def decide(
-    logits: NDArray[np.float32], thresholds: NDArray[np.float32], *, min_k: int, max_k: int
+    logits: NDArray[np.float32],
+    thresholds: NDArray[np.float32],
+    *,
+    min_k: int,
+    max_k: int,
+    tested: NDArray[np.float32] | None = None,
 ) -> Decisions:
     """Choose each row's experts under a null model pooled over experts.
 
@@ -210,13 +235,15 @@ def decide(
         logits: (T, E) float32, router logits.
         thresholds: (E,) float32, t_1..t_E of the row's layer; see KdeModel.thresholds.
         min_k, max_k: bounds on experts per row, applied after the rule.
+        tested: what is held against the thresholds; None: the logits. Centred ones fall as they do.
 
     Reference:
         Benjamini and Hochberg (1995), J. R. Stat. Soc. B 57(1), eq. (1).
     """
     keys = finite_keys(logits)
     order = np.argsort(-keys, axis=1, kind="stable")  # ties: the lower expert first
-    n_rejected = count_rejected(np.take_along_axis(keys, order, axis=1), thresholds)
+    held = keys if tested is None else finite_keys(tested)
+    n_rejected = count_rejected(np.take_along_axis(held, order, axis=1), thresholds)
     return _bounded(order, n_rejected, keys, min_k, max_k)
 
 
@@ -227,6 +254,7 @@ def decide_by_expert(
     *,
     min_k: int,
     max_k: int,
+    tested: NDArray[np.float32] | None = None,
 ) -> Decisions:
     """Choose each row's experts when every expert has a null of its own.
 
@@ -238,9 +266,11 @@ def decide_by_expert(
         thresholds: (E, E) float32, t_{k,i}: rank k along the first axis, expert i along the second.
         p: (T, E) float64, p-values of the logits, each under its expert's null.
         min_k, max_k: bounds on experts per row.
+        tested: as in `decide`.
     """
     keys = finite_keys(logits)
-    n_rejected = count_rejected_by_expert(keys, thresholds)
+    held = keys if tested is None else finite_keys(tested)
+    n_rejected = count_rejected_by_expert(held, thresholds)
     return _bounded(p_value_order(keys, p), n_rejected, keys, min_k, max_k)
 
 

@@ -44,6 +44,7 @@ def selection_kernel(  # type: ignore[no-untyped-def]
     OVER_CHOSEN: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     SKIP: tl.constexpr,
+    CENTRE: tl.constexpr,
     LANES: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -60,7 +61,12 @@ def selection_kernel(  # type: ignore[no-untyped-def]
         tied = (theirs[None, :] == key[:, None]) & (other[None, :] < expert[:, None])
         before = (larger | tied) & (other[None, :] < n_experts)
         rank += tl.sum(before.to(tl.int32), axis=1)
-    passes = inside & (key >= tl.load(thresholds + rank, mask=inside, other=float("inf")))
+    tested = key
+    if CENTRE:  # less the lower median of the finite logits, as capture.contract.null.centre
+        n_finite = tl.sum((inside & (key > float("-inf"))).to(tl.int32), axis=0)
+        middle = inside & (rank == n_finite // 2) & (key > float("-inf"))
+        tested = tl.minimum(key - tl.sum(tl.where(middle, key, 0.0), axis=0), 3.4028234663852886e38)
+    passes = inside & (tested >= tl.load(thresholds + rank, mask=inside, other=float("inf")))
     rejected = tl.max(tl.where(passes, rank + 1, 0), axis=0)
     selected = tl.minimum(tl.maximum(rejected, min_k), max_k)
     chosen = inside & (rank < selected)
@@ -114,6 +120,7 @@ def select_rows(
     eps: float,
     floor: float,
     scale: float,
+    centre: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Route rows of logits by BH.
 
@@ -126,6 +133,7 @@ def select_rows(
         sigmoid: whether scores are sigmoids; else a softmax over all experts.
         temperature: divides the logits for their scores.
         renormalize, over_chosen, eps, floor, scale: see bhlog.capture.routers.routing.Weighing.
+        centre: whether logits less their row's median are held against the thresholds.
 
     Returns:
         (T, K) experts and weights in the dtypes of the router's own, (T,) int32 n_selected and
@@ -150,6 +158,7 @@ def select_rows_in_graph(
     eps: float,
     floor: float,
     scale: float,
+    centre: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`select_rows` as an operator, for graphs of torch.compile."""
     return _launch(wrap_triton(selection_kernel), **locals())
@@ -171,6 +180,7 @@ def _launch(
     eps: float,
     floor: float,
     scale: float,
+    centre: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (T, E), own = logits.shape, own_experts.shape[1]
     K = min(E, max(max_k, own))
@@ -200,6 +210,7 @@ def _launch(
         OVER_CHOSEN=over_chosen,
         RENORMALIZE=renormalize,
         SKIP=skip,
+        CENTRE=centre,
         LANES=lanes,
         CHUNK=min(lanes, 32),
         num_warps=max(1, min(4, lanes // 64)),

@@ -83,13 +83,23 @@ class TorchNull:
         thresholds, curves = self._at(keys.device)
         if self._null.pooled:
             sorted_keys, order = keys.sort(dim=-1, descending=True, stable=True)
-            return order, _last_rank(sorted_keys >= thresholds)
+            return order, _last_rank(self._tested(sorted_keys) >= thresholds)
+        tested = self._tested(keys)
         # the smallest rank whose threshold the expert reaches, E if none
-        reached = torch.searchsorted(-thresholds.T.contiguous(), -keys.T.contiguous()).T
+        reached = torch.searchsorted(-thresholds.T.contiguous(), -tested.T.contiguous()).T
         ranks = torch.arange(keys.shape[1], device=keys.device)
         n_reached = (reached[:, :, None] <= ranks).sum(dim=1)  # (T, E)
-        p = torch.stack([_p_value(keys[:, i], *curve) for i, curve in enumerate(curves)], dim=1)
+        p = torch.stack([_p_value(tested[:, i], *curve) for i, curve in enumerate(curves)], dim=1)
         return p_value_order(keys, p), _last_rank(n_reached >= ranks + 1)
+
+    def _tested(self, keys: Tensor) -> Tensor:
+        """LayerNull.tested in torch."""
+        return centred(keys) if self.centre else keys
+
+    @property
+    def centre(self) -> bool:
+        """Whether logits less their row's median are tested."""
+        return self._null.centre == "median"
 
     @property
     def pooled(self) -> bool:
@@ -117,6 +127,15 @@ class TorchNull:
 def finite_keys(logits: Tensor) -> Tensor:
     """(T, E) float32 logits with NaN and infinities replaced by -inf, so that they rank last."""
     return logits.detach().float().nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+
+
+def centred(keys: Tensor) -> Tensor:
+    """(T, E) float32 keys less their row's median; see bhlog.capture.contract.null.centre."""
+    n_finite = keys.isfinite().sum(dim=-1, keepdim=True)
+    falling = keys.sort(dim=-1, descending=True).values
+    median = falling.gather(1, (n_finite // 2).clamp(max=keys.shape[1] - 1))
+    median = torch.where(n_finite > 0, median, 0.0)
+    return (keys - median).clamp(max=torch.finfo(torch.float32).max)
 
 
 def empirical_order(keys: Tensor, alpha: float, keep: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -163,6 +163,7 @@ class Steering:
             self.weighing.eps,
             self.weighing.floor,
             self.weighing.scale,
+            self.null is not None and self.null.centre,
         )
         return Choice(*chosen, decided=None)
 

@@ -120,6 +120,33 @@ def test_the_kernel_selects_as_the_torch_code_bit_for_bit(dtype, n_experts, in_g
             )
 
 
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_experts", [2, 8, 60, 64, 256])
+def test_the_kernel_centres_as_the_torch_code_bit_for_bit(dtype, n_experts, in_graph):
+    found = kernels()
+    assert found is not None
+    rows = found.select_rows_in_graph if in_graph else found.select_rows
+    torch.manual_seed(n_experts)
+    shift = torch.randn(2000, 1, device="cuda") * 3
+    logits = (torch.randn(2000, n_experts, device="cuda") + shift).to(dtype)
+    logits[:4] = torch.tensor([[torch.nan], [torch.inf], [-torch.inf], [0.0]])
+    logits[4, 0], logits[4, 1:] = 3e38, -3e38
+    logits[5:200][torch.rand(195, n_experts, device="cuda") < 0.3] = torch.nan
+    keys = finite_keys(logits)
+    own_weights, own = keys.softmax(dim=-1).nan_to_num(nan=0.0).topk(min(8, n_experts), dim=-1)
+    (curve,) = normal_null(0, mean=0.0, sd=1.0).curves
+    null = TorchNull(LayerNull(0, (replace(curve, centre="median"),)), Bh(0.3), n_experts)
+    order, n_rejected = null.order(keys)
+    experts, _, _, rejected = rows(
+        logits, null.thresholds(keys.device), own, own_weights.to(dtype), 0, n_experts, False,
+        False, 1.0, False, False, 0.0, 0.0, 1.0, True,
+    )  # fmt: skip
+    decided = keys.isfinite().any(dim=-1)
+    assert torch.equal(rejected.long()[decided], n_rejected[decided])
+    assert torch.equal(experts[decided].long(), order[decided][:, : experts.shape[1]])
+
+
 @torch.inference_mode()
 def test_observing_many_forwards_changes_and_loses_nothing(model, tmp_path: Path):
     inputs = [torch.randint(2, 500, (4, 5 + i % 3), device="cuda") for i in range(60)]

@@ -8,7 +8,12 @@ from numpy.typing import NDArray
 from bhlog.analysis.replay.policy import Policy, unit_value
 from bhlog.analysis.replay.rows import Rows
 from bhlog.capture.contract import named
-from bhlog.capture.contract.rule import count_rejected_by_expert, critical_values, last_passing
+from bhlog.capture.contract.rule import (
+    count_rejected_by_expert,
+    critical_values,
+    finite_keys,
+    last_passing,
+)
 
 
 @dataclass(frozen=True)
@@ -28,5 +33,5 @@ def step_up(rows: Rows, alpha: float) -> NDArray[np.integer]:
     if rows.p_follows_logits:
         return rows.step_up(rows.thresholds(alpha), 0, rows.n_experts)[0]
     if rows.null is not None:
-        return count_rejected_by_expert(rows.keys, rows.thresholds(alpha))
+        return count_rejected_by_expert(finite_keys(rows.tested), rows.thresholds(alpha))
     return last_passing(rows.sorted_p <= critical_values(alpha, rows.n_experts))

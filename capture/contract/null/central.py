@@ -106,5 +106,5 @@ def density_of(
     x0: float, dx: float, tail: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(G - 1,) places in the middle of a grid's cells, and the density there, per logit."""
-    x: NDArray[np.float64] = x0 + dx * (np.arange(len(tail) - 1) + 0.5)
+    x = (x0 + dx * (np.arange(len(tail) - 1) + 0.5)).astype(np.float64)
     return x, -np.diff(tail) / dx

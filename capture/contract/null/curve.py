@@ -42,6 +42,8 @@ class NullCurve:
         central: the normal null that was matched to the centre; None where the tail is that of the
             logits themselves.
         lfdr: (G,) float64, the local fdr on the grid, falling from 1; None without `central`.
+        centre: "median" if it is a distribution of logits less their row's median; "none" if of
+            logits as they are.
     """
 
     expert: int | None
@@ -59,6 +61,7 @@ class NullCurve:
     kept: Mapping[Trim, Histogram] = field(default_factory=dict)
     central: Central | None = None
     lfdr: NDArray[np.float64] | None = None
+    centre: str = "none"
 
     def __post_init__(self) -> None:
         if self.tail.ndim != 1 or len(self.tail) < 2:
@@ -74,6 +77,8 @@ class NullCurve:
             raise CorruptKde(f"unknown bandwidth rule {self.rule!r}")
         if self.bandwidth is not None and not 0 < self.bandwidth < _FARTHEST:
             raise CorruptKde(f"bandwidth must be above 0 logits, got {self.bandwidth}")
+        if self.centre not in ("none", "median"):
+            raise CorruptKde(f"unknown centre {self.centre!r}; expected none or median")
         if self.lfdr is not None and not (
             len(self.lfdr) == len(self.tail)
             and self.lfdr[0] <= 1

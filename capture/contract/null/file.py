@@ -13,6 +13,7 @@ the histogram of the same logits at another trimming level, from which a refit c
 | x0, dx, tail | P(logit > x0 + g * dx), float64; null in rows that keep a level |
 | source | ids of the runs, or the imported file |
 | delta0, sigma0, pi0, lfdr | of a null matched to the centre; other files lack them |
+| centre | median: of logits less their row's median; none, or no column: as they are |
 
 The file's metadata holds `bhlog.kde_schema_version`, where it is known `bhlog.n_experts`, the
 experts per router of the model that the logits are of, and `bhlog.sha256` of what the rows hold,
@@ -64,13 +65,14 @@ KDE_SCHEMA = pa.schema(
         pa.field("source", list_type(pa.string()), nullable=False),
     ]
 )
-_MATCHED = (
+_MORE = (
     pa.field("delta0", pa.float64()),
     pa.field("sigma0", pa.float64()),
     pa.field("pi0", pa.float64()),
     pa.field("lfdr", list_type(pa.float64())),
+    pa.field("centre", pa.string()),
 )
-MATCHED_SCHEMA = pa.schema([*KDE_SCHEMA, *_MATCHED])  # of files with a central null
+MORE_SCHEMA = pa.schema([*KDE_SCHEMA, *_MORE])  # of files with a central or centred null
 _ARRAYS = ("counts", "spread", "tail", "lfdr")
 GROUP_NUMBERS = 1 << 22  # in a row group
 
@@ -85,8 +87,9 @@ def _checksum(layers: Mapping[int, LayerNull], n_experts: int | None) -> Checksu
     metadata = {_VERSION: str(KDE_SCHEMA_VERSION)}
     if n_experts is not None:
         metadata[_N_EXPERTS] = str(n_experts)
-    matched = any(curve.central for layer in layers.values() for curve in layer.curves)
-    schema = MATCHED_SCHEMA if matched else KDE_SCHEMA
+    curves = [curve for layer in layers.values() for curve in layer.curves]
+    more = any(curve.central or curve.centre != "none" for curve in curves)
+    schema = MORE_SCHEMA if more else KDE_SCHEMA
     checksum = Checksum(schema.with_metadata(metadata))
     for group in _groups(layers, checksum.schema):
         checksum.add(group)
@@ -169,7 +172,7 @@ def _check_schema(file: pq.ParquetFile) -> int | None:
             f"a null model file of version {version[:20]!r}, this bhlog reads "
             f"{KDE_SCHEMA_VERSION}; read it with the bhlog that wrote it"
         )
-    if schema.remove_metadata() not in (KDE_SCHEMA, MATCHED_SCHEMA):
+    if schema.remove_metadata() not in (KDE_SCHEMA, MORE_SCHEMA):
         difference = (
             schema_difference(schema, KDE_SCHEMA) or "its columns are in another order or kind"
         )
@@ -192,6 +195,7 @@ def _rows(layer: int, curve: NullCurve) -> Iterator[dict[str, Any]]:
         "kernel": curve.kernel,
         "rule": curve.rule,
         "source": list(curve.source),
+        "centre": curve.centre,
     }
     yield {
         **shared,
@@ -285,6 +289,7 @@ def _checked_curve(rows: list[dict[str, Any]]) -> NullCurve:
         if row.get("pi0") is None
         else Central(row["delta0"] or 0.0, row["sigma0"] or 0.0, row["pi0"]),
         lfdr=row.get("lfdr"),
+        centre=row.get("centre") or "none",
     )
 
 

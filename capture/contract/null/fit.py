@@ -11,6 +11,7 @@ from typing import Literal
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.bandwidth import check_bandwidth, choose_bandwidth
 from bhlog.capture.contract.null.central import central_curves
+from bhlog.capture.contract.null.centre import CENTRES
 from bhlog.capture.contract.null.curve import INSTEAD, KERNELS, NullCurve
 from bhlog.capture.contract.null.histogram import (
     Histogram,
@@ -50,6 +51,7 @@ class FitOptions:
         keep: further trimming levels (low, high) whose histograms stay in the file for refits.
         null_from: "kept" for the logits that trimming keeps, "central" for Efron's empirical null:
             a normal curve matched to the centre of all of them, with which there is a local fdr.
+        centre: "median" to take each row's median from its logits; see centre.py.
     """
 
     kernel: str = "gaussian"
@@ -59,6 +61,7 @@ class FitOptions:
     null: Literal["pooled", "expert"] = "pooled"
     keep: tuple[tuple[int, int], ...] = ()
     null_from: Literal["kept", "central"] = "kept"
+    centre: Literal["none", "median"] = "none"
 
     def __post_init__(self) -> None:
         if self.kernel not in KERNELS:
@@ -71,6 +74,8 @@ class FitOptions:
                 f"trim_low and trim_high must be at least 0, got {self.trim_low} and "
                 f"{self.trim_high}"
             )
+        if self.centre not in CENTRES:
+            raise InvalidOption(f"centre must be none or median, got {self.centre!r}")
         if self.null_from not in ("kept", "central"):
             raise InvalidOption(f"null_from must be 'kept' or 'central', got {self.null_from!r}")
         if self.null_from == "central" and (self.trim != Trim() or self.kernel in UNSMOOTHED):
@@ -91,7 +96,9 @@ class FitOptions:
 
     def accumulator(self, count: PatternCounter | None = None) -> HistogramAccumulator:
         """Counts what a fit with these options needs; see HistogramAccumulator for `count`."""
-        return HistogramAccumulator(self.trims, by_expert=self.null == "expert", count=count)
+        return HistogramAccumulator(
+            self.trims, by_expert=self.null == "expert", count=count, centre=self.centre
+        )
 
 
 def fit_histograms(
@@ -181,6 +188,7 @@ def _fit_curve(
         kept={trim: kept for trim, kept in sorted(levels.items()) if trim != options.trim},
         central=central,
         lfdr=lfdr,
+        centre=options.centre,
     )
 
 
@@ -284,6 +292,7 @@ def options_of(model: Layers) -> FitOptions:
                 trim_high=curve.trim_high,
                 null="pooled" if curve.expert is None else "expert",
                 null_from="kept" if curve.central is None else "central",
+                centre="median" if curve.centre == "median" else "none",
             )
         )
     if len(found) > 1:
@@ -316,4 +325,5 @@ def _words(options: FitOptions) -> str:
         f"{options.kernel} kernel, {options.bandwidth} bandwidth, trim "
         f"{options.trim_low}:{options.trim_high}, {options.null}"
         + (", from the centre" if options.null_from == "central" else "")
+        + (", less the median" if options.centre == "median" else "")
     )

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.null.centre import centred
 from bhlog.capture.contract.null.trim import Trim, kept
 
 BIN_WIDTH = 2.0**-10  # logits; most bfloat16 logits lie exactly on a multiple of it
@@ -255,12 +256,15 @@ class HistogramAccumulator:
         *,
         by_expert: bool = False,
         count: PatternCounter | None = None,
+        centre: str = "none",
     ) -> None:
         """Count at each of these trimming levels, per layer or per layer and expert.
 
         Args:
             count: does what count_patterns does, which None means.
+            centre: "median" to count logits less their row's median.
         """
+        self.centre = centre
         self.trims = tuple(dict.fromkeys(Trim(*trim) for trim in trims))
         self.by_expert = by_expert
         self._counter = count
@@ -278,6 +282,8 @@ class HistogramAccumulator:
         """
         for trim in self.trims:
             trim.check(logits.shape[1])
+        if self.centre == "median":  # what is not finite stays so, and is left out and counted
+            logits = centred(logits)
         if self.by_expert:
             for trim in self.trims:
                 keep = kept(logits, trim)
@@ -313,7 +319,9 @@ class HistogramAccumulator:
 
     def empty_copy(self) -> "HistogramAccumulator":
         """An accumulator of the same kind that has counted nothing."""
-        return HistogramAccumulator(self.trims, by_expert=self.by_expert, count=self._counter)
+        return HistogramAccumulator(
+            self.trims, by_expert=self.by_expert, count=self._counter, centre=self.centre
+        )
 
     def histograms(self) -> dict[HistogramKey, Histogram]:
         """What was counted so far, by layer, expert and trimming level, in that order."""

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bhlog.capture.contract.errors import CorruptKde, KdeMismatch
 from bhlog.capture.contract.named import Bh, By, Lfdr, Named
+from bhlog.capture.contract.null.centre import centred
 from bhlog.capture.contract.null.curve import NullCurve
 from bhlog.capture.contract.rule import Decisions, decide, decide_by_expert
 
@@ -36,6 +38,26 @@ class LayerNull(Mapping[str, NDArray[np.float64]]):
         """Whether one curve serves all experts."""
         return self.curves[0].expert is None
 
+    @property
+    def centre(self) -> str:
+        """What its logits are less of: "median" or "none"."""
+        return self.curves[0].centre
+
+    def tested(self, logits: NDArray[Any]) -> NDArray[Any]:
+        """What of (T, E) logits is held against thresholds: themselves, or centred.
+
+        Raises:
+            KdeMismatch: they are no rows, whose median could be taken.
+        """
+        if self.centre == "none":
+            return logits
+        if logits.ndim != 2:
+            raise KdeMismatch(
+                f"the null model of layer {self.layer} is of logits less their row's median: give "
+                "whole rows of logits"
+            )
+        return centred(logits.astype(np.float32, copy=False))
+
     def require(self, n_experts: int) -> None:
         """Raise KdeMismatch if it has curves for another number of experts."""
         if not self.pooled and len(self.curves) != n_experts:
@@ -45,11 +67,13 @@ class LayerNull(Mapping[str, NDArray[np.float64]]):
             )
 
     def p_value(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
-        """(T, E) float64 p-values of (T, E) logits; a pooled null takes any shape.
+        """(T, E) float64 p-values of (T, E) logits; a pooled null takes any shape, unless it is of
+        centred logits: these are whole rows.
 
         Raises:
-            KdeMismatch: it has curves for another number of experts.
+            KdeMismatch: it has curves for another number of experts, or no whole rows are given.
         """
+        logits = self.tested(logits)
         if self.pooled:
             return self.curves[0].p_value(logits)
         self.require(logits.shape[-1] if logits.ndim else 0)
@@ -70,10 +94,11 @@ class LayerNull(Mapping[str, NDArray[np.float64]]):
             logits: (T, E) float32.
             min_k, max_k: bounds on experts per row.
         """
+        x = self.tested(logits)
         if self.pooled:
-            return decide(logits, thresholds, min_k=min_k, max_k=max_k)
+            return decide(logits, thresholds, min_k=min_k, max_k=max_k, tested=x)
         p = self.p_value(logits)
-        return decide_by_expert(logits, thresholds, p, min_k=min_k, max_k=max_k)
+        return decide_by_expert(logits, thresholds, p, min_k=min_k, max_k=max_k, tested=x)
 
     def thresholds(self, alpha: float, n_experts: int) -> NDArray[np.float32]:
         """float32 thresholds: (E,) t_k when pooled, (E, E) t_{k,i} with a curve per expert.

@@ -38,6 +38,8 @@ class KdeModel(Mapping[int, LayerNull]):
     def __post_init__(self) -> None:
         if not self.layers:
             raise CorruptKde("a null model needs at least one layer")
+        if len({curve.centre for layer in self.layers.values() for curve in layer.curves}) > 1:
+            raise CorruptKde("some curves are of centred logits and some are not")
         by_expert = {len(layer.curves) for layer in self.layers.values() if not layer.pooled}
         if self.n_experts is None and len(by_expert) == 1:
             object.__setattr__(self, "n_experts", *by_expert)
@@ -60,6 +62,11 @@ class KdeModel(Mapping[int, LayerNull]):
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def centre(self) -> str:
+        """What logits are less of before they are tested: "median" or "none"."""
+        return next(iter(self.layers.values())).centre
 
     @property
     def pooled(self) -> bool:

@@ -1,5 +1,6 @@
 """Routing in torch against the decision rule in numpy, bit for bit."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from bhlog.capture.routers.routing import (
 )
 from bhlog.capture.routers.stats import LayerStats
 from tests.capture.tiny import EXPERTS, LAYERS, batch, tiny_model
+from tests.synthetic import normal_null
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -281,3 +283,21 @@ def test_stats_count_kept_rows():
         load = torch.bincount(experts[used], minlength=EXPERTS)
         assert stats[layer].load.tolist() == load.tolist()
         assert stats[layer].mean_experts == pytest.approx(n.double().mean().item())
+
+
+@pytest.mark.parametrize("by_expert", [False, True])
+def test_centred_nulls_route_as_the_rule_decides_bit_for_bit(by_expert):
+    E = 8
+    rng = np.random.default_rng(9)
+    logits = (rng.normal(size=(400, E)) + 2 * rng.normal(size=(400, 1))).astype(np.float32)
+    logits[:50][rng.random((50, E)) < 0.4] = np.nan
+    logits[50], logits[51, 0], logits[51, 1:] = np.inf, 3e38, -3e38
+    curves = [normal_null(0, mean=m, sd=1.0).curves[0] for m in np.linspace(-0.3, 0.3, E)]
+    kept = enumerate(curves) if by_expert else [(None, curves[0])]
+    null = LayerNull(0, tuple(replace(c, expert=e, centre="median") for e, c in kept))
+    found, n_rejected = TorchNull(null, Bh(0.4), E).order(finite_keys(torch.from_numpy(logits)))
+    slow = null.decide(logits, null.thresholds(0.4, E), min_k=0, max_k=E)
+    decided = np.isfinite(logits).any(axis=1)
+    assert np.array_equal(n_rejected.numpy()[decided], slow.n_rejected[decided])
+    assert np.array_equal(found.numpy()[decided], slow.order[decided])
+    assert 0 < n_rejected.sum() < logits.size
