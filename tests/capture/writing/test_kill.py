@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[3]
 
 # Forks a child for each line of arguments and prints its process id: torch is imported once.
 _NURSERY = """
-import os, signal, sys, tests.capture.tiny, tests.capture.writing.test_kill as tests
+import os, signal, sys, tests.capture.tiny, tests.capture.writing.MODULE as tests
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:
     pid = os.fork()
@@ -67,11 +67,11 @@ def log_a_model_for_ever(run: str, resume: str, notes: str) -> None:
 
 
 class Nursery:
-    """Starts children quickly."""
+    """Starts children quickly, whose functions are of a module of this folder."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _NURSERY],
+            [sys.executable, "-c", _NURSERY.replace("MODULE", module)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -91,7 +91,7 @@ class Nursery:
 
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
-    nursery = Nursery()
+    nursery = Nursery("test_kill")
     yield nursery
     nursery.close()
 
