@@ -118,3 +118,8 @@ def ratio_se(y: NDArray[Any], x: NDArray[Any]) -> float | None:
     y = np.asarray(y, dtype=np.float64)
     residuals = (y - y.sum() / total * x)[seen]
     return float(np.sqrt(G / (G - 1) * (residuals @ residuals)) / total)
+
+
+def scaled(error: float | None, by: float) -> float | None:
+    """The standard error of a multiple."""
+    return None if error is None else error * by

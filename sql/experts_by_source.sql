@@ -14,24 +14,37 @@
 -- Param   $top integer = 10  at most this many experts per run, pair and preferred source
 -- Returns one row per run, pair of sources, layer and expert that has a preference, those of the
 --         first source first and the strongest first: prefers (a source), share_first and
---         share_second of tokens, preference, lift (NULL where share_second is 0)
-WITH source AS (
-    SELECT run, source, count(*) AS n_tokens
+--         share_second of tokens, preference, each with its X_se, lift (NULL where share_second is 0)
+WITH text_of_source AS (
+    SELECT run, source, rank, sequence, count(*) AS x
     FROM tokens
     WHERE source IS NOT NULL
+    GROUP BY run, source, rank, sequence
+),
+
+source AS (
+    SELECT run, source, sum(x) AS n_tokens, sum(x * x) AS xx, count(*) AS texts
+    FROM text_of_source
     GROUP BY run, source
 ),
 
 selection AS (
-    SELECT run, source, layer, unnest(experts) AS expert
+    SELECT run, source, rank, sequence, layer, unnest(experts) AS expert
     FROM routing
     JOIN tokens USING (run, rank, sequence, position)
     WHERE source IS NOT NULL AND ($layer IS NULL OR layer = $layer)
 ),
 
-count_of_expert AS (
-    SELECT run, source, layer, expert, count(*) AS n
+count_of_text AS (
+    SELECT run, source, rank, sequence, layer, expert, count(*) AS y
     FROM selection
+    GROUP BY run, source, rank, sequence, layer, expert
+),
+
+count_of_expert AS (
+    SELECT run, source, layer, expert, sum(y) AS n, sum(y * y) AS yy, sum(y * x) AS yx
+    FROM count_of_text
+    JOIN text_of_source USING (run, source, rank, sequence)
     GROUP BY run, source, layer, expert
 ),
 
@@ -42,7 +55,16 @@ expert AS (
 ),
 
 share AS (
-    SELECT run, source, layer, expert, coalesce(n, 0) / n_tokens AS share
+    SELECT
+        run,
+        source,
+        layer,
+        expert,
+        coalesce(n, 0) / n_tokens AS share,
+        -- whole numbers: n_tokens^2 times the sum over texts of (y - share * x)^2
+        n_tokens * n_tokens * coalesce(yy, 0) - 2 * n_tokens * coalesce(n * yx, 0)
+        + coalesce(n * n, 0) * xx AS squares,
+        sqrt(texts / nullif(texts - 1, 0) * squares) / n_tokens / n_tokens AS se
     FROM expert
     JOIN source USING (run)
     LEFT JOIN count_of_expert USING (run, source, layer, expert)
@@ -56,8 +78,11 @@ SELECT
     expert,
     CASE WHEN a.share > b.share THEN a.source ELSE b.source END AS prefers,
     a.share AS share_first,
+    a.se AS share_first_se,
     b.share AS share_second,
+    b.se AS share_second_se,
     a.share - b.share AS preference,
+    sqrt(a.se * a.se + b.se * b.se) AS preference_se,
     a.share / nullif(b.share, 0) AS lift
 FROM share AS a
 JOIN share AS b USING (run, layer, expert)

@@ -42,6 +42,7 @@ _PROFILE = {
     "source": "ids of the runs",
     "kde_sha256": "of the null model",
     "where": "the condition that the rows match; null for all rows",
+    "noise": "as counts, of a sample with each expert's logits shuffled; null in older files",
 }
 
 

@@ -15,6 +15,7 @@ from bhlog.analysis.commands.options import (
     figure_option,
     kde_option,
     memory_option,
+    note_noise,
     note_one_sequence,
     null_named,
     open_run,
@@ -40,7 +41,9 @@ SHORT = (
     "layer",
     "mean_experts",
     "mean_experts_se",
+    "noise_experts",
     "sd_experts",
+    "noise_sd_experts",
     "at_min_k",
     "at_max_k",
     "probability_kept",
@@ -158,6 +161,7 @@ def compare(
         frame = log.compare(policies, kde=null, **vars(bounds), **rows)
     output.write(_shortened(frame, by_layer=by_layer, whole=all_columns or not output.for_people))
     note_one_sequence(frame["mean_experts_se"])
+    note_noise(frame, output)
     _note_bounds(log, bounds)
     if experts is not None:
         _note_misses(frame.filter(pl.col("layer").is_null()), experts)

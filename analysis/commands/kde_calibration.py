@@ -14,6 +14,7 @@ from bhlog.analysis.commands.options import (
     figure_option,
     load_null,
     memory_option,
+    note_one_sequence,
     open_run,
     output_options,
     scope_options,
@@ -190,6 +191,8 @@ def check(
         checks = check_model(model, log, scope=scope.but(progress=advance))
     frame = expert_frame(checks) if by_expert else check_frame(checks)
     output.write(frame, title=f"{shown(file)} on {log.path}")
+    if not by_expert:
+        note_one_sequence(frame["all_0.05_se"])
     if figure:
         from bhlog.analysis.figures.about import null_words, run_words
         from bhlog.analysis.figures.gallery.checks import Checked

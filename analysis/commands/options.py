@@ -338,6 +338,17 @@ def note_one_sequence(errors: "pl.Series") -> None:
         )
 
 
+def note_noise(frame: "pl.DataFrame", output: Output) -> None:
+    """Say on stderr what noise is, to people."""
+    rows = [n for n in frame["noise_rows"].filter(frame["layer"].is_not_null()) if n]
+    if rows and output.for_people:
+        click.echo(
+            "bhlog: noise_experts: the same rule where each expert's logits are shuffled over a "
+            f"sample of {max(rows):,} tokens a layer",
+            err=True,
+        )
+
+
 def make_room(out: str) -> str:
     """Make the folder that a file is to be written in, before the work rather than after.
 

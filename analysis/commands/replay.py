@@ -11,6 +11,7 @@ from bhlog.analysis.commands.options import (
     bounds_options,
     kde_option,
     memory_option,
+    note_noise,
     note_one_sequence,
     null_named,
     open_run,
@@ -32,14 +33,14 @@ SHORT = (
     "rows",
     "mean_experts",
     "mean_experts_se",
+    "noise_experts",
     "sd_experts",
+    "noise_sd_experts",
     "at_min_k",
     "at_max_k",
     "probability_kept",
     "probability_kept_se",
     "native_recall",
-    "logged_jaccard",
-    "load_entropy",
     "flops",
 )
 
@@ -98,7 +99,8 @@ def replay(
 ) -> None:
     """Recompute a run's expert selection at other values of alpha.
 
-    Reads only the log: no model, no GPU. X_se is the standard error of X, clustered by sequence.
+    Reads only the log: no model, no GPU. X_se is the standard error of X, clustered by sequence;
+    noise_experts what the same rule takes where each expert's logits are shuffled over tokens.
     """
     from bhlog.analysis.replay.comparison import replay as replay_log
     from bhlog.analysis.replay.decisions import write_decisions
@@ -131,6 +133,7 @@ def replay(
         frame = replay_log(log, settings, kde=null, scope=scope.but(progress=advance))
     whole = all_columns or not output.for_people
     output.write(_shortened(frame, whole), title=f"{log.name}: {bounds_words(log, bounds)}")
+    note_noise(frame, output)
     note_one_sequence(frame["mean_experts_se"])
 
 

@@ -118,7 +118,8 @@ def sweep(
     """Mean experts per token at many alphas, from one pass over the log.
 
     RUN is a run's folder, or a profile that --save kept, which answers at once; several count
-    together.
+    together. noise is the same rule with each expert's logits shuffled over a sample of tokens: how
+    many experts chance alone gives.
     """
     from bhlog.analysis.sweep.profile import Profile
 
@@ -183,6 +184,9 @@ def _targets(
         mean = profile.mean_experts(alpha, **vars(bounds), layer=layer)
         one = alpha if isinstance(alpha, float) else None if layer is None else alpha[layer]
         rows.append({"layer": layer, "alpha": one, "mean_experts": mean})
+        noise = profile.noise_experts(alpha, **vars(bounds), layer=layer)
+        if noise is not None:
+            rows[-1] |= {"noise_experts": noise[0], "noise_experts_se": noise[1]}
         if profile.kept is not None:
             share = profile.probability_kept(alpha, **vars(bounds), layer=layer)
             rows[-1]["probability_kept"] = share

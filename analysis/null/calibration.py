@@ -16,6 +16,7 @@ from scipy.special import betainc
 
 from bhlog.analysis.fold import WHOLE, Scope, fold
 from bhlog.analysis.log import Log, layer_of, logits_of
+from bhlog.analysis.sequences import COLUMNS, SequenceSums, ratio_se, scaled
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.null.histogram import ONE_VALUE, Histogram, HistogramAccumulator
 from bhlog.capture.contract.null.model import KdeModel
@@ -27,6 +28,7 @@ _CHUNK_ROWS = 2048  # looked at together, so that temporaries stay small
 P_BINS = 1024  # in which p-values of each expert are counted
 LEVELS = (0.05, 0.01, 0.001)  # shares of p-values at most these are shown beside them
 LAMBDA = 0.5  # p-values above it are taken to be of the null
+_COUNTS = len(LEVELS) + 2  # p-values at most each of LEVELS, above LAMBDA, and all
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +86,10 @@ class LayerCheck:
         trimmed: p-values of the logits that the null's own trimming level keeps.
         by_expert: the same, of each expert.
         by_rank: p-values of the row's k-th smallest p-value, by k; no trimming.
-        below: of all logits, the share of p-values at most each of LEVELS; no trimming.
-        pi0: Storey's estimate of the share of all logits that are as the null has them.
+        below, below_se: of all logits, the share of p-values at most each of LEVELS, no trimming;
+            its standard error clustered by sequence, None from one sequence.
+        trimmed_se: the same of the share of `trimmed`.
+        pi0, pi0_se: Storey's estimate of the share of all logits that are as the null has them.
         popularity: (E,) float64, share of rows in which an expert is among the top_k logits.
         left_out: logits without a p-value (NaN or infinite), in all rows.
     """
@@ -96,7 +100,10 @@ class LayerCheck:
     by_expert: tuple[PValues, ...]
     by_rank: Mapping[int, PValues]
     below: Mapping[float, float]
+    below_se: Mapping[float, float | None]
+    trimmed_se: Mapping[float, float | None]
     pi0: float
+    pi0_se: float | None
     popularity: NDArray[np.float64]
     left_out: int
 
@@ -131,7 +138,7 @@ def check(
     folded = fold(
         log,
         lambda: _PValueFold(kde, tuple(ranks), min(top_k, E)),
-        ["logits"],
+        ["logits", *COLUMNS],
         scope,
     )
     if not folded.rows:
@@ -147,41 +154,44 @@ class _PValueFold:
         self.bits = HistogramAccumulator()
         self.by_rank = HistogramAccumulator(by_expert=True)
         self.by_expert: dict[int, NDArray[np.int64]] = {}
-        self.whole: dict[int, NDArray[np.int64]] = {}  # at most each of LEVELS, above LAMBDA, all
+        self.sequences: dict[int, SequenceSums] = {}  # of all p-values, and of those kept, _COUNTS
         self.chosen: dict[int, NDArray[np.int64]] = {}
         self.rows: dict[int, int] = {}
         self.left_out: dict[int, int] = {}
 
     def update(self, batch: pa.RecordBatch) -> None:
         layer, logits = layer_of(batch), logits_of(batch)
+        sums = self.sequences.setdefault(layer, SequenceSums(2, _COUNTS))
+        slots = sums.slots(batch)
         bits = np.empty(logits.shape, dtype=np.float32)
         ranked = np.empty((len(logits), len(self.ranks)), dtype=np.float32)
         for start in range(0, len(logits), _CHUNK_ROWS):
             rows = slice(start, start + _CHUNK_ROWS)
-            bits[rows], ranked[rows] = self._count(layer, logits[rows])
+            bits[rows], ranked[rows] = self._count(layer, logits[rows], slots[rows])
         self.bits.update(layer, bits)
         self.by_rank.update(layer, ranked)
 
     def _count(
-        self, layer: int, logits: NDArray[np.float32]
+        self, layer: int, logits: NDArray[np.float32], slots: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Count a few rows; returns _bits of the logits that trimming keeps, and by rank."""
         null, E = self.kde[layer], logits.shape[1]
         finite = np.isfinite(logits)
         p = np.where(finite, null.p_value(logits), np.nan)
         ranked = np.sort(p, axis=1)[:, [k - 1 for k in self.ranks]]
-        at_most = [np.count_nonzero(p <= level) for level in LEVELS]
-        whole = np.array([*at_most, np.count_nonzero(p > LAMBDA), np.count_nonzero(finite)])
+        sums = self.sequences[layer].sums
+        np.add.at(sums[0], slots, _counts(p))
         keep = kept(logits, null.curves[0].trim)
         if keep is not None:
             p = np.where(keep, p, np.nan)
+        np.add.at(sums[1], slots, _counts(p))
         bins = np.minimum(p * P_BINS, P_BINS - 1) + np.arange(E) * P_BINS
         by_expert = np.bincount(bins[np.isfinite(p)].astype(np.intp), minlength=E * P_BINS)
         keys = np.where(finite, logits, np.float32(-np.inf))
         kth = np.partition(keys, E - self.top_k, axis=1)[:, [E - self.top_k]]
         chosen = np.count_nonzero((keys >= kth) & finite, axis=0)
         left_out = int(finite.size - np.count_nonzero(finite))
-        self._add(layer, len(logits), chosen, left_out, by_expert, whole)
+        self._add(layer, len(logits), chosen, left_out, by_expert)
         return _bits(p), _bits(ranked)
 
     def merge(self, other: Self) -> None:
@@ -194,8 +204,8 @@ class _PValueFold:
                 other.chosen[layer],
                 other.left_out[layer],
                 other.by_expert[layer],
-                other.whole[layer],
             )
+            self.sequences.setdefault(layer, SequenceSums(2, _COUNTS)).merge(other.sequences[layer])
 
     def _add(
         self,
@@ -204,18 +214,21 @@ class _PValueFold:
         chosen: NDArray[np.int64],
         left_out: int,
         by_expert: NDArray[np.int64],
-        whole: NDArray[np.int64],
     ) -> None:
-        self.whole[layer] = self.whole.get(layer, 0) + whole
         self.by_expert[layer] = self.by_expert.get(layer, 0) + by_expert
         self.rows[layer] = self.rows.get(layer, 0) + rows
         self.chosen[layer] = self.chosen.get(layer, 0) + chosen
         self.left_out[layer] = self.left_out.get(layer, 0) + left_out
 
-    def _share(self, layer: int) -> NDArray[np.float64]:
-        """Shares of all p-values: at most each of LEVELS, and above LAMBDA; NaN without any."""
-        *counts, n = self.whole[layer].tolist()
-        return np.array(counts) / n if n else np.full(len(counts), np.nan)
+    def _shares(self, layer: int, table: int) -> tuple[list[float], list[float | None]]:
+        """Shares of p-values at most each of LEVELS, then above LAMBDA, and their standard errors.
+
+        NaN and None without any.
+        """
+        *counts, n = self.sequences[layer].table(table).T
+        if not n.sum():
+            return [float("nan")] * len(counts), [None] * len(counts)
+        return [float(y.sum() / n.sum()) for y in counts], [ratio_se(y, n) for y in counts]
 
     def layer_checks(self, n_experts: int) -> list[LayerCheck]:
         """What was found, by layer."""
@@ -232,13 +245,22 @@ class _PValueFold:
                     for counts in self.by_expert[layer].reshape(n_experts, P_BINS)
                 ),
                 by_rank={k: by_rank[layer, i] for i, k in enumerate(self.ranks)},
-                below=dict(zip(LEVELS, self._share(layer)[:-1].tolist(), strict=True)),
-                pi0=min(1.0, float(self._share(layer)[-1]) / (1 - LAMBDA)),
+                below=dict(zip(LEVELS, self._shares(layer, 0)[0], strict=False)),
+                below_se=dict(zip(LEVELS, self._shares(layer, 0)[1], strict=False)),
+                trimmed_se=dict(zip(LEVELS, self._shares(layer, 1)[1], strict=False)),
+                pi0=min(1.0, self._shares(layer, 0)[0][-1] / (1 - LAMBDA)),
+                pi0_se=scaled(self._shares(layer, 0)[1][-1], 1 / (1 - LAMBDA)),
                 popularity=self.chosen[layer] / self.rows[layer],
                 left_out=self.left_out[layer],
             )
             for layer in sorted(self.rows)
         ]
+
+
+def _counts(p: NDArray[np.float64]) -> NDArray[np.int64]:
+    """(T, _COUNTS) of each row: p-values at most each of LEVELS, above LAMBDA, and all."""
+    which = (*(p <= level for level in LEVELS), p > LAMBDA, np.isfinite(p))
+    return np.stack([np.count_nonzero(some, axis=1) for some in which], axis=1)
 
 
 def _without_empty(p: NDArray[np.float64], weight: NDArray[np.float64]) -> PValues:
@@ -267,7 +289,8 @@ def check_frame(checks: Sequence[LayerCheck]) -> pl.DataFrame:
     p_0.01, p_0.001 the shares of them at most that; all_0.05, ... those of all logits; pi0, the
     share of all logits that are as the null has them, by Storey (2002); ks_expert (median) and
     ks_worst with its expert; ks_rank_k of the k-th smallest p of a row against the k-th uniform
-    order statistic.
+    order statistic. Shares have their standard error beside them, p_0.05_se, clustered by sequence,
+    null where there is one.
     """
     rows = []
     for found in checks:
@@ -276,9 +299,11 @@ def check_frame(checks: Sequence[LayerCheck]) -> pl.DataFrame:
         rows.append(
             {"layer": found.layer, "n": round(found.trimmed.n), "left_out": found.left_out}
             | {"ks": found.trimmed.ks}
-            | {f"p_{level}": found.trimmed.share_below(level) for level in LEVELS}
-            | {f"all_{level}": share for level, share in found.below.items()}
-            | {"pi0": found.pi0}
+            | _with_errors(
+                "p", {level: found.trimmed.share_below(level) for level in LEVELS}, found.trimmed_se
+            )
+            | _with_errors("all", found.below, found.below_se)
+            | {"pi0": found.pi0, "pi0_se": found.pi0_se}
             | {
                 "ks_expert": float(np.nanmedian(by_expert)) if known else None,
                 "ks_worst": float(np.nanmax(by_expert)) if known else None,
@@ -286,7 +311,17 @@ def check_frame(checks: Sequence[LayerCheck]) -> pl.DataFrame:
             }
             | {f"ks_rank_{k}": found.rank_ks(k) for k in found.by_rank}
         )
-    return pl.DataFrame(rows)
+    errors = {name: pl.Float64 for row in rows for name in row if name.endswith("_se")}
+    return pl.DataFrame(rows, schema_overrides=errors)
+
+
+def _with_errors(
+    name: str, shares: Mapping[float, float], errors: Mapping[float, float | None]
+) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for level, share in shares.items():
+        found |= {f"{name}_{level}": share, f"{name}_{level}_se": errors[level]}
+    return found
 
 
 def expert_frame(checks: Sequence[LayerCheck]) -> pl.DataFrame:

@@ -10,13 +10,15 @@ import pyarrow as pa
 from bhlog.analysis.fold import WHOLE, Scope, fold
 from bhlog.analysis.kernels.tally import BY_SEQUENCE
 from bhlog.analysis.log import Log, layer_of
+from bhlog.analysis.noise import COLUMNS, NAMES, NoiseSample, noise_frame, noise_row
 from bhlog.analysis.replay.decide import Decider, decider_of
 from bhlog.analysis.replay.match import match_experts, no_rows
 from bhlog.analysis.replay.policy import Policy
 from bhlog.analysis.replay.registry import parse_policy
+from bhlog.analysis.replay.rows import Rows
 from bhlog.analysis.replay.settings import bounds_of
 from bhlog.analysis.replay.summary import LayerSummary, differences, summary_frame
-from bhlog.analysis.sequences import COLUMNS, SequenceSums
+from bhlog.analysis.sequences import SequenceSums
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import OPEN, BhOptions, Bounds
@@ -130,12 +132,15 @@ class Summaries:
         self.decider, self.temperatures, self.top_k = decider, temperatures, top_k
         self.layers: dict[int, list[LayerSummary]] = {}
         self.sequences: dict[int, SequenceSums] = {}  # a table for each policy
+        self.noise: dict[int, NoiseSample] = {}  # but for empirical p-values, which rank a batch
 
     def update(self, batch: pa.RecordBatch) -> None:
         E, policies = batch.column("logits").type.list_size, self.decider.policies
         layer = layer_of(batch)
         parts = self.layers.setdefault(layer, [LayerSummary(E) for _ in policies])
         sequences = self.sequences.setdefault(layer, SequenceSums(len(parts), BY_SEQUENCE))
+        if not self.decider.empirical:
+            self.noise.setdefault(layer, NoiseSample(E)).update(batch)
         slots, start = sequences.slots(batch), 0
         for rows in self.decider.rows(batch):
             block = slots[start : start + len(rows)]
@@ -159,6 +164,8 @@ class Summaries:
             else:
                 for mine, theirs in zip(self.layers[layer], parts, strict=True):
                     mine.merge(theirs)
+        for layer, sample in other.noise.items():
+            self.noise.setdefault(layer, NoiseSample(self.decider.n_experts)).merge(sample)
         for layer, sums in other.sequences.items():
             self.sequences.setdefault(layer, SequenceSums(len(sums.sums), BY_SEQUENCE)).merge(sums)
 
@@ -172,8 +179,11 @@ class Summaries:
         """
         frames = []
         every = SequenceSums(len(self.temperatures), BY_SEQUENCE)
+        shuffled: dict[int, Rows] = {}
         for layer in sorted(self.sequences):
             every.merge(self.sequences[layer])
+            if layer in self.noise:
+                shuffled[layer] = self.decider.rows_of(self.noise[layer].shuffled(layer), layer)
         for i, (policy, label) in enumerate(zip(self.decider.policies, labels, strict=True)):
             low, high = policy.bounds(self.decider.n_experts)
             parts = {layer: summaries[i] for layer, summaries in self.layers.items()}
@@ -187,6 +197,17 @@ class Summaries:
                 top_k=self.top_k,
                 native_logged=native_logged,
             )
+            noise = noise_frame(
+                [
+                    noise_row(policy.decide(shuffled[layer]).n_selected)
+                    if layer in shuffled
+                    else dict.fromkeys(NAMES)
+                    for layer in sorted(parts)
+                ],
+                [parts[layer].rows for layer in sorted(parts)],
+            )
+            at = frame.columns.index("min_experts")
+            frame = frame.hstack(noise).select(*frame.columns[:at], *NAMES, *frame.columns[at:])
             if paired:
                 pairs = [
                     (by_layer[layer], self.sequences[layer].table(0)) for layer in sorted(by_layer)

@@ -119,12 +119,21 @@ class Decider:
         )
 
     def _rows(self, batch: pa.RecordBatch, p: NDArray[np.float64] | None) -> Rows:
-        layer = layer_of(batch)
+        return self.rows_of(logits_of(batch), layer_of(batch), p, batch.column("experts"))
+
+    def rows_of(
+        self,
+        logits: NDArray[np.float32],
+        layer: int,
+        p: NDArray[np.float64] | None = None,
+        logged: pa.ListArray | None = None,
+    ) -> Rows:
+        """Rows of a layer from their (T, E) logits; see Rows for the others."""
         return Rows(
-            logits_of(batch),
+            logits,
             None if self._kde is None else self._kde[layer],
             p=p,
-            logged=batch.column("experts"),
+            logged=logged,
             thresholds=self._thresholds.setdefault(layer, {}),
         )
 

@@ -25,7 +25,7 @@ from bhlog.analysis.kernels.tally import (
 )
 from bhlog.analysis.replay.policy import Selection
 from bhlog.analysis.replay.rows import damaged
-from bhlog.analysis.sequences import ONE, ratio_se
+from bhlog.analysis.sequences import ONE, ratio_se, scaled
 
 # of what each column is the mean over rows, in the sums by sequence
 MEANS = {
@@ -177,7 +177,7 @@ class LayerSummary:
             "histogram": self.selected.tolist(),
         }
         errors = standard_errors(by_sequence, native_logged=native_logged)
-        errors["flops"] = _scaled(errors["mean_experts"], 1 / top_k)
+        errors["flops"] = scaled(errors["mean_experts"], 1 / top_k)
         found: dict[str, Any] = {}
         for name, value in row.items():
             found[name] = value
@@ -201,7 +201,7 @@ def standard_errors(
     squares = by_sequence[:, SQUARES] - 2 * mean * y["mean_experts"] + mean**2 * x
     sd = float(np.sqrt(max(0.0, squares.sum()) / max(1.0, x.sum())))
     errors["sd_experts"] = (
-        _scaled(ratio_se(squares, x), 1 / (2 * sd)) if sd else _scaled(errors["mean_experts"], 0)
+        scaled(ratio_se(squares, x), 1 / (2 * sd)) if sd else scaled(errors["mean_experts"], 0)
     )
     return errors
 
@@ -236,10 +236,6 @@ def _means(
     return y, by_sequence[:, ROWS].astype(np.float64)
 
 
-def _scaled(error: float | None, by: float) -> float | None:
-    return None if error is None else error * by
-
-
 def summary_frame(
     layers: Mapping[int, LayerSummary],
     sequences: Mapping[int, NDArray[np.int64]],
@@ -268,6 +264,10 @@ def summary_frame(
     busiest_share (of all choices), dead_experts (count; summed over layers); flops (expert FLOPs
     relative to the native top-k); histogram (rows by n_selected from 0 to E). Over all layers, load
     figures are means over layers.
+
+    Beside them noise_experts, noise_experts_se, noise_sd_experts, noise_rows: the same rule where
+    each expert's logits are shuffled over a sample of noise_rows tokens, see bhlog.analysis.noise;
+    null where p-values are empirical.
 
     mean, sd, the shares and means of rows, and flops have their standard error beside them, X_se,
     clustered by sequence: the ratio estimator. It is null where there is one sequence.

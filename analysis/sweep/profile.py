@@ -39,6 +39,8 @@ class Profile:
         where: the condition that the counted rows match; None for all rows.
         bounds: of the runs, which apply where a question leaves min_k or max_k out; open ones are 1
             and all experts. None: they differ between the runs, and every question must give both.
+        noise: counts like these of a sample with each expert's logits shuffled over tokens, see
+            bhlog.analysis.noise; None in profiles that are older.
     """
 
     alphas: NDArray[np.float64]
@@ -48,6 +50,7 @@ class Profile:
     where: str | None = None
     kept: dict[int, NDArray[np.int64]] | None = None
     bounds: Bounds | None = OPEN
+    noise: dict[int, NDArray[np.int64]] | None = None
 
     def __post_init__(self) -> None:
         J = len(self.alphas)
@@ -72,6 +75,9 @@ class Profile:
             kept = counts if self.kept is None else self.kept.get(layer, counts[:0])
             if kept.shape != counts.shape or kept.min() < 0:
                 raise CorruptProfile(f"layer {layer}: probability kept does not fit the counts")
+            noise = counts if self.noise is None else self.noise.get(layer, counts[:0])
+            if noise.shape != counts.shape or noise.min() < 0 or np.ptp(noise.sum(axis=1)):
+                raise CorruptProfile(f"layer {layer}: the noise does not fit the counts")
 
     def __repr__(self) -> str:
         layers = "1 layer" if len(self.layers) == 1 else f"{len(self.layers)} layers"
@@ -152,6 +158,38 @@ class Profile:
         ]
         return float(np.average(values, weights=[self.rows(i) for i in wanted]))
 
+    def noise_experts(
+        self,
+        alpha: float | Mapping[int, float],
+        *,
+        min_k: int | None = None,
+        max_k: int | None = None,
+        layer: int | None = None,
+    ) -> tuple[float, float] | None:
+        """Mean experts of shuffled logits and its standard error; None in an older profile.
+
+        Each expert's logits are shuffled over a sample of tokens, and each layer is weighted by its
+        rows. Arguments as of mean_experts.
+
+        Raises:
+            InvalidOption: as mean_experts.
+        """
+        if self.noise is None:
+            return None
+        wanted = self.layers if layer is None else (layer,)
+        share = np.array([self.rows(i) for i in wanted]) / max(1, sum(map(self.rows, wanted)))
+        means, errors = [], []
+        for i in wanted:
+            low, high = self._checked(min_k, max_k, i)
+            place = self._place(alpha[i] if isinstance(alpha, Mapping) else alpha)
+            rows = max(1, int(self.noise[i][0].sum()))
+            reached = self.noise[i][low:high, : place + 1].sum(axis=1) / rows  # n above low, ...
+            mean = low + reached.sum()
+            square = low**2 + (2 * np.arange(low + 1, high + 1) - 1) @ reached
+            means.append(mean)
+            errors.append(np.sqrt(max(0.0, square - mean**2) / rows))
+        return float(share @ means), float(np.sqrt(share**2 @ np.square(errors)))
+
     def floor(
         self, *, min_k: int | None = None, max_k: int | None = None, layer: int | None = None
     ) -> float:
@@ -210,7 +248,10 @@ class Profile:
     def frame(
         self, alphas: Sequence[float], *, min_k: int | None = None, max_k: int | None = None
     ) -> pl.DataFrame:
-        """A row per alpha: mean experts of every layer (layer_0, ...) and over all (overall)."""
+        """A row per alpha: mean experts of every layer (layer_0, ...) and over all (overall).
+
+        Last the noise over all layers, see noise_experts; null in an older profile.
+        """
         places = [self._place(alpha) for alpha in alphas]
         columns = {
             "overall" if layer is None else f"layer_{layer}": self.curve(
@@ -218,7 +259,12 @@ class Profile:
             )[places]
             for layer in (*self.layers, None)
         }
-        return pl.DataFrame({"alpha": pl.Series(alphas, dtype=pl.Float64), **columns})
+        noise = [self.noise_experts(alpha, min_k=min_k, max_k=max_k) for alpha in alphas]
+        means = pl.Series(
+            [None if found is None else found[0] for found in noise], dtype=pl.Float64
+        )
+        given = {"alpha": pl.Series(alphas, dtype=pl.Float64)}
+        return pl.DataFrame({**given, **columns, "noise": means})
 
     def curve(
         self, *, min_k: int | None = None, max_k: int | None = None, layer: int | None = None
@@ -299,9 +345,11 @@ class Profile:
         twice = sorted({*self.source} & {*other.source})
         if twice and {*self.counts} & {*other.counts}:
             raise InvalidOption(f"run {twice[0]} is in both profiles: its rows would count twice")
-        kept = None
+        kept = noise = None
         if self.kept is not None and other.kept is not None:
             kept = _sum(self.kept, other.kept)
+        if self.noise is not None and other.noise is not None:
+            noise = _sum(self.noise, other.noise)
         return Profile(
             self.alphas,
             _sum(self.counts, other.counts),
@@ -310,6 +358,7 @@ class Profile:
             self.where,
             kept,
             self.bounds if self._same_bounds(other) else None,
+            noise,
         )
 
     def _same_bounds(self, other: "Profile") -> bool:
@@ -326,7 +375,7 @@ class Profile:
         facts = profile_file.Facts(
             self.n_experts, self.alphas, self.source, self.kde_sha256, self.where, self.bounds
         )
-        profile_file.write(path, facts, self.counts, self.kept)
+        profile_file.write(path, facts, self.counts, self.kept, self.noise)
 
     @classmethod
     def load(cls, path: str | Path) -> "Profile":
@@ -335,7 +384,7 @@ class Profile:
         Raises:
             CorruptProfile: it is not there, not a profile, or breaks an invariant.
         """
-        facts, counts, kept, rows = profile_file.read(path)
+        facts, counts, kept, noise, rows = profile_file.read(path)
         try:
             profile = cls(
                 facts.alphas,
@@ -345,6 +394,7 @@ class Profile:
                 facts.where,
                 kept,
                 facts.bounds,
+                noise,
             )
             for layer, n in rows.items():
                 if n != profile.rows(layer):

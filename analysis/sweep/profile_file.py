@@ -7,6 +7,7 @@
 | alphas | the grid, J alphas; the same in every row |
 | counts | E * (J + 1) rows by rank and critical alpha, rank by rank; see Profile |
 | kept | beside each count, router probability in units of 2^-20; null if not counted |
+| noise | like counts, of a sample with each expert's logits shuffled; null in older files |
 | source | ids of the runs |
 | kde_sha256 | of the null model |
 | where | the condition that the rows match; null for all rows |
@@ -49,8 +50,10 @@ SCHEMA = pa.schema(
         pa.field("source", list_type(pa.string()), nullable=False),
         pa.field("kde_sha256", pa.string(), nullable=False),
         pa.field("where", pa.string()),
+        pa.field("noise", list_type(pa.int64())),
     ]
 )
+_OLDER = pa.schema(list(SCHEMA)[:-1])
 _VERSION = b"bhlog.profile_schema_version"
 _BOUNDS = b"bhlog.bounds"
 
@@ -69,11 +72,17 @@ class Facts:
     bounds: Bounds | None
 
 
-def write(path: str | Path, facts: Facts, counts: Counts, kept: Counts | None) -> None:
+def write(
+    path: str | Path,
+    facts: Facts,
+    counts: Counts,
+    kept: Counts | None,
+    noise: Counts | None,
+) -> None:
     """Write a profile, whole or not at all; the path may be the URI of an object.
 
     Args:
-        counts, kept: (E, J + 1) by layer.
+        counts, kept, noise: (E, J + 1) by layer.
 
     Raises:
         InvalidOption: the file cannot be written there.
@@ -89,6 +98,7 @@ def write(path: str | Path, facts: Facts, counts: Counts, kept: Counts | None) -
             "source": facts.source,
             "kde_sha256": facts.kde_sha256,
             "where": facts.where,
+            "noise": None if noise is None else noise[layer].ravel(),
         }
         for layer, of_layer in counts.items()
     ]
@@ -104,11 +114,11 @@ def write(path: str | Path, facts: Facts, counts: Counts, kept: Counts | None) -
         raise InvalidOption(f"{path}: cannot write a profile ({error.strerror})") from error
 
 
-def read(path: str | Path) -> tuple[Facts, Counts, Counts | None, dict[int, int]]:
+def read(path: str | Path) -> tuple[Facts, Counts, Counts | None, Counts | None, dict[int, int]]:
     """Read a profile file, or the object of a URI.
 
     Returns:
-        Facts, counts and probability kept by layer, and the rows it says.
+        Facts, counts, probability kept and noise by layer, and the rows it says.
 
     Raises:
         CorruptProfile: it is not there, or not a profile file.
@@ -129,6 +139,12 @@ def read(path: str | Path) -> tuple[Facts, Counts, Counts | None, dict[int, int]
         raise CorruptProfile(f"{path}: not a profile file: {reason}") from error
     metadata = table.schema.metadata or {}
     version = metadata.get(_VERSION, b"").decode(errors="replace")
+    checksum = Checksum(table.schema)
+    checksum.add(table)
+    if table.schema.remove_metadata() == _OLDER:
+        table = table.append_column(
+            SCHEMA.field("noise"), pa.nulls(len(table), SCHEMA.field("noise").type)
+        )
     if table.schema.remove_metadata() != SCHEMA:
         raise CorruptProfile(
             f"{path}: columns are {', '.join(table.column_names)}; "
@@ -141,8 +157,6 @@ def read(path: str | Path) -> tuple[Facts, Counts, Counts | None, dict[int, int]
         )
     try:
         parts = _parts(table, _bounds(metadata))
-        checksum = Checksum(table.schema)
-        checksum.add(table)
         checksum.check(required=version != "1")
     except (RouterLogError, ValueError) as error:
         raise CorruptProfile(f"{path}: {error}") from error
@@ -164,7 +178,7 @@ def _bounds(metadata: dict[bytes, bytes]) -> Bounds | None:
 
 def _parts(
     table: pa.Table, bounds: Bounds | None
-) -> tuple[Facts, Counts, Counts | None, dict[int, int]]:
+) -> tuple[Facts, Counts, Counts | None, Counts | None, dict[int, int]]:
     for name in ("n_experts", "alphas", "source", "kde_sha256", "where"):
         if len({str(value) for value in table[name].to_pylist()}) > 1:
             raise CorruptProfile(f"its layers differ in {name}")
@@ -178,7 +192,8 @@ def _parts(
     counts = _matrices(table, "counts", E, len(alphas) + 1)
     kept = None if table["kept"].null_count else _matrices(table, "kept", E, len(alphas) + 1)
     facts = Facts(E, alphas, tuple(first["source"]), first["kde_sha256"], first["where"], bounds)
-    return facts, counts, kept, dict(zip(layers, table["rows"].to_pylist(), strict=True))
+    noise = None if table["noise"].null_count else _matrices(table, "noise", E, len(alphas) + 1)
+    return facts, counts, kept, noise, dict(zip(layers, table["rows"].to_pylist(), strict=True))
 
 
 def _matrices(table: pa.Table, column: str, n_rows: int, n_columns: int) -> Counts:

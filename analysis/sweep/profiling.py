@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from bhlog.analysis.fold import WHOLE, Scope, fold
 from bhlog.analysis.log import Log, layer_of, logits_of
+from bhlog.analysis.noise import COLUMNS, NoiseSample
 from bhlog.analysis.nulls import null_model
 from bhlog.analysis.replay.settings import bounds_of
 from bhlog.analysis.sweep.critical import MOST_ALPHAS, Counted, CriticalAlphas, table_bytes
@@ -59,7 +60,8 @@ def profile_log(
         )
     tables = Tables(model, grid, log.n_experts)
     make = partial(LayerCounts, tables, kept, Shared())
-    layers = fold(log, make, ("layer", "logits"), scope).layers
+    folded = fold(log, make, ("layer", "logits", *COLUMNS), scope)
+    layers = folded.layers
     if not layers:
         raise InvalidOption(f"{log.path}: no rows to count{scope.words}")
     return Profile(
@@ -70,6 +72,12 @@ def profile_log(
         scope.where,
         {i: c.kept for i, c in layers.items() if c.kept is not None} if kept else None,
         bounds_of(log),
+        {
+            layer: tables[layer]
+            .count(model[layer].tested(folded.noise[layer].shuffled(layer)), weigh=False)
+            .rows
+            for layer in layers
+        },
     )
 
 
@@ -131,6 +139,7 @@ class LayerCounts:
     def __init__(self, tables: Tables, kept: bool, shared: Shared | None = None) -> None:
         self._tables, self._kept, self._shared = tables, kept, shared
         self._own: dict[int, Counted] = {}
+        self.noise: dict[int, NoiseSample] = {}
         self._table: tuple[int, CriticalAlphas] | None = None  # of the layer at hand
 
     def __getstate__(self) -> dict[str, Any]:
@@ -149,6 +158,7 @@ class LayerCounts:
             self._hand_over()
         if self._table is None or self._table[0] != layer:
             self._table = layer, self._tables[layer]
+        self.noise.setdefault(layer, NoiseSample(self._tables.n_experts)).update(batch)
         tested = self._tables.model[layer].tested(logits_of(batch))
         into = self._own.get(layer)
         self._own[layer] = self._table[1].count(tested, weigh=self._kept, into=into)
@@ -157,6 +167,8 @@ class LayerCounts:
         for layer, counted in other._own.items():
             before = self._own.get(layer)
             self._own[layer] = counted if before is None else before + counted
+        for layer, sample in other.noise.items():
+            self.noise.setdefault(layer, NoiseSample(self._tables.n_experts)).merge(sample)
         self._hand_over()
 
     def _hand_over(self) -> None:

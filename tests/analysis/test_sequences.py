@@ -8,6 +8,7 @@ import pytest
 from bhlog.analysis import sequences
 from bhlog.analysis.run import open_log
 from bhlog.analysis.sequences import SequenceSums, ratio_se
+from bhlog.capture.contract.null.fit import FitOptions
 from tests.synthetic import normal_kde, write_run
 
 LAYERS, E = (0, 3), 16
@@ -94,6 +95,25 @@ def test_standard_errors_are_the_ratio_estimator_by_hand(log):
             assert line["flops_se"] == pytest.approx(line["mean_experts_se"] / 8)
 
 
+def test_shares_of_p_values_have_the_standard_errors_of_their_sequences(log):
+    kde = log.fit(FitOptions(trim_high=3))
+    frame = log.check(kde)
+    for layer in LAYERS:
+        rows = pl.from_arrow(pa.Table.from_batches(log.batches(
+            ["rank", "sequence", "logits"], layers=[layer])))  # fmt: skip
+        p = kde[layer].p_value(np.array(rows["logits"].to_list(), np.float32))
+        kept = np.sort(p, axis=1)[:, 3:]
+        line = frame.row(by_predicate=pl.col("layer") == layer, named=True)
+        for name, some in (("all", p), ("p", kept)):
+            share = (some <= 0.05).mean()
+            off = (some <= 0.05).sum(axis=1) - share * some.shape[1]
+            per = pl.DataFrame({"k": rows["rank"] * 1000 + rows["sequence"], "off": off})
+            z = per.group_by("k").agg(pl.col("off").sum())["off"].to_numpy()
+            se = math.sqrt(len(z) / (len(z) - 1) * (z @ z)) / some.size
+            assert line[f"{name}_0.05_se"] == pytest.approx(se, rel=1e-9)
+        assert 0 < line["pi0_se"] < 0.5
+
+
 def test_a_bootstrap_over_sequences_agrees(tmp_path):
     log = written(tmp_path / "run", texts(40))
     rows = [row for row in values(log, "bh:0.3") if row["layer"] == 0]
@@ -121,7 +141,7 @@ def test_they_are_the_same_to_the_bit_however_the_log_is_split(tmp_path):
         for n, threads in ((1, 1), (3, 2), (6, 1))
     ]
     errors = [name for name in frames[0].columns if name.endswith("_se") or "_difference" in name]
-    assert len(errors) == 17
+    assert len(errors) == 18
     for frame in frames[1:]:
         assert frame.select(errors).equals(frames[0].select(errors))
 

@@ -27,12 +27,16 @@ MOST_LINEAR = 20  # between fewest and most experts; beyond, their axis is logar
 
 
 def swept(run: RunData) -> Numbers:
-    """Replayed mean experts at SWEEP_ALPHAS, of each layer and over all (layer null)."""
+    """Replayed mean experts at SWEEP_ALPHAS, of each layer and over all (layer null); of the last
+    with each expert's logits shuffled too, as noise."""
     if not run.load.rows.all():
         raise InvalidOption(f"{run.log.path}: no rows of some layers to replay")
-    layers, mean = run.log.layers, _means(run)
+    layers, (mean, noise) = run.log.layers, _means(run)
     each = tidy(layer=np.array(layers)[:, None], alpha=SWEEP_ALPHAS, mean_experts=mean)
-    overall = pl.DataFrame({"alpha": SWEEP_ALPHAS, "mean_experts": mean.mean(axis=0)})
+    overall = pl.DataFrame(
+        {"alpha": SWEEP_ALPHAS, "mean_experts": mean.mean(axis=0), "noise": noise},
+        schema_overrides={"noise": pl.Float64},
+    )
     frame = pl.concat([each, overall], how="diagonal")
     level = "all alphas" if run.alpha is None else f"alpha {run.alpha:g} marked"
     about = (*run.source, level, bound_words(*run.bounds, run.log.n_experts))
@@ -40,17 +44,20 @@ def swept(run: RunData) -> Numbers:
     return Numbers("Experts per token at other alphas (replayed)", about, frame, facts)
 
 
-def _means(run: RunData) -> NDArray[np.float64]:
-    """(L, A) replayed mean experts of each layer at SWEEP_ALPHAS, over all rows."""
+def _means(run: RunData) -> tuple[NDArray[np.float64], list[float | None]]:
+    """(L, A) replayed mean experts of each layer at SWEEP_ALPHAS, over all rows; (A,) of noise."""
     log, (low, high) = run.log, run.bounds
     null = run.kde or log.kde
     if run.options.p_values == "kde" and null is not None and null.pooled:
         profile = profile_log(log, run.kde, alphas=SWEEP_ALPHAS)
         swept = profile.frame(SWEEP_ALPHAS, min_k=low, max_k=high)
-        return np.stack([swept[f"layer_{layer}"].to_numpy() for layer in log.layers])
+        means = np.stack([swept[f"layer_{layer}"].to_numpy() for layer in log.layers])
+        return means, swept["noise"].to_list()
     settings = [replace(run.options, alpha=alpha) for alpha in SWEEP_ALPHAS]
-    frame = replay(log, settings, kde=run.kde).drop_nulls("layer").sort("layer", "alpha")
-    return frame["mean_experts"].to_numpy().reshape(len(log.layers), len(SWEEP_ALPHAS))
+    frame = replay(log, settings, kde=run.kde).sort("layer", "alpha", nulls_last=True)
+    means = frame.drop_nulls("layer")["mean_experts"].to_numpy()
+    noise = frame.filter(pl.col("layer").is_null())["noise_experts"].to_list()
+    return means.reshape(len(log.layers), len(SWEEP_ALPHAS)), noise
 
 
 @figure(
@@ -65,7 +72,8 @@ def plot_sweep(
     """Mean experts per token against alpha: each layer, and all.
 
     Args:
-        frame: layer (null: over all), alpha rising, mean_experts.
+        frame: layer (null: over all), alpha rising, mean_experts, and of the last noise, the mean
+            of shuffled logits, null where it is not known.
         alpha: marked; None marks none.
         top_k: experts per token under native routing; None draws none.
     """
@@ -78,6 +86,9 @@ def plot_sweep(
     axes.plot(
         overall["alpha"], overall["mean_experts"], color=BLACK, linewidth=2.5, label="all layers"
     )
+    noise = overall.drop_nulls("noise")
+    if noise.height:
+        axes.plot(noise["alpha"], noise["noise"], color=REFERENCE, linestyle=":", label="noise")
     if alpha is not None:
         axes.axvline(alpha, color=REFERENCE, linestyle="--", label=f"alpha {alpha:g}")
     native_line(axes, top_k, upright=False)

@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from itertools import combinations
 from statistics import correlation, mean, median_low, pstdev
 
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +16,7 @@ from bhlog.analysis.database.question import find_question, questions
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.files import write_shard
-from bhlog.capture.contract.rule import BhOptions
+from bhlog.capture.contract.rule import BhOptions, decide
 from tests.synthetic import normal_kde, write_run
 
 E = 8
@@ -547,15 +548,23 @@ def test_shard_sizes(database, runs):
 
 def test_experts_by_source(database, rows):
     expected = []
-    shares = {}
+    shares, errors = {}, {}
     for (run, source, layer), group in grouped(rows, "run", "source", "layer").items():
         n = loads(group)
+        texts = grouped(group, "rank", "sequence").values()
         for expert in range(E):
-            shares[run, source, layer, expert] = n[expert] / len(group)
+            share = shares[run, source, layer, expert] = n[expert] / len(group)
+            off = [sum((expert in row["experts"]) - share for row in text) for text in texts]
+            G = len(off)
+            errors[run, source, layer, expert] = (
+                math.sqrt(G / (G - 1) * sum(x * x for x in off)) / len(group) if G > 1 else None
+            )
     for (run, first, layer, expert), share in shares.items():
         second = "docs"
         other = shares[run, second, layer, expert]
+        se, other_se = errors[run, first, layer, expert], errors[run, second, layer, expert]
         if first == "code":
+            both = None if None in (se, other_se) else math.hypot(se, other_se)
             expected.append(
                 {
                     "run": run,
@@ -565,8 +574,11 @@ def test_experts_by_source(database, rows):
                     "expert": expert,
                     "prefers": first if share > other else second,
                     "share_first": share,
+                    "share_first_se": se,
                     "share_second": other,
+                    "share_second_se": other_se,
                     "preference": share - other,
+                    "preference_se": both,
                     "lift": share / other if other else None,
                 }
             )
@@ -583,6 +595,27 @@ def test_experts_by_source(database, rows):
     assert close(found, expected)
     pairs = {(r["first"], r["second"]) for r in ask(database, "experts_by_source", top=1000)}
     assert pairs == {("code", "docs"), ("code", "mail"), ("docs", "mail")}
+
+
+def test_noise_experts(runs, rows):
+    log = runs[0]
+    with connect(log) as alone:
+        found = ask(alone, "noise_experts", alpha=0.4)
+    low, high = 1, 4  # of the run
+    for (layer,), group in grouped([row for row in rows if row["run"] == "a"], "layer").items():
+        (row,) = (row for row in found if row["layer"] == layer)
+        logits = np.array([row["logits"] for row in group], np.float32)
+        logits = logits[np.isfinite(logits).any(axis=1)]
+        thresholds = log.kde[layer].thresholds(0.4, E)
+        n = decide(logits, thresholds, min_k=low, max_k=high).n_selected
+        assert row["tokens"] == len(group)
+        assert (row["mean_experts"], row["sd_experts"]) == pytest.approx((n.mean(), n.std()))
+        rng = np.random.default_rng(0)
+        shuffled = np.concatenate([rng.permuted(logits, axis=0) for _ in range(20)])
+        noise = decide(shuffled, thresholds, min_k=low, max_k=high).n_selected
+        # five standard errors: the question shuffles once, and draws nothing
+        assert row["noise_experts"] == pytest.approx(noise.mean(), abs=5 * row["noise_experts_se"])
+        assert row["noise_experts_se"] == pytest.approx(row["noise_sd_experts"] / len(n) ** 0.5)
 
 
 def test_distinct_experts(database, rows):

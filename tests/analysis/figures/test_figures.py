@@ -502,9 +502,9 @@ def test_the_sweep_marks_the_alpha_asked_for(run, native):
         return [line.get_label() for line in drawn.lines if not line.get_label().startswith("_")]
 
     log, kde = open_log(run), normal_kde((0, 1, 2))
-    assert labels(RunData(log)) == ["all layers", "alpha 0.3", "native top-8"]
-    assert labels(RunData(log, alpha=0.1)) == ["all layers", "alpha 0.1", "native top-8"]
-    assert labels(RunData(open_log(native), kde)) == ["all layers", "native top-8"]
+    assert labels(RunData(log)) == ["all layers", "noise", "alpha 0.3", "native top-8"]
+    assert labels(RunData(log, alpha=0.1)) == ["all layers", "noise", "alpha 0.1", "native top-8"]
+    assert labels(RunData(open_log(native), kde)) == ["all layers", "noise", "native top-8"]
 
 
 def test_the_sweep_keeps_the_bounds_asked_for(run):

@@ -63,7 +63,7 @@ def test_summaries_and_totals_are_the_same(run, kind, tmp_path):
     decider = Decider(log, policies, kde)
     make = partial(Summaries, decider, (1.0,) * len(policies), 8)
     labels = [pl.lit(text).alias("policy") for text in TEXTS]
-    columns = (*dict.fromkeys([*decider.columns, "rank", "sequence"]),)
+    columns = (*dict.fromkeys([*decider.columns, "rank", "sequence", "position"]),)
     here = fold(log, make, columns, whole_groups=decider.empirical)
     there = folded_elsewhere(log, make, columns)
     assert pl.concat(here.frames(labels)).equals(pl.concat(there.frames(labels)))
@@ -75,7 +75,7 @@ def test_summaries_and_totals_are_the_same(run, kind, tmp_path):
 @pytest.mark.parametrize("kept", [False, True])
 def test_profiles_are_the_same_whether_threads_share_or_not(run, kept):
     tables = Tables(run.kde, np.array(GRID), E)
-    columns = ("layer", "logits")
+    columns = ("layer", "logits", "rank", "sequence", "position")
     makes = [partial(LayerCounts, tables, kept, shared) for shared in (None, Shared(), Shared())]
     alone, together = (fold(run, make, columns).layers for make in makes[:2])
     there = folded_elsewhere(run, makes[2], columns).layers
