@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from bhlog.analysis.report.markup import small_table, text
 from bhlog.analysis.sweep import profile_file
 from bhlog.analysis.sweep.budget import share_budget
+from bhlog.analysis.sweep.by_rank import check_counts, mean_and_error, sum_of
 from bhlog.analysis.sweep.critical import ONE
 from bhlog.analysis.sweep.grid import rising
 from bhlog.capture.contract.errors import CorruptProfile, InvalidOption
@@ -60,24 +61,7 @@ class Profile:
             raise CorruptProfile("a profile needs at least one layer")
         if self.bounds is not None:
             self.bounds.resolve(self.n_experts)  # checks them
-        for layer, counts in self.counts.items():
-            if counts.ndim != 2 or counts.shape != (self.n_experts, J + 1):
-                raise CorruptProfile(
-                    f"layer {layer}: counts have the shape {counts.shape}, expected "
-                    f"{(self.n_experts, J + 1)}"
-                )
-            if counts.min(initial=0) < 0 or np.ptp(counts.sum(axis=1)):
-                raise CorruptProfile(
-                    f"layer {layer}: counts must be at least 0, with the same sum at each rank"
-                )
-            if np.diff(np.cumsum(counts, axis=1), axis=0).max(initial=0) > 0:
-                raise CorruptProfile(f"layer {layer}: a rank is selected before the one below it")
-            kept = counts if self.kept is None else self.kept.get(layer, counts[:0])
-            if kept.shape != counts.shape or kept.min() < 0:
-                raise CorruptProfile(f"layer {layer}: probability kept does not fit the counts")
-            noise = counts if self.noise is None else self.noise.get(layer, counts[:0])
-            if noise.shape != counts.shape or noise.min() < 0 or np.ptp(noise.sum(axis=1)):
-                raise CorruptProfile(f"layer {layer}: the noise does not fit the counts")
+        check_counts(self.counts, (self.n_experts, J + 1), self.kept, self.noise)
 
     def __repr__(self) -> str:
         layers = "1 layer" if len(self.layers) == 1 else f"{len(self.layers)} layers"
@@ -168,27 +152,17 @@ class Profile:
     ) -> tuple[float, float] | None:
         """Mean experts of shuffled logits and its standard error; None in an older profile.
 
-        Each expert's logits are shuffled over a sample of tokens, and each layer is weighted by its
-        rows. Arguments as of mean_experts.
-
-        Raises:
-            InvalidOption: as mean_experts.
+        Layers are weighted by their rows. Arguments and errors are those of mean_experts.
         """
         if self.noise is None:
             return None
         wanted = self.layers if layer is None else (layer,)
         share = np.array([self.rows(i) for i in wanted]) / max(1, sum(map(self.rows, wanted)))
-        means, errors = [], []
-        for i in wanted:
-            low, high = self._checked(min_k, max_k, i)
-            place = self._place(alpha[i] if isinstance(alpha, Mapping) else alpha)
-            rows = max(1, int(self.noise[i][0].sum()))
-            reached = self.noise[i][low:high, : place + 1].sum(axis=1) / rows  # n above low, ...
-            mean = low + reached.sum()
-            square = low**2 + (2 * np.arange(low + 1, high + 1) - 1) @ reached
-            means.append(mean)
-            errors.append(np.sqrt(max(0.0, square - mean**2) / rows))
-        return float(share @ means), float(np.sqrt(share**2 @ np.square(errors)))
+        at = {i: self._place(alpha[i] if isinstance(alpha, Mapping) else alpha) for i in wanted}
+        bounds = self._checked(min_k, max_k, layer)
+        found = [mean_and_error(self.noise[i], at[i], *bounds) for i in wanted]
+        means, errors = np.array(found).T
+        return float(share @ means), float(np.sqrt(share**2 @ errors**2))
 
     def floor(
         self, *, min_k: int | None = None, max_k: int | None = None, layer: int | None = None
@@ -347,12 +321,12 @@ class Profile:
             raise InvalidOption(f"run {twice[0]} is in both profiles: its rows would count twice")
         kept = noise = None
         if self.kept is not None and other.kept is not None:
-            kept = _sum(self.kept, other.kept)
+            kept = sum_of(self.kept, other.kept)
         if self.noise is not None and other.noise is not None:
-            noise = _sum(self.noise, other.noise)
+            noise = sum_of(self.noise, other.noise)
         return Profile(
             self.alphas,
-            _sum(self.counts, other.counts),
+            sum_of(self.counts, other.counts),
             tuple(sorted({*self.source, *other.source})),
             self.kde_sha256,
             self.where,
@@ -423,12 +397,3 @@ class Profile:
                 f"{where}no alpha up to {self.alphas[-1]:g} gives {mean_experts:g} experts per "
                 f"token, at most {curve[-1]:.4g} within these bounds"
             )
-
-
-def _sum(
-    a: Mapping[int, NDArray[np.int64]], b: Mapping[int, NDArray[np.int64]]
-) -> dict[int, NDArray[np.int64]]:
-    """Counts of both, by layer, rising."""
-    return {
-        i: a[i] + b[i] if i in a and i in b else (a if i in a else b)[i] for i in sorted({*a, *b})
-    }
