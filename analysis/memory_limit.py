@@ -64,19 +64,18 @@ def supervise() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, pass_on)
-    held = said = b""
+    held, said, ours = b"", b"", f"{told()}\n".encode()
     with os.fdopen(reading, "rb") as lines:
         for line in lines:
-            if not held and not _LAST_WORDS.match(line):
+            if not held and said != ours and not _LAST_WORDS.match(line):
                 os.write(2, line)
                 said = line
             elif len(held) < _HELD_BYTES or line.startswith(b"bhlog: "):
                 held += line
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code in _ENDS or (code and _NO_ROOM.search(held.decode(errors="replace"))):
-        ours = [line for line in held.splitlines() if line.startswith(b"bhlog: ")]
-        last = ours[-1] if ours else told().encode()
-        held, code = b"" if said.startswith(b"bhlog: ") else last + b"\n", 1
+    if code in _ENDS or said == ours or (code and _NO_ROOM.search(held.decode(errors="replace"))):
+        last = [line for line in held.splitlines(True) if line.startswith(b"bhlog: ")][-1:]
+        held, code = b"" if said.startswith(b"bhlog: ") else (last or [ours])[0], 1
     os.write(2, held)
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
