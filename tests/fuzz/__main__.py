@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
@@ -25,15 +25,25 @@ START_LIMIT = 300.0  # of a worker, which may compile kernels
 A_WORKER = 2000  # mutants, after which a fresh one goes on
 
 
-def verdicts(format: str, seeds: range, *, bounds_check: bool = False) -> Iterator[dict[str, Any]]:
+def verdicts(
+    format: str,
+    seeds: range,
+    *,
+    bounds_check: bool = False,
+    worker_code: Sequence[str] = ("-m", "tests.fuzz.worker"),
+    time_limit: float = TIME_LIMIT,
+) -> Iterator[dict[str, Any]]:
     """What came of each mutant; a worker that dies or hangs is replaced, and goes on after it."""
     environment = {**os.environ, "BHLOG_MEMORY_LIMIT": ""}
     if bounds_check:
-        environment |= {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": ".fuzz-numba"}
+        environment |= {
+            "NUMBA_BOUNDSCHECK": "1",
+            "NUMBA_CACHE_DIR": f"{tempfile.gettempdir()}/bhlog-fuzz-numba",
+        }
     start = seeds.start
     while start < seeds.stop:
         stop = min(start + A_WORKER, seeds.stop)
-        command = [sys.executable, "-m", "tests.fuzz.worker", format, str(start), str(stop)]
+        command = [sys.executable, *worker_code, format, str(start), str(stop)]
         with (
             tempfile.TemporaryFile() as said,
             subprocess.Popen(
@@ -41,7 +51,7 @@ def verdicts(format: str, seeds: range, *, bounds_check: bool = False) -> Iterat
             ) as worker,
         ):
             started = False
-            for line in _lines(worker):
+            for line in _lines(worker, time_limit):
                 started = True
                 found = json.loads(line)
                 if isinstance(found, int):
@@ -63,7 +73,7 @@ def verdicts(format: str, seeds: range, *, bounds_check: bool = False) -> Iterat
             start += 1
 
 
-def _lines(worker: "subprocess.Popen[bytes]") -> Iterator[bytes]:
+def _lines(worker: "subprocess.Popen[bytes]", time_limit: float) -> Iterator[bytes]:
     """Lines of its report, until it ends or is silent for too long."""
     assert worker.stdout is not None
     descriptor, held, limit = worker.stdout.fileno(), b"", START_LIMIT
@@ -73,7 +83,7 @@ def _lines(worker: "subprocess.Popen[bytes]") -> Iterator[bytes]:
             worker.wait()
             return
         *lines, held = (held + read).split(b"\n")
-        limit = TIME_LIMIT
+        limit = time_limit
         yield from lines
 
 

@@ -50,6 +50,26 @@ def test_each_breach_of_the_invariant_has_a_verdict(ask, plain, unchanged, verdi
     assert verdict_of(tmp_path, Reader(ask, plain), unchanged)[0] == verdict
 
 
+BAD_WORKER = """
+import json, os, sys, time
+for seed in range(int(sys.argv[2]), int(sys.argv[3])):
+    print(seed, flush=True)
+    if seed == 11:
+        os.abort()
+    if seed == 13:
+        time.sleep(100)
+    print(json.dumps({"seed": seed, "verdict": "same"}), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_or_hangs_is_told_and_replaced():
+    found = verdicts("x", range(10, 16), worker_code=("-c", BAD_WORKER), time_limit=3)
+    told = [(one["seed"], one["verdict"]) for one in found]
+    assert told == [(10, "same"), (11, "death"), (12, "same"), (13, "hang"), (14, "same"),
+                    (15, "same")]  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_mutants_are_refused_or_read_right(format):
