@@ -117,12 +117,19 @@ def open_sealed(file: pa.NativeFile, seal: Seal | None, *, bounded: bool = True)
 
 
 def _claimed(metadata: pq.FileMetaData) -> int:
-    """Bytes that the columns would take in memory, as a footer says."""
+    """Bytes that the columns would take in memory, as a footer says.
+
+    Raises:
+        ValueError: it counts fewer than none, or names columns as its schema does not.
+    """
     total = 0
+    paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         for number in range(group.num_columns):
             chunk = group.column(number)
+            if chunk.path_in_schema != paths[number]:  # or it is no text, a ValueError too
+                raise ValueError(f"its footer does not know column {number} by its name")
             values = max(chunk.num_values, group.num_rows)
             if min(values, chunk.total_uncompressed_size, group.num_rows) < 0:
                 raise ValueError("its footer counts fewer than none")

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -43,6 +44,10 @@ def mutate(root: Path, format: str, seed: int) -> Mutant:
     """Change the world as this seed says."""
     rng = random.Random(f"{format} {seed}")
     files = sorted(path for pattern in FORMATS[format] for path in root.glob(pattern))
+    if format == "folder":
+        words = _folder(rng, root, [file for file in files if file.is_file()])
+        # what is gone may be left out: commands say so, and verify calls it an error
+        return Mutant(words, not re.search(" (gone|link|link out|FIFO|folder) ", words))
     path = rng.choice(files)
     structured = {".json": _json, ".parquet": _parquet}.get(path.suffix)
     if path.suffix == ".parquet" and rng.random() < 0.1:
@@ -58,6 +63,33 @@ def mutate(root: Path, format: str, seed: int) -> Mutant:
         words += "; sealed again"
     alone = not resealed and format != "pickle"
     return Mutant(f"{path.relative_to(root)}: {words}", alone)
+
+
+def _folder(rng: random.Random, root: Path, files: list[Path]) -> str:
+    """Files that are gone, exchanged, of another kind, or there twice."""
+    path, other = rng.sample(files, 2)
+    kind = rng.choice(("gone", "exchanged", "link", "link out", "FIFO", "folder", "empty", "copy"))
+    held = path.read_bytes()
+    if kind == "copy":
+        name = rng.choice((other.name, "rank00000-00002.parquet", "rank00001-00000.parquet", "x"))
+        (other.parent / name).write_bytes(held)
+        return f"{path.relative_to(root)} copied to {other.parent.name}/{name}"
+    path.unlink()
+    if kind == "exchanged":
+        path.write_bytes(other.read_bytes())
+        other.write_bytes(held)
+    elif kind == "link":
+        path.symlink_to(other)
+    elif kind == "link out":
+        away = root.parent / "whole" / path.relative_to(root)
+        path.symlink_to(rng.choice((away, Path("/dev/zero"), Path("/nonexistent"), path)))
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "empty":
+        path.touch()
+    return f"{path.relative_to(root)} {kind} ({other.relative_to(root)})"
 
 
 def _bytes(rng: random.Random, path: Path, others: list[Path]) -> str:

@@ -169,6 +169,7 @@ def _read(paths: list[Path], names: Sequence[str]) -> pa.Table:
     tables = [
         pq.ParquetFile(path).read(columns=list(names), use_threads=False).select(names)
         for path in paths
+        if path.is_file() and path.name.startswith("rank")
     ]
     tables = [table.replace_schema_metadata() for table in tables]
     return pa.concat_tables([table.cast(tables[0].schema) for table in tables])
@@ -359,5 +360,6 @@ PICKLES = {
 }
 READERS = {
     **dict.fromkeys(("routing", "tokens", "manifest"), RUN),
+    "folder": RUN | {"sql_replays": REPLAYS["sql_replays"]},
     **{"replay": REPLAYS, "null": NULL, "profile": PROFILES, "pickle": PICKLES},
 }

@@ -31,6 +31,7 @@ FORMATS = {
     "profile": ("profile.parquet",),
     "pickle": ("pickles/*",),
     "replay": (f"{REPLAY}/*",),
+    "folder": ("run/**/*",),
 }
 
 

@@ -169,7 +169,9 @@ _DAMAGED = (
 class _Dtype:
     """Stands for a number format."""
 
-    def __init__(self, code: Any, *_: Any) -> None:
+    def __init__(self, code: Any, *flags: Any) -> None:
+        if len(flags) > 2 or any(flag not in (0, 1) for flag in flags):  # align, copy
+            raise ValueError(f"a number format has the flags {reprlib.repr(flags)}")
         text = code.decode("latin1") if isinstance(code, bytes) else code
         if not isinstance(text, str) or not _NUMBERS.fullmatch(text):
             raise ValueError(f"an array holds {reprlib.repr(text)}, which are no plain numbers")
@@ -206,6 +208,13 @@ def _encoded(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
+def _empty(kind: None, shape: Any, code: Any) -> _Array:
+    """How protocols 0 to 4 begin an array: with none of its values."""
+    if shape != (0,) or code not in (b"b", "b"):
+        raise ValueError(f"an array begins as {reprlib.repr((shape, code))}")
+    return _Array()
+
+
 def _from_buffer(raw: Any, dtype: Any, shape: Any, order: Any) -> _Array:
     """How protocol 5 writes an array."""
     array = _Array()
@@ -222,7 +231,7 @@ _KNOWN: dict[str, Any] = {
     f"{core}.{name}": called
     for core in ("numpy.core", "numpy._core")
     for name, called in {
-        "multiarray._reconstruct": lambda *_: _Array(),
+        "multiarray._reconstruct": _empty,
         "numeric._frombuffer": _from_buffer,
     }.items()
 }
