@@ -18,7 +18,16 @@ from bhlog.analysis.report.subject import Subject, quoted
 TESTS = ("bh", "by")  # policies that need p-values
 OTHERS = ("minp", "topp", "topk")
 MOST_ROWS = 400_000  # read for the panel; a sample of larger runs
-_COLUMNS = ("policy", "mean_experts", "probability_kept", "flops", "dead_experts", "busiest_share")
+_COLUMNS = (
+    "policy",
+    "mean_experts",
+    "noise_experts",
+    "probability_kept",
+    "probability_kept_se",
+    "flops",
+    "dead_experts",
+    "busiest_share",
+)
 
 
 def equal_cost(subject: Subject) -> Panel | None:
@@ -46,7 +55,8 @@ def equal_cost(subject: Subject) -> Panel | None:
         "policies",
         "Policies at equal cost",
         "For the same number of experts, how much of the router's probability does each rule "
-        f"keep? Dots: each rule at native's {top_k} experts, and BH at the chosen alpha.{sampled}",
+        f"keep? Dots: each rule at native's {top_k} experts, and BH at the chosen alpha.{sampled} "
+        "noise_experts: the same rule on logits shuffled over tokens; _se: clustered by sequence.",
         drawn=(Drawn("Probability kept at every cost", _plot(curves)),),
         listed=(
             Listed(f"Policies brought to {top_k} experts a token", table, shown=True),
