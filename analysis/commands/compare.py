@@ -166,7 +166,9 @@ def compare(
     if experts is not None:
         _note_misses(frame.filter(pl.col("layer").is_null()), experts)
     if figure is not None:
-        _draw(log, policies, null, kde, figure, bounds, scope)
+        overall = frame.filter(pl.col("layer").is_null()).select("policy", "probability_kept_se")
+        errors = dict(overall.drop_nulls().iter_rows())
+        _draw(log, policies, null, kde, figure, bounds, scope, errors)
 
 
 def _held_out(
@@ -296,6 +298,7 @@ def _draw(
     figure: str,
     bounds: "Bounds",
     scope: "Scope",
+    errors: dict[str, float],
 ) -> None:
     from bhlog.analysis.figures.about import bound_words, null_words, run_words
     from bhlog.analysis.figures.gallery.policies import Compared
@@ -315,4 +318,4 @@ def _draw(
         about.append(f"layers {layer_ranges(scope.layers)}")
     if scope.where is not None:
         about.append(f"rows where {scope.where}")
-    write_figure("policies", "policies", Compared(curves, tuple(about)), figure)
+    write_figure("policies", "policies", Compared(curves, tuple(about), errors), figure)

@@ -1,7 +1,7 @@
 """Cost curves: what each policy keeps at each cost, and how that differs from top-k."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,12 @@ class Compared:
     Attributes:
         curves: of their families.
         about: the run, its model, the null model and the bounds.
+        errors: standard errors of the probability kept by policies' texts, clustered by sequence.
     """
 
     curves: CostCurves
     about: tuple[str, ...]
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
 def costs(compared: Compared) -> Numbers:
@@ -44,8 +46,15 @@ def costs(compared: Compared) -> Numbers:
         point = _measured(
             curves.native, np.array([mark.mean_experts]), np.array([mark.probability_kept])
         )
-        parts.append(point.with_columns(curve=pl.lit(mark.label), policy=pl.lit(mark.text)))
-    frame = pl.concat(parts).sort("measure", descending=True, maintain_order=True)
+        error = pl.lit(compared.errors.get(mark.text), pl.Float64)
+        parts.append(
+            point.with_columns(
+                curve=pl.lit(mark.label),
+                policy=pl.lit(mark.text),
+                se=pl.when(pl.col("measure") == KEPT).then(error),
+            )
+        )
+    frame = pl.concat(parts, how="diagonal").sort("measure", descending=True, maintain_order=True)
     rows = f"{curves.rows:,} rows" if curves.whole else f"a sample of {curves.rows:,} rows"
     policies = ", ".join(mark.text for mark in curves.marks)
     about = (*compared.about, f"from {rows}", f"dots: {policies}")
@@ -84,7 +93,7 @@ def plot_policies(axes: Axes, frame: pl.DataFrame, *, most_experts: float) -> Ax
 
     Args:
         frame: measure, curve (top-k first), policy (null: a point of the curve), mean_experts,
-            value.
+            value, se (of dots; null draws no interval of 95 %).
         most_experts: where the axis ends.
     """
     points = frame.filter(pl.col("policy").is_null())
@@ -92,8 +101,10 @@ def plot_policies(axes: Axes, frame: pl.DataFrame, *, most_experts: float) -> Ax
     looks = _looks(points["curve"].unique(maintain_order=True).to_list())
     for (label,), curve in points.group_by("curve", maintain_order=True):
         axes.plot(curve["mean_experts"], curve["value"], label=label, **looks[str(label)])
-    for label, x, y in marks.select("curve", "mean_experts", "value").iter_rows():
+    for label, x, y, se in marks.select("curve", "mean_experts", "value", "se").iter_rows():
         color = looks[label]["color"]
+        if se is not None:
+            axes.errorbar([x], [y], yerr=[1.96 * se], color=color, capsize=3, zorder=3)
         axes.plot([x], [y], "o", color=color, ms=7, mec="white", mew=1, zorder=4)
     axes.set(xlabel="mean experts per token", ylabel=frame["measure"][0], xlim=(0, most_experts))
     if frame["measure"][0] == KEPT:
