@@ -161,6 +161,10 @@ class RunFolder:
         return self._replays[folder]
 
     @cached_property
+    def _listed(self) -> frozenset[str]:
+        return frozenset(entry.name for entry in self.manifest.shards)
+
+    @cached_property
     def _seals(self) -> dict[str, Seal]:
         entries = self.manifest.shards
         routing = {f"routing/{e.name}": e.routing_seal for e in entries}
@@ -174,6 +178,10 @@ class RunFolder:
             CorruptShard: no readable footer, or other columns.
         """
         where = f"{self.path}/{folder}/{name}"
+        if self.manifest.closed and name not in self._listed:
+            raise CorruptShard(
+                f"{where}: not in the manifest of the closed run; move it away to read the rest"
+            )
         try:
             file = self.open_file(f"{folder}/{name}")
         except OSError as error:
