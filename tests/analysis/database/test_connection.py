@@ -12,6 +12,7 @@ from bhlog.analysis.log import Log
 from bhlog.analysis.replay.decisions import write_decisions
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import CorruptShard, InvalidOption, MissingRun, RouterLogError
+from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run
 
@@ -397,3 +398,16 @@ def test_a_table_of_the_callers_is_seen_by_its_own_query_alone(database):
         database.sql("FROM routing", {"routing": frame})
     with pytest.raises(InvalidOption, match="no table 'frame'"):  # nor is a variable by its name
         database.sql("FROM frame")
+
+
+def test_null_models_with_more_columns_stand_beside_those_without(tmp_path):
+    write_run(tmp_path / "a", layers=(0,), n_experts=8, top_k=2, seed=1)
+    log = open_log(tmp_path / "a")
+    options = FitOptions(trim_high=2, centre="median")
+    kde = log.fit(options)
+    database = connect(log, kde=kde, temp_dir=None)
+    ((n,),) = database.sql("SELECT count(*) FROM kde WHERE rule = 'scott'").fetchall()
+    assert n == 1
+    counts = database.sql("SELECT bh_count(logits, layer, 0.3) FROM routing").fetchall()
+    (summary,) = log.replay(alpha=0.3, kde=kde).head(1).rows(named=True)
+    assert sum(c for (c,) in counts) / len(counts) == pytest.approx(summary["mean_experts"])
