@@ -220,3 +220,13 @@ def test_a_null_model_of_other_layers_is_said_when_it_is_needed(run):
     pq.write_table(with_checksum(column("layer", [7, 8, 9])(pq.read_table(path))), path)
     lines = {str(error) for error in ask_all(run)}
     assert lines and all("the null model has layers 7-9, but not" in line for line in lines)
+
+
+def test_links_in_a_circle_in_place_of_a_replays_part_are_refused(run):
+    open_log(run).replay(0.3, out=run / "replay", threads=1)
+    (part, *_) = sorted(run.glob("replay/*/*.parquet"))
+    part.unlink()
+    part.symlink_to(part)
+    with pytest.raises(CorruptShard, match=part.name) as error:
+        ask_all(run)
+    assert str(error.value).isprintable()
