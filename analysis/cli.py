@@ -54,6 +54,10 @@ COMMANDS = {
         "bhlog.analysis.commands.compare:compare",
         "Compare policies over a run: what each would have chosen, and...",
     ),
+    "export": (
+        "bhlog.analysis.commands.exporting:export",
+        "Write an answer in the file that another engine reads.",
+    ),
     "kde": (
         "bhlog.analysis.commands.kde:kde",
         "Fit, inspect and check null models.",

@@ -1,0 +1,1 @@
+"""Answers on their way out, in the files that other engines read."""
