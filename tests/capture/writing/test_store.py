@@ -157,7 +157,7 @@ def test_killed_at_random_moments_and_resumed(server, tmp_path):
     server.delay = 0.002
     rng, notes, before = random.Random(0), tmp_path / "notes", 0
     notes.write_text("0")
-    nursery = Nursery()
+    nursery = Nursery("test_kill")
     for turn in range(2):
         child = nursery.start("log_blocks_for_ever", uri, int(turn > 0), notes)
         wait_for(lambda before=before: int(notes.read_text() or 0) > before)
