@@ -58,6 +58,10 @@ COMMANDS = {
         "bhlog.analysis.commands.exporting:export",
         "Write an answer in the file that another engine reads.",
     ),
+    "cache": (
+        "bhlog.analysis.commands.expert_cache:cache",
+        "Hit rates of caches of experts, over a run in the order that...",
+    ),
     "kde": (
         "bhlog.analysis.commands.kde:kde",
         "Fit, inspect and check null models.",

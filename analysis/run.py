@@ -25,6 +25,7 @@ from bhlog.capture.contract.rule import Bounds, Renormalize
 if TYPE_CHECKING:
     from duckdb import DuckDBPyRelation
 
+    from bhlog.analysis.cache.hits import ExpertBytes
     from bhlog.analysis.database.connection import Database
     from bhlog.analysis.figures.drawing import Image
     from bhlog.analysis.replay.policy import Policy
@@ -145,6 +146,40 @@ class Run(Log):
             policies,
             kde=_named(kde),
             experts=experts,
+            bounds=Bounds(min_k, max_k),
+            scope=Scope(**rows),
+        )
+
+    def cache(
+        self,
+        budget: int | str | Iterable[int | str],
+        *,
+        policies: "Sequence[Policy | str]" = (),
+        kde: Named | None = None,
+        expert_bytes: "ExpertBytes | None" = None,
+        min_k: int | None = None,
+        max_k: int | None = None,
+        **rows: Unpack[Rows],
+    ) -> pl.DataFrame:
+        """Hit rates of caches of experts, over the log in the order that its layers ran.
+
+        Args:
+            budget: experts of each layer, or a size over all layers, "4000MiB"; or several.
+            policies: what decides; none takes the experts that the run used.
+            expert_bytes: of an expert, or by layer, for sizes.
+            min_k, max_k: as of compare.
+
+        Returns:
+            A row for each policy, budget and cache; see bhlog.analysis.cache.hits.
+        """
+        from bhlog.analysis.cache.hits import replay_caches
+
+        return replay_caches(
+            self,
+            [budget] if isinstance(budget, int | str) else budget,
+            policies=policies,
+            kde=_named(kde),
+            expert_bytes=expert_bytes,
             bounds=Bounds(min_k, max_k),
             scope=Scope(**rows),
         )

@@ -18,6 +18,7 @@ VERBS = {
     "replay",
     "sweep",
     "compare",
+    "cache",
     "explore",
     "fidelity",
     "report",
@@ -113,7 +114,7 @@ def test_a_profile_is_what_a_sweep_gives(folder):
 
 
 def test_verbs_say_which_rows_they_read_by_one_bundle():
-    for verb in ("replay", "sweep", "compare", "fit", "check"):
+    for verb in ("replay", "sweep", "compare", "cache", "fit", "check"):
         parameters = inspect.signature(getattr(Run, verb)).parameters
         assert "rows" in parameters
         assert not {"layers", "where", "threads"} & set(parameters)
