@@ -119,7 +119,7 @@ def test_48_layers_of_a_sweep_can_be_read(on_terminal, piped):
 
 def test_a_pipe_gets_the_table_whole(piped):
     lines = piped("sweep", "bh").splitlines()
-    assert len(lines) == 13 and len(lines[0].split()) == len(LAYERS) + 2
+    assert len(lines) == 13 and len(lines[0].split()) == len(LAYERS) + 3
 
 
 def test_a_source_that_looks_like_a_picture_stays_text(on_terminal):
