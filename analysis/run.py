@@ -1,7 +1,7 @@
 """Run: a log with the verbs, each of which asks it something without a model and without a GPU."""
 
 import atexit
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,10 @@ from bhlog.analysis.fold import Progress, Scope
 from bhlog.analysis.imports import needed
 from bhlog.analysis.log import Log
 from bhlog.analysis.nulls import Named, load_null, null_model
-from bhlog.analysis.replay.settings import settings_of
+from bhlog.analysis.replay.settings import Alpha, settings_of
 from bhlog.analysis.report.markup import small_table
 from bhlog.analysis.verify.facts import facts_of
+from bhlog.capture.contract.named import Bh
 from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import Bounds, Renormalize
@@ -63,7 +64,7 @@ class Run(Log):
 
     def replay(
         self,
-        alpha: float | Sequence[float],
+        alpha: Alpha | Sequence[Alpha],
         *,
         kde: Named | None = None,
         min_k: int | None = None,
@@ -76,7 +77,8 @@ class Run(Log):
         """Summary of the decisions at other settings, for each alpha and layer and overall.
 
         Args:
-            alpha: BH level, or several.
+            alpha: BH level or a mapping with one for each layer, as Profile.alphas_for gives it;
+                or several.
             kde: null model, see the class.
             min_k, max_k, temperature, renormalize: as BhOptions has them; None is as in the run.
             out: folder or URI that every decision is written to as well; see
@@ -91,7 +93,7 @@ class Run(Log):
         scope, null = Scope(**rows), _named(kde)
         settings = settings_of(
             self,
-            [alpha] if isinstance(alpha, int | float) else alpha,
+            [alpha] if isinstance(alpha, int | float | Mapping | Bh) else alpha,
             bounds=Bounds(min_k, max_k),
             temperature=temperature,
             renormalize=renormalize,

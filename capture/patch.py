@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from bhlog.capture.changes import Changes
 from bhlog.capture.contract.errors import AlreadyPatched, UnsupportedModel
 from bhlog.capture.contract.manifest import ModelInfo, Routing
+from bhlog.capture.contract.named import Bh
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.forwards import Forwards
 from bhlog.capture.graphs import Graph, at_router
@@ -82,8 +83,8 @@ class RouterPatcher:
 
         Raises:
             AlreadyPatched: the model is observed or routed.
-            InvalidOption: a bound is above the number of experts, or a null model is given where
-                none is used.
+            InvalidOption: a bound is above the number of experts, a layer has no alpha, or a null
+                model is given where none is used.
             KdeMismatch: no null model, or one for other layers or experts.
             UnsupportedModel: the family can be observed but not routed.
         """
@@ -104,6 +105,10 @@ class RouterPatcher:
         routing.options.check_null(kde)
         if kde is not None:
             kde.require(self.info.layers, self.info.n_experts)
+        named = routing.options.named
+        if isinstance(named, Bh):
+            for layer in self.info.layers:
+                named.alpha_of(layer)
 
     @cached_property
     def group(self) -> Group:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bhlog.analysis.bar import progress_bar
-from bhlog.analysis.commands.kinds import OUT_FILE, RUN
+from bhlog.analysis.commands.kinds import ALPHA, OUT_FILE, RUN
 from bhlog.analysis.commands.options import (
     bounds_options,
     kde_option,
@@ -19,6 +19,7 @@ from bhlog.capture.contract.uris import shown
 
 if TYPE_CHECKING:
     from bhlog.analysis.fold import Scope
+    from bhlog.capture.contract.named import Bh
     from bhlog.capture.contract.rule import Bounds
 
 FORMATS = ("topk", "load", "hot", "thresholds")  # as in bhlog.analysis.exports.register
@@ -32,7 +33,13 @@ FORMATS = ("topk", "load", "hot", "thresholds")  # as in bhlog.analysis.exports.
 )
 @click.argument("format", type=click.Choice(FORMATS))
 @click.argument("run", type=RUN)
-@click.option("--alpha", type=float, help="The decisions of BH at this level (default: as logged).")
+@click.option(
+    "--alpha",
+    type=ALPHA,
+    metavar="A|FILE",
+    help="The decisions of BH at this level, or at those of a file, one for each layer (default: "
+    "as logged).",
+)
 @click.option("--experts", type=float, metavar="K", help="Those of K experts a token.")
 @click.option(
     "--profile",
@@ -48,7 +55,7 @@ FORMATS = ("topk", "load", "hot", "thresholds")  # as in bhlog.analysis.exports.
 def export(
     format: str,
     run: str,
-    alpha: float | None,
+    alpha: "float | Bh | None",
     experts: float | None,
     profile: str | None,
     kde: str | None,

@@ -8,6 +8,7 @@ from click.shell_completion import CompletionItem
 
 from bhlog.analysis.database.catalog import VIEWS
 from bhlog.analysis.database.question import questions
+from bhlog.capture.contract.alphas import read_file
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.uris import shown
 
@@ -70,6 +71,32 @@ class NameKind(click.ParamType):  # type: ignore[type-arg, unused-ignore]
         return found or [CompletionItem(incomplete, type="file" if self._files else "plain")]
 
 
+class AlphaKind(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """A BH level, or the file of one for each layer; gives a float, or such a policy."""
+
+    name = "alpha"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The level or the policy.
+
+        Raises:
+            InvalidOption: it is no number, and no file of alphas.
+        """
+        from bhlog.capture.contract.named import Bh
+
+        if isinstance(value, float | Bh):
+            return value
+        try:
+            return float(value)
+        except ValueError:
+            return Bh.of_layers(read_file(value))
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
 class QueryOrRun(PathKind):
     """A run, or the query that follows the last of them."""
 
@@ -110,6 +137,7 @@ def described_names() -> Iterable[tuple[str, str]]:
     yield from question_names()
 
 
+ALPHA = AlphaKind()
 POLICY = NameKind(policy_names)
 FIGURE = NameKind(figure_names)
 QUESTION = NameKind(question_names, files=True)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bhlog.analysis.bar import progress_bar
-from bhlog.analysis.commands.kinds import OUT_PLACE, RUN
+from bhlog.analysis.commands.kinds import ALPHA, OUT_PLACE, RUN
 from bhlog.analysis.commands.options import (
     Output,
     bounds_options,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from bhlog.analysis.fold import Scope
+    from bhlog.analysis.replay.settings import Alpha
     from bhlog.capture.contract.rule import Bounds
 
 RENORMALIZE = ("model", "yes", "no")  # as in bhlog.capture.contract.rule
@@ -55,10 +56,12 @@ SHORT = (
 @click.option(
     "--alpha",
     "alphas",
-    type=float,
+    type=ALPHA,
+    metavar="A|FILE",
     multiple=True,
     required=True,
-    help="BH level, 0 < A < 1; repeatable.",
+    help="BH level, 0 < A < 1, or a file with one for each layer, as sweep --per-layer writes it; "
+    "repeatable.",
 )
 @kde_option
 @bounds_options()
@@ -86,7 +89,7 @@ SHORT = (
 @memory_option
 def replay(
     run: str,
-    alphas: tuple[float, ...],
+    alphas: "tuple[Alpha, ...]",
     kde: str | None,
     bounds: "Bounds",
     scope: "Scope",

@@ -13,9 +13,10 @@ from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 def thresholds(wanted: Wanted) -> bytes:
     """safetensors: `thresholds` (L, E) float32, t_1..t_E of each layer; `layers` (L,) int64.
 
-    Its metadata, texts: alpha, min_k, max_k, centre ("none" or "median": what logits are less of
-    before they are held against thresholds), temperature, renormalize ("true" or "false"),
-    n_experts and kde_sha256. analysis/README.md has the twenty lines of torch that apply it.
+    Its metadata, texts: alpha (0.3, or 0=0.1+1=0.3 by layer), min_k, max_k, centre ("none" or
+    "median": what logits are less of before they are held against thresholds), temperature,
+    renormalize ("true" or "false"), scoring, n_experts and kde_sha256. analysis/README.md has the
+    twenty lines of torch that apply it.
 
     Raises:
         InvalidOption: no alpha and no number of experts.
@@ -34,12 +35,12 @@ def thresholds(wanted: Wanted) -> bytes:
     (options,) = settings_of(log, [alpha], bounds=wanted.bounds)
     low, high = options.bounds(log.n_experts)
     model = log.manifest.model
-    by_layer = kde.thresholds(alpha, log.n_experts)
-    values = np.stack([by_layer[layer] for layer in log.layers]).astype("<f4")
+    by_layer = [kde[layer].thresholds_of(options.named, log.n_experts) for layer in log.layers]
+    values = np.stack(by_layer).astype("<f4")
     layers = np.array(log.layers, "<i8")
     renormalizes = options.renormalizes(model.norm_topk_prob)
     metadata = {
-        "alpha": repr(alpha),
+        "alpha": options.named.value_text,
         "min_k": str(low),
         "max_k": str(high),
         "centre": kde.centre,

@@ -11,6 +11,7 @@ from bhlog.analysis.replay.settings import bounds_of, settings_of
 from bhlog.analysis.sweep.profile import Profile
 from bhlog.analysis.sweep.profiling import profile_log
 from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.named import Bh
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import OPEN, Bounds
 
@@ -21,7 +22,7 @@ class Wanted:
 
     Attributes:
         log: the run.
-        alpha: BH level that decides.
+        alpha: BH level that decides, or a policy with one for each layer.
         experts: mean experts a token.
         profile: what knows the alpha of a number of experts without another pass over the log.
         kde: null model; None is the run's own.
@@ -33,7 +34,7 @@ class Wanted:
     """
 
     log: Log
-    alpha: float | None = None
+    alpha: float | Bh | None = None
     experts: float | None = None
     profile: Profile | None = None
     kde: KdeModel | None = None
@@ -56,7 +57,7 @@ class Wanted:
                     "that bhlog sweep RUN --save made of this model"
                 )
 
-    def decided(self) -> float | None:
+    def decided(self) -> float | Bh | None:
         """The alpha that decides: the one given, or that of a number of experts; None: as logged.
 
         Raises:
@@ -81,7 +82,8 @@ class Wanted:
         if self.alpha is None:
             return float(self.log.manifest.model.top_k)
         if self.profile is not None:
-            return self.profile.mean_experts(self.alpha, **self._limits())
+            by_layer = dict(self.alpha.by_layer) if isinstance(self.alpha, Bh) else self.alpha
+            return self.profile.mean_experts(by_layer, **self._limits())
         settings = settings_of(self.log, [self.alpha], bounds=self.bounds)
         frame = replay(self.log, settings, kde=self.kde, scope=self.scope)
         return float(frame["mean_experts"][-1])

@@ -20,6 +20,7 @@ from bhlog.analysis.replay.settings import bounds_of
 from bhlog.analysis.replay.summary import LayerSummary, differences, summary_frame
 from bhlog.analysis.sequences import SequenceSums
 from bhlog.capture.contract.errors import InvalidOption
+from bhlog.capture.contract.named import Bh
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import OPEN, BhOptions, Bounds
 
@@ -51,8 +52,18 @@ def replay(
     total = _summaries(log, decider, scope, tuple(options.temperature for options in settings))
     if not total.layers:
         raise InvalidOption(f"{log.path}: no rows to replay{scope.words}")
-    labels = [pl.lit(options.alpha).alias("alpha") for options in settings]
+    labels = [_alpha_of(options).alias("alpha") for options in settings]
     return pl.concat(total.frames(labels, native_logged=_is_native(log)))
+
+
+def _alpha_of(options: BhOptions) -> pl.Expr:
+    """The alpha of each layer's row; over layers with alphas of their own there is none."""
+    named = options.named
+    if not isinstance(named, Bh) or not named.by_layer:
+        return pl.lit(options.alpha)
+    return pl.col("layer").replace_strict(
+        dict(named.by_layer), default=None, return_dtype=pl.Float64
+    )
 
 
 def compare(

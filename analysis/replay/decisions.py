@@ -58,7 +58,9 @@ def setting_name(options: BhOptions, n_experts: int, null: str | None = None) ->
         null: where p-values come from, unless from the run's own null model.
     """
     low, high = options.bounds(n_experts)
-    parts = [f"alpha-{float(options.alpha)}", f"k-{low}-{high}"]
+    one = options.policy is None
+    rule = f"alpha-{float(options.alpha)}" if one else options.named.file_name
+    parts = [rule, f"k-{low}-{high}"]
     if options.temperature != 1:
         parts.append(f"t-{float(options.temperature)}")
     if options.renormalize != "model":

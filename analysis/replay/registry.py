@@ -7,6 +7,7 @@ from importlib import import_module
 
 import bhlog.analysis.replay.families as folder
 from bhlog.analysis.replay.policy import Policy
+from bhlog.capture.contract.alphas import expanded
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.named import ROUTED, parse
 
@@ -50,7 +51,9 @@ def _where(kind: type[Policy]) -> str:
 def parse_policy(text: str, *, open_value: bool = False) -> Policy:
     """A policy from NAME:VALUE[,KEY=VALUE...]; see bhlog.capture.contract.named.parse.
 
+    bh:@FILE has an alpha for each layer, see bhlog.capture.contract.alphas.
+
     >>> str(parse_policy("storey:0.3,max_k=16"))
     'storey:0.3,max_k=16'
     """
-    return parse(text, families(), open_value=open_value)
+    return parse(expanded(text), families(), open_value=open_value)

@@ -1,15 +1,19 @@
 """Settings: what a replay is asked for, where it is not as in the run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from bhlog.analysis.log import Log
+from bhlog.capture.contract.named import Bh
 from bhlog.capture.contract.rule import OPEN, BhOptions, Bounds, Renormalize
+
+Alpha = float | Mapping[int, float] | Bh  # or one for each layer
 
 
 def settings_of(
     log: Log,
-    alphas: Iterable[float],
+    alphas: Iterable[Alpha],
     *,
     bounds: Bounds = OPEN,
     temperature: float | None = None,
@@ -25,8 +29,7 @@ def settings_of(
     return tuple(
         replace(
             options,
-            alpha=alpha,
-            policy=None,
+            **_named(alpha),
             min_k=1 if bounds.min_k is None else bounds.min_k,
             max_k=bounds.max_k,
             temperature=options.temperature if temperature is None else temperature,
@@ -34,6 +37,15 @@ def settings_of(
         )
         for alpha in alphas
     )
+
+
+def _named(alpha: Alpha) -> dict[str, Any]:
+    """The level, or the policy of levels by layer."""
+    if isinstance(alpha, Mapping):
+        alpha = Bh.of_layers(alpha)
+    if isinstance(alpha, Bh):
+        return {"policy": str(alpha)} if alpha.by_layer else _named(alpha.alpha)
+    return {"alpha": alpha, "policy": None}
 
 
 def bounds_of(log: Log, bounds: Bounds = OPEN) -> Bounds:

@@ -104,7 +104,7 @@ class Subject:
 def alpha_of(run: Log) -> float | None:
     """The level of a run that BH routed; None of any other."""
     routing = run.manifest.routing
-    return routing.options.alpha if routing.kind == "bh" and routing.options else None
+    return routing.options.tested_alpha if routing.kind == "bh" and routing.options else None
 
 
 def quoted(text: str) -> str:

@@ -14,7 +14,7 @@ from bhlog.analysis.database.question import find_question
 from bhlog.analysis.database.token_texts import vocabulary_of
 from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.analysis.report.markup import Listed, Panel, shipped
-from bhlog.analysis.report.subject import Subject, quoted
+from bhlog.analysis.report.subject import Subject, alpha_of, quoted
 from bhlog.analysis.vocabulary import Vocabulary
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.errors import InvalidOption
@@ -103,7 +103,7 @@ def _of(shown: pl.DataFrame, kind: str) -> pl.DataFrame:
 
 def _run_of(subject: Subject) -> Log:
     """The first run that BH routed: under native routing every token has the same experts."""
-    return next((r for r in subject.runs if r.manifest.routing.kind == "bh"), subject.run)
+    return next((r for r in subject.runs if alpha_of(r) is not None), subject.run)
 
 
 def _piece(run: Log, vocabulary: Vocabulary, kde: KdeModel, options: BhOptions) -> dict[str, Any]:

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from bhlog.analysis.commands.kinds import KDE, OUT_FILE, OUT_FOLDER, PathKind
+from bhlog.analysis.commands.kinds import ALPHA, KDE, OUT_FILE, OUT_FOLDER, PathKind
 from bhlog.analysis.commands.options import bundle, load_null, make_room
 from bhlog.capture.contract.errors import InvalidOption
 
 if TYPE_CHECKING:
     from bhlog.capture.checkpoint import LoadedModel
     from bhlog.capture.contract.manifest import Routing
+    from bhlog.capture.contract.named import Bh
     from bhlog.capture.contract.null.model import KdeModel
     from bhlog.capture.session import CaptureOptions
     from bhlog.capture.writing.fitting import KdeFit
@@ -57,7 +58,7 @@ class Rule:
     """How experts are chosen; see bhlog.capture.contract.rule.BhOptions."""
 
     route: str
-    alpha: float
+    alpha: "float | Bh"
     kde: str | None
     empirical: bool
     min_k: int
@@ -77,7 +78,6 @@ class Rule:
             KdeMismatch: BH routing lacks a null model.
         """
         from bhlog.capture.contract.manifest import Routing
-        from bhlog.capture.contract.named import Bh
         from bhlog.capture.contract.rule import RENORMALIZE, BhOptions
 
         if self.route == "native":
@@ -86,7 +86,7 @@ class Rule:
         if self.route != "bh":
             _refuse("alpha", why=f"is for --route bh: {self.route} has a value of its own")
         options = BhOptions.of(
-            Bh(self.alpha) if self.route == "bh" else self.route,
+            self.route if self.route != "bh" else as_bh(self.alpha),
             min_k=self.min_k,
             max_k=self.max_k,
             temperature=self.temperature,
@@ -175,6 +175,13 @@ class Fit:
         return KdeFit(self.fit_kde, trim_low=self.trim_low, trim_high=self.trim_high)
 
 
+def as_bh(alpha: "float | Bh") -> "Bh":
+    """BH at a level, which may be one for each layer already."""
+    from bhlog.capture.contract.named import Bh
+
+    return alpha if isinstance(alpha, Bh) else Bh(alpha)
+
+
 def _refuse(*names: str, why: str = _NATIVE) -> None:
     """Raise InvalidOption if one of the options, which mean nothing here, was given.
 
@@ -231,7 +238,12 @@ rule_options = bundle(
         "and bh:A, by:A, topk:K, threshold:Q, topp:P or minp:T by that policy.",
     ),
     click.option(
-        "--alpha", type=float, default=0.05, show_default=True, help="BH level, 0 < A < 1."
+        "--alpha",
+        type=ALPHA,
+        metavar="A|FILE",
+        default=0.05,
+        show_default=True,
+        help="BH level, 0 < A < 1, or a file with one for each layer.",
     ),
     click.option("--kde", type=KDE, metavar="FILE", help="Null model for bh and by."),
     click.option("--empirical", is_flag=True, help="No null model: p-values by batch rank."),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bhlog.analysis.commands.kinds import KDE, OUT_FOLDER, POLICY, PathKind
+from bhlog.analysis.commands.kinds import ALPHA, KDE, OUT_FOLDER, POLICY, PathKind
 from bhlog.analysis.commands.options import (
     Output,
     check_figure,
@@ -17,7 +17,7 @@ from bhlog.analysis.commands.options import (
     write_figure,
 )
 from bhlog.analysis.imports import needed
-from bhlog.capture.apps.asked import Fit, Model, fit_options, model_options
+from bhlog.capture.apps.asked import Fit, Model, as_bh, fit_options, model_options
 from bhlog.capture.apps.watch import interruptible
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.documents import read_documents
@@ -25,6 +25,7 @@ from bhlog.capture.documents import read_documents
 if TYPE_CHECKING:
     from bhlog.capture.apps.scoring import Examiner
     from bhlog.capture.checkpoint import LoadedModel
+    from bhlog.capture.contract.named import Bh
     from bhlog.capture.contract.null.model import KdeModel
     from bhlog.capture.contract.rule import BhOptions
 
@@ -110,7 +111,14 @@ class Null:
 @click.option(
     "--out", required=True, type=OUT_FOLDER, metavar="RUNS", help="Folder: a run a setting."
 )
-@click.option("--alpha", "alphas", multiple=True, type=float, help="Route by bh:A; repeatable.")
+@click.option(
+    "--alpha",
+    "alphas",
+    multiple=True,
+    type=ALPHA,
+    metavar="A|FILE",
+    help="Route by bh:A, or by the alphas of a file, one for each layer; repeatable.",
+)
 @click.option(
     "--policy",
     "policies",
@@ -153,7 +161,7 @@ def evaluate(
     model: Model,
     tasks: str,
     out: str,
-    alphas: tuple[float, ...],
+    alphas: "tuple[float | Bh, ...]",
     policies: tuple[str, ...],
     kde: str | None,
     fit: Fit,
@@ -217,17 +225,17 @@ def evaluate(
 
 
 def _rules(
-    alphas: Sequence[float], policies: Sequence[str], min_k: int, max_k: int | None
+    alphas: "Sequence[float | Bh]", policies: Sequence[str], min_k: int, max_k: int | None
 ) -> "list[BhOptions]":
     """Each rule, those of --alpha first.
 
     Raises:
         InvalidOption: one is wrong, or asked for twice.
     """
-    from bhlog.capture.contract.named import Bh, Named
+    from bhlog.capture.contract.named import Named
     from bhlog.capture.contract.rule import BhOptions
 
-    asked: list[Named | str] = [*(Bh(alpha) for alpha in alphas), *policies]
+    asked: list[Named | str] = [*map(as_bh, alphas), *policies]
     rules = [BhOptions.of(one, min_k=min_k, max_k=max_k) for one in asked]
     names = [str(rule.named) for rule in rules]
     twice = [name for name in names if names.count(name) > 1]

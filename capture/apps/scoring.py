@@ -79,7 +79,7 @@ class Setting:
     @property
     def name(self) -> str:
         """Of the run's folder."""
-        return self.text.replace(":", "-").replace(",", "_")
+        return NATIVE if self.options is None else self.options.named.file_name
 
     @property
     def routing(self) -> Routing:

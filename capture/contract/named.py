@@ -4,98 +4,20 @@ A family says here what it is and what its values mean; bhlog.analysis.replay co
 numpy, bhlog.capture.routers.counts in torch.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import ClassVar, Self, TypeVar, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 
 import numpy as np
 
+from bhlog.capture.contract.alphas import ByLayer, by_layer, read_text, text_of
 from bhlog.capture.contract.bounds import OPEN, Bounds
 from bhlog.capture.contract.errors import InvalidOption
-
-
-@dataclass(frozen=True)
-class Named:
-    """A rule that chooses the first experts of each row, as far as its text tells.
-
-    Attributes:
-        name: of the family, as in bh:0.3.
-        parameter: the field that decides how many experts it takes.
-        example: a usual value of it.
-        tests: whether it tests p-values: then it ranks experts by p-value, and its count is
-            n_rejected. Other policies rank by logit.
-        min_k, max_k: bounds of this policy alone; None takes those of the comparison.
-    """
-
-    name: ClassVar[str]
-    parameter: ClassVar[str]
-    example: ClassVar[float]
-    tests: ClassVar[bool] = False
-    min_k: int | None = field(default=None, kw_only=True)
-    max_k: int | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        self.check()
-        Bounds(self.min_k or 0, self.max_k)
-
-    def check(self) -> None:
-        """Raise InvalidOption if a field is out of range."""
-        require_unit(self.parameter, self.value)
-
-    @property
-    def value(self) -> float:
-        """The parameter's value."""
-        value: float = getattr(self, self.parameter)
-        return value
-
-    def at(self, value: float) -> Self:
-        """The same policy at another value of its parameter."""
-        return replace(self, **{self.parameter: value})  # type: ignore[arg-type]
-
-    def bounds(self, n_experts: int, given: Bounds = OPEN) -> tuple[int, int]:
-        """(min_k, max_k) in force for routers of n_experts experts.
-
-        Args:
-            given: where the policy has none of its own.
-
-        Raises:
-            InvalidOption: a bound is above n_experts, or min_k above max_k.
-        """
-        return Bounds(self.min_k, self.max_k).filled(given).resolve(n_experts)
-
-    def bounded(self, n_experts: int, given: Bounds = OPEN) -> Self:
-        """The policy with the bounds in force as its own."""
-        low, high = self.bounds(n_experts, given)
-        return replace(self, min_k=low, max_k=high)
-
-    @property
-    def family(self) -> str:
-        """Its text without the parameter: hc, or storey,lambda=0.8."""
-        return ",".join([self.name, *self._options])
-
-    def __str__(self) -> str:
-        return ",".join([f"{self.name}:{_short(self.value)}", *self._options])
-
-    @property
-    def _options(self) -> list[str]:
-        """Fields other than the parameter that are not at their default, as texts."""
-        return [
-            f"{option.name.rstrip('_')}={_short(getattr(self, option.name))}"
-            for option in fields(self)
-            if option.name != self.parameter and getattr(self, option.name) != option.default
-        ]
-
-
-def require_unit(name: str, value: float) -> None:
-    """Raise InvalidOption unless 0 < value < 1."""
-    if not 0 < value < 1:
-        raise InvalidOption(f"{name} must be between 0 and 1, got {value:g}")
-
-
-def _short(value: float) -> str:
-    short = f"{value:g}"
-    return short if float(short) == value else repr(value)
+from bhlog.capture.contract.policy_text import BY_LAYER
+from bhlog.capture.contract.policy_text import Named as Named
+from bhlog.capture.contract.policy_text import require_unit as require_unit
 
 
 @dataclass(frozen=True)
@@ -105,17 +27,67 @@ class Bh(Named):
     Decided by the float32 thresholds of bhlog.capture.contract.rule.
 
     Attributes:
-        alpha: BH level, 0 < alpha < 1.
+        alpha: BH level, 0 < alpha < 1; with alphas by layer, their mean.
+        by_layer: the alpha of each layer; empty where all have `alpha`. As text, bh:0=0.1+2=0.3.
 
     Reference:
         Benjamini and Hochberg (1995), J. R. Stat. Soc. B 57(1), eq. (1).
     """
 
     alpha: float
+    by_layer: ByLayer = field(default=(), kw_only=True)
     name: ClassVar[str] = "bh"
     parameter: ClassVar[str] = "alpha"
     example: ClassVar[float] = 0.3
     tests: ClassVar[bool] = True
+
+    @classmethod
+    def of_layers(cls, alphas: Mapping[int, float] | ByLayer) -> Self:
+        """BH at an alpha for each layer.
+
+        Raises:
+            InvalidOption: see bhlog.capture.contract.alphas.by_layer.
+        """
+        pairs = by_layer(alphas)
+        return cls(float(np.mean([alpha for _, alpha in pairs])), by_layer=pairs)
+
+    def at(self, value: float) -> Self:
+        return replace(self, alpha=value, by_layer=())
+
+    def alpha_of(self, layer: int) -> float:
+        """The alpha of a layer.
+
+        Raises:
+            InvalidOption: it has none.
+        """
+        if not self.by_layer:
+            return self.alpha
+        alphas = dict(self.by_layer)
+        if layer not in alphas:
+            raise InvalidOption(
+                f"layer {layer} has no alpha: the alphas are of the layers "
+                f"{', '.join(map(str, alphas))}; make them from a run of this model, bhlog sweep "
+                "RUN --experts K --per-layer --out FILE"
+            )
+        return alphas[layer]
+
+    @property
+    def value_text(self) -> str:
+        return text_of(self.by_layer) if self.by_layer else super().value_text
+
+    @property
+    def file_name(self) -> str:
+        if not self.by_layer:
+            return super().file_name
+        digest = hashlib.sha256(self.value_text.encode()).hexdigest()[:8]
+        return "_".join([f"{self.name}-by-layer-{digest}", *self._options])
+
+    @classmethod
+    def read_value(cls, text: str) -> dict[str, Any] | None:
+        if "=" not in text:
+            return None
+        whole = cls.of_layers(read_text(text))
+        return {"alpha": whole.alpha, BY_LAYER: whole.by_layer}
 
     def level(self, n_experts: int) -> float:
         """The alpha of BH that decides alike."""
@@ -301,7 +273,7 @@ def parse(text: str, known: Mapping[str, type[Kind]], *, open_value: bool = Fals
             f"policy '{text}': no policy '{name}'; {_hint(name, known, 'policies')}"
         )
     kind = known[name]
-    options = {field.name.rstrip("_"): field.name for field in fields(kind)}
+    options = {f.name.rstrip("_"): f.name for f in fields(kind) if f.name != BY_LAYER}
     given = [(kind.parameter, value)] if colon else []
     for part in rest:
         key, equals, option = (piece.strip() for piece in part.partition("="))
@@ -312,10 +284,14 @@ def parse(text: str, known: Mapping[str, type[Kind]], *, open_value: bool = Fals
             raise InvalidOption(f"policy '{text}': no option '{key}'; {hint}")
         given.append((key, option))
     types = get_type_hints(kind)
-    values: dict[str, float] = {}
+    values: dict[str, Any] = {}
     for key, option in given:
         if options[key] in values:
             raise InvalidOption(f"policy '{text}': {key} is given twice")
+        more = kind.read_value(option) if options[key] == kind.parameter else None
+        if more is not None:
+            values |= more
+            continue
         values[options[key]] = _number(text, key, option, types[options[key]])
     (parameter,) = (field for field in fields(kind) if field.name == options[kind.parameter])
     if parameter.name not in values and parameter.default is MISSING:
@@ -326,7 +302,7 @@ def parse(text: str, known: Mapping[str, type[Kind]], *, open_value: bool = Fals
             )
         values[parameter.name] = kind.example
     try:
-        return kind(**values)  # type: ignore[arg-type]
+        return kind(**values)
     except InvalidOption as error:
         raise InvalidOption(f"policy '{text}': {error}") from error
 

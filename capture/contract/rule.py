@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from bhlog.capture.contract.alphas import expanded
 from bhlog.capture.contract.bounds import OPEN as OPEN
 from bhlog.capture.contract.bounds import Bounds as Bounds
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
@@ -52,13 +53,16 @@ class BhOptions:
     def of(cls, policy: str | Named, **options: Any) -> "BhOptions":
         """Options of routing by a policy: that of BH is the alpha, and its bounds are theirs.
 
+        In a text, bh:@FILE has an alpha for each layer, as bhlog.capture.contract.alphas reads it.
+
         Raises:
             InvalidOption: a model cannot be routed by it, or an option is out of range.
         """
-        rule = parse(policy, ROUTED) if isinstance(policy, str) else policy
+        rule = parse(expanded(policy), ROUTED) if isinstance(policy, str) else policy
         given = {n: b for n in ("min_k", "max_k") if (b := getattr(rule, n)) is not None}
         rule = replace(rule, min_k=None, max_k=None)
-        named = {"alpha": rule.alpha} if isinstance(rule, Bh) else {"policy": str(rule)}
+        one = isinstance(rule, Bh) and not rule.by_layer
+        named = {"alpha": rule.value} if one else {"policy": str(rule)}
         return cls(**{**options, **given, **named})
 
     def __post_init__(self) -> None:
@@ -79,6 +83,8 @@ class BhOptions:
             raise InvalidOption("only logits that a null model tests are centred: leave centre out")
         if not self.named.tests and self.p_values == "empirical":
             raise InvalidOption(f"{self.policy} tests no p-values: leave empirical p-values out")
+        if isinstance(self.named, Bh) and self.named.by_layer and self.p_values == "empirical":
+            raise InvalidOption("alphas by layer need a null model: leave empirical p-values out")
         if isinstance(self.named, Lfdr) and self.p_values == "empirical":
             raise InvalidOption(f"{self.policy} needs a null model: leave empirical p-values out")
 
@@ -89,8 +95,10 @@ class BhOptions:
 
     @property
     def tested_alpha(self) -> float | None:
-        """The level of p-values, None where the policy tests none."""
-        return float(self.named.value) if isinstance(self.named, Bh | By) else None
+        """The level of p-values, None where the policy tests none or layers have their own."""
+        named = self.named
+        by_layer = isinstance(named, Bh) and named.by_layer
+        return float(named.value) if isinstance(named, Bh | By) and not by_layer else None
 
     def level(self, n_experts: int) -> float:
         """The alpha of BH that decides as the policy does, alpha itself where it tests none."""

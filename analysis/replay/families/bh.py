@@ -21,7 +21,9 @@ class Bh(named.Bh, Policy):
     """The step-up rule: n = max {k : p_(k) <= k * alpha / E}, 0 if there is none."""
 
     def count(self, rows: Rows) -> NDArray[np.integer]:
-        return step_up(rows, self.alpha)
+        if rows.null is None:  # alphas by layer come with a null model
+            return step_up(rows, self.alpha)
+        return step_up(rows, self.alpha_of(rows.null.layer))
 
     @staticmethod
     def value_at(position: float, n_experts: int) -> float:

@@ -126,7 +126,9 @@ class LayerNull(Mapping[str, NDArray[np.float64]]):
                     " bhlog kde fit RUN --null-from central --out FILE"
                 )
             return np.full(n_experts, self.curves[0].lfdr_threshold(policy.x), np.float32)
-        assert isinstance(policy, Bh | By)
+        if isinstance(policy, Bh):
+            return self.thresholds(policy.alpha_of(self.layer), n_experts)
+        assert isinstance(policy, By)
         return self.thresholds(policy.level(n_experts), n_experts)
 
     @property
