@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from bhlog.analysis.replay.listed import LIST_NAME, MOST_LIST_BYTES, read_list
 from bhlog.analysis.storage import filesystem, read_manifest
-from bhlog.capture.contract.errors import CorruptShard, one_line
+from bhlog.capture.contract.errors import CorruptManifest, CorruptShard, one_line
 from bhlog.capture.contract.manifest import Seal, manifest_name
 from bhlog.capture.contract.opening import open_sealed, refused
 from bhlog.capture.contract.schema import SHARD_NAME, schema_difference, shard_schema
@@ -64,6 +64,27 @@ class RunFolder:
     def layers(self) -> tuple[int, ...]:
         """Decoder layers with a router, rising."""
         return self.manifest.model.layers
+
+    @property
+    def expert_bytes(self) -> dict[int, int] | None:
+        """Bytes of an expert of each layer, where the run tells: logs of some engines do.
+
+        Raises:
+            CorruptManifest: it tells something else.
+        """
+        told = self.manifest.options.get("expert_bytes")
+        if not told:
+            return None
+        try:
+            sizes = {int(layer): size for layer, size in told.items()}
+            if not all(type(size) is int and 0 < size < 1 << 53 for size in sizes.values()):
+                raise ValueError
+        except (AttributeError, ValueError):
+            raise CorruptManifest(
+                f"{self.path}: expert_bytes is no number of bytes for each layer; restore the "
+                "manifest from a copy"
+            ) from None
+        return sizes
 
     @property
     def has_logits(self) -> bool:

@@ -87,7 +87,8 @@ def replay_caches(
         budgets: see Budget.
         policies: what decides, or texts such as "bh:0.3"; none takes the logged experts.
         kde: null model of policies that test; None takes the run's own.
-        expert_bytes: of an expert, or by layer; a size budget needs it.
+        expert_bytes: of an expert, or by layer; a size budget needs it. None is as the run tells,
+            if it does.
         bounds: of policies that have none of their own; where open, as in the run.
         scope: which rows: what is left out is not looked up.
 
@@ -103,7 +104,7 @@ def replay_caches(
     sizes = [Budget.of(one) for one in budgets]
     if not sizes:
         raise InvalidOption("name at least one budget, such as 8 or 4000MiB")
-    bytes_by_layer = _by_layer(log, expert_bytes)
+    bytes_by_layer = _by_layer(log, log.expert_bytes if expert_bytes is None else expert_bytes)
     if bytes_by_layer is None and any(one.shared for one in sizes):
         raise InvalidOption(
             "a budget in bytes needs the bytes of an expert; give them with --expert-bytes SIZE"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bhlog.analysis.bar import progress_bar
-from bhlog.analysis.commands.kinds import POLICY, RUN
+from bhlog.analysis.commands.kinds import ALPHA, POLICY, RUN
 from bhlog.analysis.commands.options import (
     Output,
     bounds_options,
@@ -19,6 +19,7 @@ from bhlog.analysis.commands.options import (
 
 if TYPE_CHECKING:
     from bhlog.analysis.fold import Scope
+    from bhlog.capture.contract.named import Bh
     from bhlog.capture.contract.rule import Bounds
 
 
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
 @click.option(
     "--alpha",
     "alphas",
-    type=float,
+    type=ALPHA,
+    metavar="A|FILE",
     multiple=True,
     help="Under BH at this level; repeatable. Default: under the experts that the run used.",
 )
@@ -61,7 +63,7 @@ if TYPE_CHECKING:
 def cache(
     run: str,
     budgets: tuple[str, ...],
-    alphas: tuple[float, ...],
+    alphas: "tuple[float | Bh, ...]",
     texts: tuple[str, ...],
     expert_bytes: str | None,
     kde: str | None,
@@ -75,8 +77,10 @@ def cache(
     experts evicted until the budget holds. lru, lfu and belady (the optimum) start empty; pinned
     holds the most used of the whole run from before its start.
     """
+    from bhlog.capture.contract.named import Bh
+
     log = open_run(run)
-    policies = [*(f"bh:{alpha}" for alpha in alphas), *texts]
+    policies = [*(str(alpha if isinstance(alpha, Bh) else Bh(alpha)) for alpha in alphas), *texts]
     with progress_bar("cache", log.manifest.totals.rows or None) as advance:
         frame = log.cache(
             budgets,

@@ -25,18 +25,28 @@ def expert_problems(
     Returns:
         (first row, problem in words) of each kind of problem, and the count.
     """
-    logits = logits_of(batch)
-    nonfinite = int((~np.isfinite(logits).all(axis=1)).sum())
+    logits = logits_of(batch) if log.has_logits else _no_logits(len(batch), log.n_experts)
+    finite = np.asarray(np.isfinite(logits).all(axis=1))
+    nonfinite = int((~finite).sum())
     problems = [
         (int(np.argmax(wrong)), f"{words} ({int(wrong.sum()):,} such rows)")
-        for wrong, words in _checks(log, batch, logits, by_logit)
+        for wrong, words in _checks(log, batch, logits, finite, by_logit)
         if wrong.any()
     ]
     return problems, nonfinite
 
 
+def _no_logits(rows: int, n_experts: int) -> NDArray[np.float32]:
+    """(T, E): logits that any choice agrees with."""
+    return np.broadcast_to(np.float32(0), (rows, n_experts))
+
+
 def _checks(
-    log: Log, batch: pa.RecordBatch, logits: NDArray[np.float32], by_logit: bool
+    log: Log,
+    batch: pa.RecordBatch,
+    logits: NDArray[np.float32],
+    finite: NDArray[np.bool_],
+    by_logit: bool,
 ) -> Iterator[tuple[NDArray[np.bool_], str]]:
     """(T,) bool of wrong rows, and what is wrong with them."""
     E = log.n_experts
@@ -48,7 +58,7 @@ def _checks(
     )
     yield n != lengths, "n_selected is not the number of experts"
     yield weights != lengths, "experts and weights differ in number"
-    yield not_finite(batch), "a weight is NaN, infinite or negative, its logits are finite"
+    yield not_finite(batch, finite), "a weight is NaN, infinite or negative, its logits are finite"
     width = max(1, int(lengths.max(initial=0)))
     logged = padded_experts(experts, width).astype(np.int64)
     used = np.arange(width) < lengths[:, None]  # (T, width)

@@ -104,7 +104,7 @@ class Pair:
                     continue
                 if stopped.is_set():
                     return
-                batch = self.log.read(group, routing_schema(1).names, shard=shard)
+                batch = self.log.read(group, self.log.schema("routing").names, shard=shard)
                 metadata = shard.metadata.row_group(group.index)
                 self._check_statistics(f"layer {layer}", metadata, batch)
                 part = identity_of(batch)
@@ -113,7 +113,7 @@ class Pair:
                 problems, nonfinite = expert_problems(self.log, batch, by_logit=self.by_logit)
                 for row, problem in problems:
                     self._row_error(f"layer {layer}: {part.words(row)}: {problem}")
-                if not problems:
+                if not problems and self.log.has_logits:
                     self._check_weights(layer, batch)
                 self.rows += batch.num_rows
                 self.nonfinite += nonfinite

@@ -37,15 +37,19 @@ def unlike_the_formula(
     return np.asarray(unlike)
 
 
-def not_finite(batch: pa.RecordBatch) -> NDArray[np.bool_]:
-    """(T,) bool: rows of finite logits with a weight that is NaN, infinite or negative."""
-    weights, logits = batch.column("weights"), logits_of(batch)
+def not_finite(batch: pa.RecordBatch, finite: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(T,) bool: rows of finite logits with a weight that is NaN, infinite or negative.
+
+    Args:
+        finite: (T,), whether a row's logits are.
+    """
+    weights = batch.column("weights")
     flat = values_of(weights.flatten())
     odd = ~(np.isfinite(flat) & (flat >= 0))
     rows = np.repeat(np.arange(len(weights)), values_of(weights.value_lengths()))
     wrong = np.zeros(len(weights), np.bool_)
     wrong[rows[odd]] = True
-    return np.asarray(wrong & np.isfinite(logits).all(axis=1))
+    return np.asarray(wrong & finite)
 
 
 def loss_remark(tokens: pa.Table) -> str | None:
