@@ -14,7 +14,8 @@
 -- Param   $top integer = 10  at most this many experts per run, pair and preferred source
 -- Returns one row per run, pair of sources, layer and expert that has a preference, those of the
 --         first source first and the strongest first: prefers (a source), share_first and
---         share_second of tokens, preference, each with its X_se, lift (NULL where share_second is 0)
+--         share_second of tokens, preference, their standard errors share_first_se, share_second_se
+--         and preference_se, lift (NULL where share_second is 0)
 WITH text_of_source AS (
     SELECT run, source, rank, sequence, count(*) AS x
     FROM tokens

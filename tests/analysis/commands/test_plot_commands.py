@@ -71,8 +71,8 @@ def test_bhlog_plot_takes_a_format_and_writes_the_numbers(run, tmp_path, capsys)
     text = (tmp_path / "sweep.svg").read_text()
     assert "alpha 0.1" in text and "alpha 0.3" not in text and "max_k 3" in text
     header, *rows = (tmp_path / "sweep.csv").read_text().splitlines()
-    assert header == "layer,alpha,mean_experts"
-    assert max(float(row.split(",")[2]) for row in rows) <= 3
+    assert header == "layer,alpha,mean_experts,noise"
+    assert max(float(number) for row in rows for number in row.split(",")[2:]) <= 3
 
 
 def test_bhlog_plot_lists_figures_without_a_run(capsys):
