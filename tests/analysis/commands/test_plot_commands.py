@@ -72,7 +72,10 @@ def test_bhlog_plot_takes_a_format_and_writes_the_numbers(run, tmp_path, capsys)
     assert "alpha 0.1" in text and "alpha 0.3" not in text and "max_k 3" in text
     header, *rows = (tmp_path / "sweep.csv").read_text().splitlines()
     assert header == "layer,alpha,mean_experts,noise"
-    assert max(float(number) for row in rows for number in row.split(",")[2:]) <= 3
+    cells = [row.split(",") for row in rows]
+    assert max(float(mean) for _, _, mean, _ in cells) <= 3
+    assert all((layer == "") == (noise != "") for layer, _, _, noise in cells)  # over all layers
+    assert max(float(noise) for _, _, _, noise in cells if noise) <= 3
 
 
 def test_bhlog_plot_lists_figures_without_a_run(capsys):
