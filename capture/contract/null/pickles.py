@@ -166,6 +166,9 @@ _DAMAGED = (
 )
 
 
+_PLAIN = [None, None, None, -1, -1, 0]  # of a format's state: numbers and nothing else
+
+
 class _Dtype:
     """Stands for a number format."""
 
@@ -178,7 +181,10 @@ class _Dtype:
         self.numpy = np.dtype(text)
 
     def fill(self, state: Any) -> None:
-        order = state[1].decode("latin1") if isinstance(state[1], bytes) else state[1]
+        version, order, *rest = state
+        if version != 3 or rest != _PLAIN:  # what fields, a subarray or an object would be told in
+            raise ValueError(f"a number format has the state {reprlib.repr(state)}")
+        order = order.decode("latin1") if isinstance(order, bytes) else order
         if order not in ("<", ">", "=", "|"):
             raise ValueError(f"byte order {reprlib.repr(order)}")
         self.numpy = self.numpy.newbyteorder("=" if order == "|" else order)  # type: ignore[arg-type]
@@ -190,7 +196,9 @@ class _Array:
     values: NDArray[Any] | None = None
 
     def fill(self, state: Any) -> None:
-        _, shape, dtype, fortran, raw = state
+        version, shape, dtype, fortran, raw = state
+        if version != 1:
+            raise ValueError(f"an array of version {reprlib.repr(version)}")
         if not isinstance(dtype, _Dtype) or not isinstance(raw, str | bytes | bytearray):
             raise ValueError("an array has no number format or no bytes")
         values = np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else raw, dtype.numpy)
