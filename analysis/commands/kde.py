@@ -10,6 +10,7 @@ from bhlog.analysis.commands.kde_calibration import check, compare
 from bhlog.analysis.commands.kinds import KDE, OUT_FILE, RUN, PathKind
 from bhlog.analysis.commands.options import (
     Output,
+    centre_option,
     check_figure,
     figure_option,
     fit_options,
@@ -61,12 +62,8 @@ def kde() -> None:
     show_default=True,
     help="One curve a layer, or one a layer and expert.",
 )
-@click.option(
-    "--centre",
-    type=click.Choice(("none", "median")),
-    default="none",
-    show_default=True,
-    help="Of logits less their row's median, which a shift of the row leaves alone.",
+@centre_option(
+    "Of logits less their row's median, which a shift of the row leaves alone.", default="none"
 )
 @click.option(
     "--keep-trim",

@@ -26,14 +26,9 @@ if TYPE_CHECKING:
     from bhlog.capture.contract.rule import Bounds
 
 FORMATS = ("table", "json", "csv", "markdown", "parquet")  # as in bhlog.analysis.output
-KERNELS = (
-    "gaussian",
-    "epanechnikov",
-    "tophat",
-    "triangular",
-    "none",
-    "conformal",
-)  # as in contract.null.curve
+# as in contract.null.curve
+KERNELS = ("gaussian", "epanechnikov", "tophat", "triangular", "none", "conformal")
+CENTRES = ("none", "median")  # as in contract.rule
 BANDWIDTH_RULES = ("scott", "silverman", "nrd0", "isj")
 
 Decorator = Callable[[Any], Any]
@@ -185,6 +180,14 @@ memory_option = click.option(
     callback=allow_memory,
     help="Memory that a file may claim, such as 8GB (default: in proportion to its bytes).",
 )
+
+
+def centre_option(help: str, *, default: str | None = None) -> Decorator:
+    """Add --centre: what logits are less of before they are tested."""
+    kind = click.Choice(CENTRES)
+    return click.option(
+        "--centre", type=kind, default=default, show_default=default is not None, help=help
+    )
 
 
 kde_option = click.option(

@@ -9,6 +9,7 @@ from bhlog.analysis.commands.kinds import ALPHA, OUT_PLACE, RUN
 from bhlog.analysis.commands.options import (
     Output,
     bounds_options,
+    centre_option,
     kde_option,
     memory_option,
     note_noise,
@@ -66,11 +67,7 @@ SHORT = (
 @kde_option
 @bounds_options()
 @scope_options
-@click.option(
-    "--centre",
-    type=click.Choice(("none", "median")),
-    help="Of which logits the null model must be (default: whichever it is).",
-)
+@centre_option("Of which logits the null model must be (default: whichever it is).")
 @click.option("--temperature", type=float, help="Of the weights (default: as in the run, or 1).")
 @click.option(
     "--renormalize",

@@ -12,6 +12,7 @@ from bhlog.analysis.exports.wanted import Wanted
 from bhlog.analysis.fold import fold
 from bhlog.analysis.log import layer_of
 from bhlog.analysis.replay.decide import Decider, decider_of
+from bhlog.analysis.replay.rows import damaged
 from bhlog.analysis.replay.settings import settings_of
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.errors import InvalidOption
@@ -34,9 +35,7 @@ class Load:
         if self.decider is None:
             logged = values_of(batch.column("experts").flatten())
             if len(logged) and logged.max() >= self.n_experts:
-                raise InvalidOption(
-                    f"an expert {logged.max()} was logged, of {self.n_experts}: see bhlog verify"
-                )
+                raise damaged(self.n_experts)
             counts += np.bincount(logged, minlength=self.n_experts)
             return
         (policy,) = self.decider.policies
@@ -54,6 +53,7 @@ def load_of(wanted: Wanted) -> dict[int, NDArray[np.int64]]:
 
     Raises:
         InvalidOption: no rows match, or see Wanted.decided.
+        CorruptShard: experts are logged that cannot be.
         KdeMismatch: there is no null model for an alpha.
     """
     log, alpha = wanted.log, wanted.decided()

@@ -39,11 +39,11 @@ def verify_file(path: str | Path) -> list[Finding]:
     cannot be: its log has them.
     """
     try:
-        end = read_bytes(path)[-_END:]
+        data = read_bytes(path)
     except OSError:  # loading says why
-        end = b""
-    findings = [*(_profile(path) if _PROFILE in end else _null_model(path))]
-    if all(finding.status == "ok" for finding in findings) and not has_checksum(path):
+        data = b""
+    findings = [*(_profile(path) if _PROFILE in data[-_END:] else _null_model(path))]
+    if all(finding.status == "ok" for finding in findings) and not has_checksum(data):
         detail = "of version 1, which had no checksum: that its numbers are as written is not known"
         findings.append(Finding("files", "warning", shown(str(path)), detail))
     return findings

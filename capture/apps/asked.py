@@ -7,7 +7,7 @@ import click
 from click.core import ParameterSource
 
 from bhlog.analysis.commands.kinds import ALPHA, KDE, OUT_FILE, OUT_FOLDER, PathKind
-from bhlog.analysis.commands.options import bundle, load_null, make_room
+from bhlog.analysis.commands.options import bundle, centre_option, load_null, make_room
 from bhlog.capture.contract.errors import InvalidOption
 
 if TYPE_CHECKING:
@@ -259,12 +259,8 @@ rule_options = bundle(
         show_default=True,
         help="Make weights sum to 1: as the model does with its own, always, never.",
     ),
-    click.option(
-        "--centre",
-        type=click.Choice(["none", "median"]),
-        default="none",
-        show_default=True,
-        help="Test logits less their row's median, by a null model of such logits.",
+    centre_option(
+        "Test logits less their row's median, by a null model of such logits.", default="none"
     ),
 )
 pace_options = bundle(

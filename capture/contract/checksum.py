@@ -133,7 +133,6 @@ def with_checksum(table: pa.Table) -> pa.Table:
     return table.replace_schema_metadata(checksum.signed.metadata)
 
 
-def has_checksum(path: str | Path) -> bool:
-    """Whether a file that could be loaded carries the checksum of its rows."""
-    file = pa.BufferReader(read_bytes(path))
-    return _CHECKSUM in (pq.read_schema(file).metadata or {})
+def has_checksum(data: bytes) -> bool:
+    """Whether the bytes of a file that could be loaded carry the checksum of its rows."""
+    return _CHECKSUM in (pq.read_schema(pa.BufferReader(data)).metadata or {})

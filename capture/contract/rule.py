@@ -77,7 +77,7 @@ class BhOptions:
             )
         if self.p_values not in ("kde", "empirical"):
             raise InvalidOption(f"p_values must be 'kde' or 'empirical', got {self.p_values!r}")
-        if self.centre not in ("none", "median"):
+        if self.centre not in CENTRED:
             raise InvalidOption(f"centre must be 'none' or 'median', got {self.centre!r}")
         if self.centre != "none" and (not self.named.tests or self.p_values == "empirical"):
             raise InvalidOption("only logits that a null model tests are centred: leave centre out")

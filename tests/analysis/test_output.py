@@ -12,6 +12,7 @@ from bhlog.analysis.output import FORMATS, write
 from bhlog.capture.contract import rule
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.null import curve
+from bhlog.capture.contract.rule import CENTRED
 
 HOSTILE = [
     "=cmd|' /C calc'!A0",
@@ -108,6 +109,7 @@ def test_names_that_the_command_line_repeats_are_those_of_the_library():
     assert options.FORMATS == FORMATS
     assert options.KERNELS == curve.KERNELS
     assert options.BANDWIDTH_RULES == curve.BANDWIDTH_RULES
+    assert tuple(CENTRED) == options.CENTRES
     from bhlog.analysis.commands.replay import RENORMALIZE
 
     assert tuple(rule.RENORMALIZE) == RENORMALIZE

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from bhlog.capture.contract.rule import finite_keys
 
-CENTRES = ("none", "median")
 LARGEST = np.finfo(np.float32).max
 
 

@@ -10,7 +10,7 @@ from bhlog.capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.central import Central
 from bhlog.capture.contract.null.histogram import Histogram
 from bhlog.capture.contract.null.trim import Trim
-from bhlog.capture.contract.rule import critical_values
+from bhlog.capture.contract.rule import CENTRED, critical_values
 
 KERNELS = ("gaussian", "epanechnikov", "tophat", "triangular", "none", "conformal")
 BANDWIDTH_RULES = ("scott", "silverman", "nrd0", "isj")
@@ -77,7 +77,7 @@ class NullCurve:
             raise CorruptKde(f"unknown bandwidth rule {self.rule!r}")
         if self.bandwidth is not None and not 0 < self.bandwidth < _FARTHEST:
             raise CorruptKde(f"bandwidth must be above 0 logits, got {self.bandwidth}")
-        if self.centre not in ("none", "median"):
+        if self.centre not in CENTRED:
             raise CorruptKde(f"unknown centre {self.centre!r}; expected none or median")
         if self.lfdr is not None and not (
             len(self.lfdr) == len(self.tail)

@@ -11,7 +11,6 @@ from typing import Literal
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch
 from bhlog.capture.contract.null.bandwidth import check_bandwidth, choose_bandwidth
 from bhlog.capture.contract.null.central import central_curves
-from bhlog.capture.contract.null.centre import CENTRES
 from bhlog.capture.contract.null.curve import INSTEAD, KERNELS, NullCurve
 from bhlog.capture.contract.null.histogram import (
     Histogram,
@@ -27,6 +26,7 @@ from bhlog.capture.contract.null.kernel import (
 )
 from bhlog.capture.contract.null.layer import LayerNull
 from bhlog.capture.contract.null.trim import Trim
+from bhlog.capture.contract.rule import CENTRED
 
 Layers = Mapping[int, LayerNull]  # by decoder layer, as a KdeModel is
 
@@ -74,7 +74,7 @@ class FitOptions:
                 f"trim_low and trim_high must be at least 0, got {self.trim_low} and "
                 f"{self.trim_high}"
             )
-        if self.centre not in CENTRES:
+        if self.centre not in CENTRED:
             raise InvalidOption(f"centre must be none or median, got {self.centre!r}")
         if self.null_from not in ("kept", "central"):
             raise InvalidOption(f"null_from must be 'kept' or 'central', got {self.null_from!r}")
