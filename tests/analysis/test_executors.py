@@ -66,6 +66,26 @@ def test_any_order_gives_the_same_bits(run, verb):
 
 
 @pytest.mark.slow
+def test_dask_gives_the_same_bits_also_when_a_worker_is_killed(run):
+    from distributed import Client, LocalCluster
+
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        victims = [worker.pid for worker in cluster.workers.values()][:1]
+
+        def kill(rows):  # once the first stretch is here
+            if victims:
+                os.kill(victims.pop(), signal.SIGKILL)
+
+        for verb in VERBS:
+            executor = client.get_executor(retries=3)
+            assert same(verb(run, executor=executor, progress=kill), verb(run, threads=1))
+        assert not victims
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_pool_of_processes(run, verb):
     rows: list[int] = []
