@@ -57,7 +57,8 @@ def costs(compared: Compared) -> Numbers:
     frame = pl.concat(parts, how="diagonal").sort("measure", descending=True, maintain_order=True)
     rows = f"{curves.rows:,} rows" if curves.whole else f"a sample of {curves.rows:,} rows"
     policies = ", ".join(mark.text for mark in curves.marks)
-    about = (*compared.about, f"from {rows}", f"dots: {policies}")
+    bars = ("bars: 95 % intervals",) if any(compared.errors.values()) else ()
+    about = (*compared.about, f"from {rows}", f"dots: {policies}", *bars)
     facts = {"most_experts": curves.most_experts}
     return Numbers("Policies at equal cost", about, frame, facts)
 

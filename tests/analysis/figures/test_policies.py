@@ -26,8 +26,8 @@ def curves_of(n):
     return CostCurves(native, tuple(curves), tuple(marks), 12.0, 1234, False)
 
 
-def draw_comparison(curves, dpi=40):
-    subject = Compared(curves, ("run a", "model b", "null c"))
+def draw_comparison(curves, dpi=40, errors=None):
+    subject = Compared(curves, ("run a", "model b", "null c"), errors or {})
     return draw_page(find_figure("policies", "policies"), subject, Style(dpi=dpi))
 
 
@@ -82,3 +82,14 @@ def test_axes_say_what_they_show_and_in_what_unit():
 def test_the_gain_axis_holds_what_is_shown():
     low, high = draw_comparison(curves_of(8)).axes[1].get_ylim()
     assert low < -100 * 0.14 * KEPT[11] < low + 4 and 0 < high < 2
+
+
+def test_intervals_stand_on_the_dots_whose_error_is_known_and_the_title_says_what_they_are():
+    figure = draw_comparison(curves_of(2), errors={"bh:0.3": 0.05})
+    left, right = figure.axes
+    (bars,) = [container for container in left.containers if container.has_yerr]
+    assert not right.containers
+    (segment,) = bars.lines[2][0].get_segments()
+    assert segment[1][1] - segment[0][1] == pytest.approx(2 * 1.96 * 0.05, rel=1e-3)
+    assert "bars: 95 % intervals" in figure.get_suptitle()
+    assert "bars" not in draw_comparison(curves_of(2)).get_suptitle()
