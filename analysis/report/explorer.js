@@ -232,12 +232,12 @@ window.bhlog = window.bhlog || {};
     put("x-at-max-of", `of rows at max_k ${boundText(p, max)}`);
     const given = `--alpha ${p.alphas[j]} --min-k ${p.bounds[min]} --max-k ${p.bounds[max]}`;
     put("x-command", `${p.command} ${given}`);
-    put("x-noise", number(noise(p.n_experts, p.alphas[j], p.bounds[min], p.bounds[max])));
+    put("x-uniform", number(uniform(p.n_experts, p.alphas[j], p.bounds[min], p.bounds[max])));
   }
 
   // Mean n_selected where all E p-values of a row are uniform and independent: under BH
   // P(R = k) = C(E, k) (1 - alpha) x^k (1 - x)^(E - k - 1), x = k alpha / E (Finner, Roters 2002)
-  function noise(E, alpha, low, high) {
+  function uniform(E, alpha, low, high) {
     let mean = 0, choose = 0; // log C(E, k)
     for (let k = 0; k <= E; k++) {
       if (k) choose += Math.log((E - k + 1) / k);

@@ -6,6 +6,7 @@ Files are read where a user names them, see `expanded`; a text that a run holds 
 import io
 import json
 from collections.abc import Iterable, Mapping
+from errno import EINVAL
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def read_file(path: str | Path) -> ByLayer:
         InvalidOption: it cannot be read or holds something else.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a FIFO would wait for ever
+            raise OSError(EINVAL, "not a file")
         with Path(path).open("rb") as file:
             data = file.read(MOST_FILE_BYTES + 1)
         if len(data) > MOST_FILE_BYTES:

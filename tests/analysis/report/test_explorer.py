@@ -80,14 +80,14 @@ def test_a_layer_is_seen_alone_by_list_and_by_click(page_open, profile):
 
 
 @pytest.mark.parametrize(("alpha", "min_k", "max_k"), [(0.3, 1, 16), (0.8, 0, 16), (0.9, 2, 7)])
-def test_noise_gets_as_many_experts_as_uniform_p_values_do(page_open, alpha, min_k, max_k):
+def test_a_true_null_gets_as_many_experts_as_uniform_p_values_do(page_open, alpha, min_k, max_k):
     for name, value in (("exact_alpha", alpha), ("min_k", min_k), ("max_k", max_k)):
         page_open.set(name, value)
     p = np.sort(np.random.default_rng(0).random((400_000, 16)), axis=1)
     passes = p <= alpha * np.arange(1, 17) / 16
     n = np.where(passes.any(axis=1), 16 - passes[:, ::-1].argmax(axis=1), 0).clip(min_k, max_k)
     standard_error = n.std() / np.sqrt(len(n))
-    assert float(page_open.text("#x-noise")) == pytest.approx(n.mean(), abs=4 * standard_error)
+    assert float(page_open.text("#x-uniform")) == pytest.approx(n.mean(), abs=4 * standard_error)
     page_open.set("min_k", 1)
     page_open.set("max_k", 16)
 

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -77,6 +78,9 @@ def test_a_file_too_large_or_missing_is_refused(tmp_path):
         read_file(tmp_path / "zeros")
     with pytest.raises(InvalidOption, match="No such file"):
         read_file(tmp_path / "none")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(InvalidOption, match="not a file"):
+        read_file(tmp_path / "fifo")
 
 
 def test_options_hold_alphas_as_text_and_no_text_of_a_run_names_a_file(tmp_path):
