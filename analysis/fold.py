@@ -2,12 +2,12 @@
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -15,8 +15,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from bhlog.analysis.log import Log, RowGroup
+from bhlog.analysis.workers import elsewhere, in_order
 from bhlog.capture.contract.arrays import arrow_of, values_of
-from bhlog.capture.contract.errors import InvalidOption, RouterLogError
+from bhlog.capture.contract.errors import InvalidOption
 
 Progress = Callable[[int], None]  # called with the number of rows just read
 
@@ -39,7 +40,7 @@ class Accumulator(Protocol):
 
 A = TypeVar("A", bound=Accumulator)
 T = TypeVar("T")
-R = TypeVar("R")
+Stretch = list[tuple[str, list[RowGroup] | None]]  # shards, with some row groups or with all
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ class Scope:
         """The same with other values."""
         return replace(self, **changes)
 
+    @property
+    def for_a_worker(self) -> "Scope":
+        """The same as it travels to one."""
+        return self.but(executor=None, progress=None)
+
 
 WHOLE = Scope()
 
@@ -115,29 +121,36 @@ def fold(
     needed = ["layer", *(name for name in columns if name != "layer")]
     if scope.sample < 1:
         needed += [name for name in _OF_A_TOKEN if name not in needed]
-    stretches = _stretches(list(log.row_groups(scope.layers)), MOST_STRETCHES)
-    stopped = threading.Event()
-
-    def work(stretch: Sequence[RowGroup]) -> A:
-        return _fold(log, stretch, make(), needed, scope, whole_groups, stopped)
-
     total = make()
-    if scope.executor is None:
-        threads = scope.threads or os.cpu_count() or 1
-        parts = in_order(work, stretches, threads, stopped)
-    else:
-        elsewhere = scope.but(executor=None, progress=None)
-        task = partial(_fold_there, log.source, columns=needed, scope=elsewhere, whole=whole_groups)
-        parts = _on(scope.executor, task, stretches, make, scope.progress)
-    with closing(parts):
+    with closing(_folded(log, make, needed, scope, whole_groups)) as parts:
         for part in parts:
             total.merge(part)
     return total
 
 
+def _folded(
+    log: Log, make: Callable[[], A], columns: list[str], scope: Scope, whole: bool
+) -> Generator[A, None, None]:
+    """The accumulator of each stretch of a log, in log order."""
+    stretches = stretches_of(log, scope.layers)
+    stopped = threading.Event()
+
+    def work(stretch: Stretch) -> A:
+        return _fold(log, stretch, make(), columns, scope, whole, stopped)
+
+    if scope.executor is None:
+        yield from in_order(work, stretches, scope.threads or os.cpu_count() or 1, stopped)
+        return
+    task = partial(_fold_there, log.source, columns=columns, scope=scope.for_a_worker, whole=whole)
+    for part, rows in elsewhere(scope.executor, task, ((each, make()) for each in stretches)):
+        if scope.progress is not None:
+            scope.progress(rows)
+        yield part
+
+
 def _fold(
     log: Log,
-    stretch: Sequence[RowGroup],
+    stretch: Stretch,
     part: A,
     columns: Sequence[str],
     scope: Scope,
@@ -146,85 +159,65 @@ def _fold(
 ) -> A:
     """The accumulator, after a stretch of a log."""
     piece = max(1, PIECE_LOGITS // log.n_experts)
-    name, shard = "", None
-    for group in stretch:
-        if group.shard != name:
-            name, shard = group.shard, log.open_shard("routing", group.shard)
-        most = group.rows if whole_groups else piece
-        done = 0
-        for batch in log.pieces(group, columns, scope.where, most_rows=most, shard=shard):
-            if stopped.is_set():
-                return part
-            if scope.sample < 1:
-                batch = batch.filter(arrow_of(sampled(batch, scope.sample)))
-            if batch.num_rows:
-                part.update(batch)
-            if scope.progress is not None:
-                scope.progress(min(most, group.rows - done))
-            done += most
+    layers = log.check_layers(scope.layers)
+    for name, groups in stretch:
+        shard = log.open_shard("routing", name)
+        for group in groups or log.groups_of(name, shard):
+            if group.layer not in layers:
+                continue
+            most = group.rows if whole_groups else piece
+            done = 0
+            for batch in log.pieces(group, columns, scope.where, most_rows=most, shard=shard):
+                if stopped.is_set():
+                    return part
+                if scope.sample < 1:
+                    batch = batch.filter(arrow_of(sampled(batch, scope.sample)))
+                if batch.num_rows:
+                    part.update(batch)
+                if scope.progress is not None:
+                    scope.progress(min(most, group.rows - done))
+                done += most
     return part
 
 
 def _fold_there(
-    source: str, stretch: list[RowGroup], part: A, *, columns: list[str], scope: Scope, whole: bool
-) -> A:
-    """A task: opens the log where it runs."""
-    return _fold(Log(source), stretch, part, columns, scope, whole, threading.Event())
+    source: str, item: tuple[Stretch, A], *, columns: list[str], scope: Scope, whole: bool
+) -> tuple[A, int]:
+    """A task, which opens the log where it runs: an accumulator, and the rows that it saw."""
+    stretch, part = item
+    seen: list[int] = []
+    scope = scope.but(progress=seen.append)
+    return _fold(Log(source), stretch, part, columns, scope, whole, threading.Event()), sum(seen)
 
 
-def _on(
-    executor: Executor,
-    task: Callable[[list[RowGroup], A], A],
-    stretches: Iterable[list[RowGroup]],
-    make: Callable[[], A],
-    progress: Progress | None,
-) -> Generator[A, None, None]:
-    """What a task gives for each stretch, in log order, from an executor of the caller's.
+def stretches_of(log: Log, layers: Iterable[int] | None = None) -> list[Stretch]:
+    """Contiguous stretches of about equal rows, at most MOST_STRETCHES of them.
 
-    Raises:
-        RouterLogError: its workers died.
+    They depend on the log alone. Of many shards they hold whole ones, whose row groups are found
+    where they are read: the footers of a large log are opened once, by all who fold it.
     """
-    jobs: deque[tuple[list[RowGroup], Future[A]]] = deque()
-    try:
-        jobs.extend((stretch, executor.submit(task, stretch, make())) for stretch in stretches)
-        while jobs:
-            stretch, job = jobs.popleft()
-            part = job.result()
-            if progress is not None:
-                progress(sum(group.rows for group in stretch))
-            yield part
-    except BrokenExecutor as error:
-        raise RouterLogError(
-            f"{type(executor).__name__}: its workers ended before their task was done ({error}); "
-            "look at their memory and logs, and run again with a new executor"
-        ) from error
-    finally:
-        for _, job in jobs:
-            job.cancel()
+    rows = {entry.name: entry.rows for entry in log.manifest.shards}
+    if len(log.shards) > MOST_STRETCHES and rows.keys() >= set(log.shards):
+        log.check_layers(layers)
+        return [[(name, None) for name in part] for part in _cut(log.shards, rows.__getitem__)]
+    groups = _cut([*log.row_groups(layers)], lambda group: group.rows)
+    return [
+        [(name, [*those]) for name, those in groupby(part, lambda group: group.shard)]
+        for part in groups
+    ]
 
 
-def in_order(
-    work: Callable[[T], R], items: Iterable[T], threads: int, stopped: threading.Event
-) -> Generator[R, None, None]:
-    """What work gives for each item, in their order, from several threads; few results wait.
-
-    Args:
-        stopped: set when no more is wanted: after an error, or when the generator is closed.
-    """
-    with ThreadPoolExecutor(threads) as pool:
-        jobs: deque[Future[R]] = deque()
-        try:
-            for item in items:
-                jobs.append(pool.submit(work, item))
-                if len(jobs) == 2 * threads:
-                    yield jobs.popleft().result()
-            while jobs:
-                yield jobs.popleft().result()
-        except BaseException:
-            stopped.set()
-            for job in jobs:
-                job.cancel()
-            raise
+def _cut(items: Sequence[T], rows: Callable[[T], int]) -> list[list[T]]:
+    """Contiguous parts of about equal rows."""
+    sizes = [max(1, rows(item)) for item in items]
+    total, seen = sum(sizes), 0
+    parts: list[list[T]] = []
+    for item, size in zip(items, sizes, strict=True):
+        if not parts or seen * MOST_STRETCHES >= len(parts) * total:
+            parts.append([])
+        parts[-1].append(item)
+        seen += size
+    return parts
 
 
 def sampled(batch: pa.RecordBatch, share: float) -> NDArray[np.bool_]:
@@ -248,16 +241,3 @@ def mix(*columns: NDArray[Any]) -> NDArray[np.uint64]:
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         mixed ^= mixed >> np.uint64(31)
     return mixed
-
-
-def _stretches(groups: list[RowGroup], most: int) -> list[list[RowGroup]]:
-    """Contiguous stretches of about equal rows, at most `most` of them."""
-    total: Any = sum(group.rows for group in groups)
-    parts: list[list[RowGroup]] = []
-    seen = 0
-    for group in groups:
-        if not parts or seen * most >= len(parts) * total:
-            parts.append([])
-        parts[-1].append(group)
-        seen += group.rows
-    return parts

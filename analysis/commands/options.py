@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bhlog.analysis.commands.kinds import KDE, OUT_FILE
+from bhlog.analysis.commands.scheduler import scheduler_option
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.files import make_folder
 from bhlog.capture.contract.sizes import bytes_of
@@ -218,12 +219,10 @@ def bounds_options(
     )
 
 
-def _scope(
-    layers: tuple[int, ...] | None, where: str | None, sample: float, threads: int | None
-) -> "Scope":
+def _scope(layers: tuple[int, ...] | None, where: str | None, sample: float, **how: Any) -> "Scope":
     from bhlog.analysis.fold import Scope
 
-    return Scope(layers, where, sample, threads)
+    return Scope(layers, where, sample, **how)
 
 
 scope_options = bundle(
@@ -245,6 +244,7 @@ scope_options = bundle(
         help="Only this share of the tokens, the same ones each time.",
     ),
     click.option("--threads", type=click.IntRange(min=1), help="Threads that read (default: all)."),
+    scheduler_option,
 )
 
 

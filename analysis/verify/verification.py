@@ -10,11 +10,12 @@ from typing import Literal
 
 import polars as pl
 
-from bhlog.analysis.fold import Progress, in_order
+from bhlog.analysis.fold import Progress
 from bhlog.analysis.log import Log
 from bhlog.analysis.verify.pair import Pair, checked, rank_and_number
 from bhlog.analysis.verify.replayed import verify_replay
 from bhlog.analysis.verify.replays import replay_problems
+from bhlog.analysis.workers import in_order
 from bhlog.capture.contract.card import CARD_NAME
 from bhlog.capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch
 from bhlog.capture.contract.manifest import MANIFEST_NAME, ShardEntry, manifest_name

@@ -12,6 +12,7 @@ from typing import ClassVar
 import pytest
 
 from bhlog.analysis import fold as folding
+from bhlog.analysis.log import Log
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import RouterLogError
 from tests.synthetic import normal_kde, write_run
@@ -66,26 +67,6 @@ def test_any_order_gives_the_same_bits(run, verb):
 
 
 @pytest.mark.slow
-def test_dask_gives_the_same_bits_also_when_a_worker_is_killed(run):
-    from distributed import Client, LocalCluster
-
-    with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
-        Client(cluster) as client,
-    ):
-        victims = [worker.pid for worker in cluster.workers.values()][:1]
-
-        def kill(rows):  # once the first stretch is here
-            if victims:
-                os.kill(victims.pop(), signal.SIGKILL)
-
-        for verb in VERBS:
-            executor = client.get_executor(retries=3)
-            assert same(verb(run, executor=executor, progress=kill), verb(run, threads=1))
-        assert not victims
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_pool_of_processes(run, verb):
     rows: list[int] = []
@@ -96,9 +77,28 @@ def test_a_pool_of_processes(run, verb):
 
 def test_stretches_depend_on_the_log_alone_and_are_bounded():
     groups = [folding.RowGroup("s", i, 0, 10 + i % 7) for i in range(10_000)]
-    parts = folding._stretches(groups, folding.MOST_STRETCHES)
+    parts = folding._cut(groups, lambda group: group.rows)
     assert len(parts) <= folding.MOST_STRETCHES
     assert [g for part in parts for g in part] == groups
+    assert len(folding._cut(groups, lambda group: 0)) <= folding.MOST_STRETCHES
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_of_many_shards_a_stretch_holds_whole_ones_whose_footers_are_read_once(
+    run, layers, monkeypatch
+):
+    few = run.replay(0.3, kde=normal_kde(run.layers), layers=layers)
+    monkeypatch.setattr(folding, "MOST_STRETCHES", 4)
+    opened: list[str] = []
+    open_shard = Log.open_shard
+
+    def counted(self, folder, name):
+        opened.append(name)
+        return open_shard(self, folder, name)
+
+    monkeypatch.setattr(Log, "open_shard", counted)
+    assert run.replay(0.3, kde=normal_kde(run.layers), layers=layers).equals(few)
+    assert sorted(opened) == list(run.shards)
 
 
 def test_an_error_cancels_what_is_left(run):
