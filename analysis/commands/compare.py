@@ -17,6 +17,7 @@ from bhlog.analysis.commands.options import (
     memory_option,
     note_noise,
     note_one_sequence,
+    note_parts_of_forwards,
     null_named,
     open_run,
     output_options,
@@ -57,6 +58,7 @@ SHORT = (
     "busiest_share",
     "dead_experts",
     "flops",
+    "distinct_experts",
 )
 HELD_OUT = (
     "policy",
@@ -162,6 +164,7 @@ def compare(
     output.write(_shortened(frame, by_layer=by_layer, whole=all_columns or not output.for_people))
     note_one_sequence(frame["mean_experts_se"])
     note_noise(frame, output)
+    note_parts_of_forwards(log, scope)
     _note_bounds(log, bounds)
     if experts is not None:
         _note_misses(frame.filter(pl.col("layer").is_null()), experts)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from bhlog.analysis.fold import Scope
+    from bhlog.analysis.log import Log
     from bhlog.analysis.output import Batches, Written
     from bhlog.analysis.run import Run
     from bhlog.capture.contract.null.model import KdeModel
@@ -350,6 +351,15 @@ def note_noise(frame: "pl.DataFrame", output: Output) -> None:
             f"sample of {max(rows):,} tokens a layer",
             err=True,
         )
+
+
+def note_parts_of_forwards(log: "Log", scope: "Scope") -> None:
+    """Say on stderr why there are no distinct experts, where forwards are not there whole."""
+    from bhlog.analysis.replay.empirical import missing_rows
+
+    missing = missing_rows(log, scope)
+    if missing is not None:
+        click.echo(f"bhlog: no distinct_experts of whole forwards: {missing}", err=True)
 
 
 def make_room(out: str) -> str:

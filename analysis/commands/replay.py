@@ -14,6 +14,7 @@ from bhlog.analysis.commands.options import (
     memory_option,
     note_noise,
     note_one_sequence,
+    note_parts_of_forwards,
     null_named,
     open_run,
     output_options,
@@ -44,6 +45,7 @@ SHORT = (
     "probability_kept_se",
     "native_recall",
     "flops",
+    "distinct_experts",
 )
 
 
@@ -134,6 +136,7 @@ def replay(
     whole = all_columns or not output.for_people
     output.write(_shortened(frame, whole), title=f"{log.name}: {bounds_words(log, bounds)}")
     note_noise(frame, output)
+    note_parts_of_forwards(log, scope)
     note_one_sequence(frame["mean_experts_se"])
 
 

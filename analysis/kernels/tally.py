@@ -28,10 +28,12 @@ def tally(
     max_k: int,
     slots: NDArray[np.int64],
     one: float,
+    forwards: NDArray[np.int64],
     selected: NDArray[np.int64],
     load: NDArray[np.int64],
     sums: NDArray[np.float64],
     by_sequence: NDArray[np.int64],
+    touched: NDArray[np.bool_],
 ) -> None:
     """Add T rows to the counts of a summary.
 
@@ -50,12 +52,14 @@ def tally(
         min_k, max_k: bounds in force.
         slots: (T,), the row's place in `by_sequence`; (0,) counts nothing there.
         one: what 1 is in its sums of shares.
+        forwards: (T,), the row's place in `touched`; (0,) marks nothing there.
         selected: (E + 1,) rows by n_selected, added to.
         load: (E,) rows by chosen expert, added to.
         sums: (SUMS,) over rows, added to: whether n_rejected is 0, probability kept, Jaccard and
             recall of the choice with the native and the logged one.
         by_sequence: (G, BY_SEQUENCE), added to: the same as whole numbers, and rows, n_selected,
             its square, and whether it is min_k and max_k.
+        touched: (F, E), set to True for each expert that a row of its forward chose.
 
     Raises:
         IndexError: an expert beyond E was logged, or more than E in a row.
@@ -97,6 +101,10 @@ def tally(
         sums[NONE_REJECTED] += n_rejected[row] == 0
         for expert in range(E):
             loads[expert] = int32(loads[expert] + chosen[expert])
+        if len(forwards):
+            of_forward = touched[forwards[row]]
+            for expert in range(E):
+                of_forward[expert] |= chosen[expert] != 0
         jaccard, recall = overlap(both, n, top_k)
         sums[NATIVE_JACCARD] += jaccard
         sums[NATIVE_RECALL] += recall

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Self
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
@@ -12,12 +13,14 @@ from bhlog.analysis.kernels.tally import BY_SEQUENCE
 from bhlog.analysis.log import Log, layer_of
 from bhlog.analysis.noise import COLUMNS, NAMES, NoiseSample, noise_frame, noise_row
 from bhlog.analysis.replay.decide import Decider, decider_of
+from bhlog.analysis.replay.empirical import missing_rows
 from bhlog.analysis.replay.match import match_experts, no_rows
 from bhlog.analysis.replay.policy import Policy
 from bhlog.analysis.replay.registry import parse_policy
 from bhlog.analysis.replay.rows import Rows
 from bhlog.analysis.replay.settings import bounds_of
 from bhlog.analysis.replay.summary import LayerSummary, differences, summary_frame
+from bhlog.analysis.replay.touched import FORWARD, TouchedExperts, mean_distinct, stretches
 from bhlog.analysis.sequences import SequenceSums
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.named import Bh
@@ -121,8 +124,9 @@ def compare(
 def _summaries(
     log: Log, decider: Decider, scope: Scope, temperatures: tuple[float, ...]
 ) -> "Summaries":
-    make = partial(Summaries, decider, temperatures, log.manifest.model.top_k)
-    columns = (*dict.fromkeys([*decider.columns, *COLUMNS]),)
+    whole = missing_rows(log, scope) is None
+    make = partial(Summaries, decider, temperatures, log.manifest.model.top_k, whole=whole)
+    columns = (*dict.fromkeys([*decider.columns, *COLUMNS, *FORWARD]),)
     return fold(log, make, columns, scope, whole_groups=decider.empirical)
 
 
@@ -137,10 +141,20 @@ class Summaries:
         decider: what decides.
         temperatures: of the softmax, by policy.
         top_k: experts of the native choice.
+        whole: whether the rows are whole forwards, whose experts can be told.
     """
 
-    def __init__(self, decider: Decider, temperatures: Sequence[float], top_k: int) -> None:
+    def __init__(
+        self,
+        decider: Decider,
+        temperatures: Sequence[float],
+        top_k: int,
+        *,
+        whole: bool = False,
+    ) -> None:
         self.decider, self.temperatures, self.top_k = decider, temperatures, top_k
+        self.whole = whole
+        self.touched: dict[int, TouchedExperts] = {}
         self.layers: dict[int, list[LayerSummary]] = {}
         self.sequences: dict[int, SequenceSums] = {}  # a table for each policy
         self.noise: dict[int, NoiseSample] = {}  # but for empirical p-values, which rank a batch
@@ -153,8 +167,10 @@ class Summaries:
         if not self.decider.empirical:
             self.noise.setdefault(layer, NoiseSample(E)).update(batch)
         slots, start = sequences.slots(batch), 0
+        forwards, numbers = stretches(batch) if self.whole else (slots[:0], slots[:0])
+        touched = np.zeros((len(policies), len(numbers), E), dtype=np.bool_)
         for rows in self.decider.rows(batch):
-            block = slots[start : start + len(rows)]
+            block = slice(start, start + len(rows))
             start += len(rows)
             for i, (policy, temperature) in enumerate(
                 zip(policies, self.temperatures, strict=True)
@@ -164,9 +180,13 @@ class Summaries:
                     top_k=self.top_k,
                     temperature=temperature,
                     bounds=policy.bounds(E),
-                    slots=block,
+                    slots=slots[block],
                     by_sequence=sequences.sums[i],
+                    forwards=forwards[block],
+                    touched=touched[i],
                 )
+        if self.whole:
+            self.touched.setdefault(layer, TouchedExperts(len(policies))).add(numbers, touched)
 
     def merge(self, other: Self) -> None:
         for layer, parts in other.layers.items():
@@ -177,6 +197,8 @@ class Summaries:
                     mine.merge(theirs)
         for layer, sample in other.noise.items():
             self.noise.setdefault(layer, NoiseSample(self.decider.n_experts)).merge(sample)
+        for layer, experts in other.touched.items():
+            self.touched.setdefault(layer, TouchedExperts(len(self.temperatures))).merge(experts)
         for layer, sums in other.sequences.items():
             self.sequences.setdefault(layer, SequenceSums(len(sums.sums), BY_SEQUENCE)).merge(sums)
 
@@ -195,6 +217,8 @@ class Summaries:
             every.merge(self.sequences[layer])
             if layer in self.noise:
                 shuffled[layer] = self.decider.rows_of(self.noise[layer].shuffled(layer), layer)
+        blank = [[None] * (len(self.layers) + 1)] * len(labels)
+        distinct = mean_distinct(self.touched, len(labels)) if self.whole else blank
         for i, (policy, label) in enumerate(zip(self.decider.policies, labels, strict=True)):
             low, high = policy.bounds(self.decider.n_experts)
             parts = {layer: summaries[i] for layer, summaries in self.layers.items()}
@@ -219,6 +243,7 @@ class Summaries:
             )
             at = frame.columns.index("min_experts")
             frame = frame.hstack(noise).select(*frame.columns[:at], *NAMES, *frame.columns[at:])
+            frame = frame.with_columns(pl.Series("distinct_experts", distinct[i], pl.Float64))
             if paired:
                 pairs = [
                     (by_layer[layer], self.sequences[layer].table(0)) for layer in sorted(by_layer)
@@ -228,7 +253,8 @@ class Summaries:
                     for mine, first in [*pairs, (every.table(i), every.table(0))]
                 ]
                 table = pl.DataFrame(rows, schema=dict.fromkeys(rows[0], pl.Float64))
-                frame = frame.hstack(table).select(pl.exclude("histogram"), "histogram")
+                frame = frame.hstack(table)
+            frame = frame.select(pl.exclude("histogram"), "histogram")
             bounds = pl.lit(low).alias("min_k"), pl.lit(high).alias("max_k")
             frames.append(frame.select(label, *bounds, pl.all()))
         return frames

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from bhlog.analysis.condition import condition_columns
 from bhlog.analysis.fold import Scope
 from bhlog.analysis.log import Log, RowGroup, logits_of
-from bhlog.capture.contract.arrays import values_of
+from bhlog.analysis.replay.touched import forward_numbers
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.rule import empirical_p_values
 
@@ -21,7 +21,7 @@ def empirical_p(batch: pa.RecordBatch) -> NDArray[np.float64]:
     """(T, E) float64 p-values of a batch of one layer, each forward of each rank ranked alone."""
     logits = logits_of(batch)
     p = np.empty(logits.shape, dtype=np.float64)
-    forward = _forwards(batch)
+    forward = forward_numbers(batch)
     for number in np.unique(forward):
         rows = forward == number
         p[rows] = empirical_p_values(logits[rows])
@@ -34,29 +34,32 @@ def require_whole_forwards(log: Log, scope: Scope) -> None:
     Raises:
         InvalidOption: they are not.
     """
+    missing = missing_rows(log, scope) or _split(log, scope)
+    if missing is not None:
+        raise InvalidOption(
+            f"{log.path}: empirical p-values rank whole batches, but {missing}; replay "
+            "with a null model: --kde FILE"
+        )
+
+
+def missing_rows(log: Log, scope: Scope) -> str | None:
+    """Why rows of forwards are missing in a scope; None if there are none."""
     totals = log.manifest.totals
-    missing = None
     cutting = (
         [] if scope.where is None else sorted({*condition_columns(scope.where)} - _OF_A_FORWARD)
     )
     if log.manifest.sample_every > 1 or totals.dropped:
-        missing = "tokens were left out of this log (sampled or dropped); replay it"
-    elif totals.rejected:
-        missing = "drafts that were rejected are not in this log (assisted decoding); replay it"
-    elif scope.sample < 1:
-        missing = "a sample leaves out parts of them; take all rows, or replay them"
-    elif cutting:
-        missing = (
+        return "tokens were left out of this log (sampled or dropped)"
+    if totals.rejected:
+        return "drafts that were rejected are not in this log (assisted decoding)"
+    if scope.sample < 1:
+        return "a sample leaves out parts of them; take all rows"
+    if cutting:
+        return (
             f"a condition on {', '.join(cutting)} leaves out parts of them; ask for whole ones by "
-            f"{', '.join(sorted(_OF_A_FORWARD))}, or replay them"
+            f"{', '.join(sorted(_OF_A_FORWARD))}"
         )
-    else:
-        missing = _split(log, scope)
-    if missing is not None:
-        raise InvalidOption(
-            f"{log.path}: empirical p-values rank whole batches, but {missing} with a null model: "
-            "--kde FILE"
-        )
+    return None
 
 
 def _split(log: Log, scope: Scope) -> str | None:
@@ -78,8 +81,7 @@ def _split(log: Log, scope: Scope) -> str | None:
         twice = _twice(log, [*_overlapping(parts)])
         if twice is not None:
             return (
-                f"rows of forward {twice & 0xFFFFFFFF} at layer {layer} lie in several row groups; "
-                "replay it"
+                f"rows of forward {twice & 0xFFFFFFFF} at layer {layer} lie in several row groups"
             )
     return None
 
@@ -99,15 +101,8 @@ def _twice(log: Log, groups: Sequence[RowGroup]) -> int | None:
     """A forward that several of the row groups hold, as rank << 32 | forward."""
     seen: set[int] = set()
     for group in groups:
-        here = {*_forwards(log.read(group, ("rank", "forward"))).tolist()}
+        here = {*forward_numbers(log.read(group, ("rank", "forward"))).tolist()}
         if here & seen:
             return int(min(here & seen))
         seen |= here
     return None
-
-
-def _forwards(batch: pa.RecordBatch) -> NDArray[np.int64]:
-    """(T,) which forward of which rank each row is of: rank << 32 | forward."""
-    forward = values_of(batch.column("forward")).astype(np.int64)
-    number: NDArray[np.int64] = values_of(batch.column("rank")).astype(np.int64) << 32 | forward
-    return number

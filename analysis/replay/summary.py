@@ -45,6 +45,7 @@ _WHOLE = {EXPERTS, AT_MIN_K, AT_MAX_K, NONE_REJECTED}  # the others count ONE fo
 
 _NO_SLOTS = np.zeros(0, dtype=np.int64)
 _NO_SUMS = np.zeros((0, BY_SEQUENCE), dtype=np.int64)
+_NOT_TOUCHED = np.zeros((0, 0), dtype=np.bool_)
 
 
 class LayerSummary:
@@ -85,6 +86,8 @@ class LayerSummary:
         bounds: tuple[int, int] = (-1, -1),
         slots: NDArray[np.int64] = _NO_SLOTS,
         by_sequence: NDArray[np.int64] = _NO_SUMS,
+        forwards: NDArray[np.int64] = _NO_SLOTS,
+        touched: NDArray[np.bool_] = _NOT_TOUCHED,
     ) -> None:
         """Count the rows of a selection.
 
@@ -94,6 +97,8 @@ class LayerSummary:
             bounds: min_k and max_k in force, for the sums by sequence.
             slots: (T,), where a row's sequence is in by_sequence; none are counted by default.
             by_sequence: (G, BY_SEQUENCE), added to.
+            forwards: (T,), where a row's forward is in touched; none are marked by default.
+            touched: (F, E), set for the experts that a forward's rows chose.
 
         Raises:
             CorruptShard: experts are logged that cannot be.
@@ -114,10 +119,12 @@ class LayerSummary:
                 *bounds,
                 slots,
                 float(ONE),
+                forwards,
                 self.selected,
                 self.load,
                 self.sums,
                 by_sequence,
+                touched,
             )
         except IndexError as error:
             raise damaged(rows.n_experts) from error
@@ -267,7 +274,9 @@ def summary_frame(
 
     Beside them noise_experts, noise_experts_se, noise_sd_experts, noise_rows: the same rule where
     each expert's logits are shuffled over a sample of noise_rows tokens, see bhlog.analysis.noise;
-    null where p-values are empirical.
+    null where p-values are empirical. And distinct_experts, how many different experts the tokens
+    of a forward choose together: a mean over forwards and, in the last row, layers; null where
+    forwards are not there whole, see bhlog.analysis.replay.touched.
 
     mean, sd, the shares and means of rows, and flops have their standard error beside them, X_se,
     clustered by sequence: the ratio estimator. It is null where there is one sequence.

@@ -1,5 +1,6 @@
 import math
 import re
+from collections import defaultdict
 from dataclasses import replace
 from statistics import median_low
 
@@ -80,6 +81,9 @@ def direct(rows, chosen, n_rejected, low, high):
             both = len(set(experts) & set(other))
             union = len(experts) + size - both
             sums.append((both / union if union else 1, both / size if size else 1))
+    touched = defaultdict(set)
+    for row, experts in zip(rows, chosen, strict=True):
+        touched[row["layer"], row["rank"], row["forward"]] |= set(experts)
     load = [sum(i in experts for experts in chosen) for i in range(E)]
     share = [count / max(1, sum(load)) for count in load]
     return {
@@ -104,6 +108,7 @@ def direct(rows, chosen, n_rejected, low, high):
         "busiest_share": max(share),
         "dead_experts": load.count(0),
         "flops": mean / TOP_K,
+        "distinct_experts": sum(map(len, touched.values())) / len(touched),
         "histogram": [n.count(k) for k in range(E + 1)],
     }
 
@@ -257,7 +262,8 @@ def test_only_the_rows_asked_for_are_counted(run):
     ]
     chosen, counts = choose(rows, "topp:0.7", lambda i, row: None, 1, 12)
     assert frame["layer"].to_list() == [3, None]
-    assert_line(frame, "topp:0.7", 3, direct(rows, chosen, counts, 1, 12))
+    expected = direct(rows, chosen, counts, 1, 12) | {"distinct_experts": None}  # parts of forwards
+    assert_line(frame, "topp:0.7", 3, expected)
 
 
 def test_a_run_without_a_null_model_serves_policies_that_test_nothing(native):
