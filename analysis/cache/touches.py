@@ -14,10 +14,11 @@ from bhlog.analysis.fold import WHOLE, Scope, fold
 from bhlog.analysis.log import Log, layer_of
 from bhlog.analysis.replay.decide import Decider
 from bhlog.analysis.replay.rows import damaged
+from bhlog.analysis.replay.touched import FORWARD, Held, forward_numbers, merged
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.errors import InvalidOption
 
-_COLUMNS = ("experts", "forward", "rank", "phase")
+_COLUMNS = ("experts", *FORWARD, "phase")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,33 +75,34 @@ def touches(log: Log, decider: Decider | None = None, scope: Scope = WHOLE) -> l
 
 
 class _Gathered:
-    """Steps as the rows of batches give them: (U, 4) of rank, forward, layer and whether it is a
-    prompt, and (P, U, E / 8) bits of the experts that each policy chose."""
+    """Steps as the rows of batches give them: numbered by rank, forward and layer, with a bit for
+    each expert that each policy chose, and a last one for a prompt."""
 
     def __init__(self, n_experts: int, decider: Decider | None) -> None:
         self.n_experts, self.decider = n_experts, decider
-        self.parts: list[tuple[NDArray[np.int64], NDArray[np.uint8]]] = []
+        self.parts: list[Held] = []
 
     def update(self, batch: pa.RecordBatch) -> None:
-        rank, forward = (values_of(batch.column(n)).astype(np.int64) for n in ("rank", "forward"))
+        numbers = forward_numbers(batch) << 16 | layer_of(batch)
         prompt = values_of(pc.not_equal(batch.column("phase").dictionary_decode(), "decode"))
-        keys = np.column_stack([rank, forward, np.full_like(rank, layer_of(batch)), prompt])
         chosen = [self._logged(batch)] if self.decider is None else self._decided(batch)
-        self.parts.append(_merged(keys, np.packbits(chosen, axis=2)))
+        bits = [np.packbits(np.column_stack([one, prompt]), axis=1) for one in chosen]
+        self.parts.append(merged([(numbers, np.array(bits))]))
 
     def merge(self, other: Self) -> None:
         self.parts += other.parts
 
     def by_rank(self, policy: int) -> Iterator[Touches]:
         """The steps of each process."""
-        keys = np.concatenate([keys for keys, _ in self.parts])
-        bits = np.concatenate([bits[[policy]] for _, bits in self.parts], axis=1)
-        keys, bits = _merged(keys, bits)
-        for rank in np.unique(keys[:, 0]):
-            mine = keys[:, 0] == rank
-            steps, experts = np.nonzero(np.unpackbits(bits[0, mine], axis=1, count=self.n_experts))
+        numbers, bits = merged([(numbers, bits[[policy]]) for numbers, bits in self.parts])
+        ranks = numbers.view(np.uint64) >> np.uint64(48)
+        for rank in np.unique(ranks):
+            mine = ranks == rank
+            touched = np.unpackbits(bits[0, mine], axis=1, count=self.n_experts + 1)
+            steps, experts = np.nonzero(touched[:, :-1])
             starts = np.searchsorted(steps, np.arange(mine.sum() + 1))
-            yield Touches(keys[mine, 2], 1 - keys[mine, 3], starts, experts)
+            decode = 1 - touched[:, -1].astype(np.int64)
+            yield Touches(numbers[mine] & 0xFFFF, decode, starts, experts)
 
     def _logged(self, batch: pa.RecordBatch) -> NDArray[np.bool_]:
         column = batch.column("experts")
@@ -118,15 +120,3 @@ class _Gathered:
             for rows in self.decider.rows(batch)
         ]
         return [np.concatenate(parts) for parts in zip(*blocks, strict=True)]
-
-
-def _merged(
-    keys: NDArray[np.int64], bits: NDArray[np.uint8]
-) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Rows of the same step as one, in the order of steps."""
-    order = np.lexsort((keys[:, 2], keys[:, 1], keys[:, 0]))
-    keys, bits = keys[order], bits[:, order]
-    first = np.flatnonzero(np.append(True, (np.diff(keys[:, :3], axis=0) != 0).any(axis=1)))
-    merged = keys[first]
-    merged[:, 3] = np.maximum.reduceat(keys[:, 3], first)
-    return merged, np.bitwise_or.reduceat(bits, first, axis=1)

@@ -15,9 +15,7 @@ from bhlog.analysis.commands.options import (
     figure_option,
     kde_option,
     memory_option,
-    note_noise,
-    note_one_sequence,
-    note_parts_of_forwards,
+    note_summary,
     null_named,
     open_run,
     output_options,
@@ -162,9 +160,7 @@ def compare(
         rows = vars(scope.but(progress=advance))
         frame = log.compare(policies, kde=null, **vars(bounds), **rows)
     output.write(_shortened(frame, by_layer=by_layer, whole=all_columns or not output.for_people))
-    note_one_sequence(frame["mean_experts_se"])
-    note_noise(frame, output)
-    note_parts_of_forwards(log, scope)
+    note_summary(frame, log, scope, output)
     _note_bounds(log, bounds)
     if experts is not None:
         _note_misses(frame.filter(pl.col("layer").is_null()), experts)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import polars as pl
 
     from bhlog.analysis.fold import Scope
-    from bhlog.analysis.log import Log
     from bhlog.analysis.output import Batches, Written
     from bhlog.analysis.run import Run
     from bhlog.capture.contract.null.model import KdeModel
@@ -342,8 +341,13 @@ def note_one_sequence(errors: "pl.Series") -> None:
         )
 
 
-def note_noise(frame: "pl.DataFrame", output: Output) -> None:
-    """Say on stderr what noise is, to people."""
+def note_summary(frame: "pl.DataFrame", log: "Run", scope: "Scope", output: Output) -> None:
+    """Say on stderr what a summary of decisions lacks, and to people what noise is."""
+    from bhlog.analysis.replay.empirical import missing_rows
+
+    note_one_sequence(frame["mean_experts_se"])
+    if missing := missing_rows(log, scope):
+        click.echo(f"bhlog: distinct_experts is of whole forwards, but {missing}", err=True)
     rows = [n for n in frame["noise_rows"].filter(frame["layer"].is_not_null()) if n]
     if rows and output.for_people:
         click.echo(
@@ -353,17 +357,8 @@ def note_noise(frame: "pl.DataFrame", output: Output) -> None:
         )
 
 
-def note_parts_of_forwards(log: "Log", scope: "Scope") -> None:
-    """Say on stderr why there are no distinct experts, where forwards are not there whole."""
-    from bhlog.analysis.replay.empirical import missing_rows
-
-    missing = missing_rows(log, scope)
-    if missing is not None:
-        click.echo(f"bhlog: no distinct_experts of whole forwards: {missing}", err=True)
-
-
 def make_room(out: str) -> str:
-    """Make the folder that a file is to be written in, before the work rather than after.
+    """Make the folder of a file to be written, before the work rather than after.
 
     Raises:
         InvalidOption: it cannot be made, a folder is where the file is to be, or there is no such

@@ -12,9 +12,8 @@ from bhlog.analysis.commands.options import (
     centre_option,
     kde_option,
     memory_option,
-    note_noise,
     note_one_sequence,
-    note_parts_of_forwards,
+    note_summary,
     null_named,
     open_run,
     output_options,
@@ -135,9 +134,7 @@ def replay(
         frame = replay_log(log, settings, kde=null, scope=scope.but(progress=advance))
     whole = all_columns or not output.for_people
     output.write(_shortened(frame, whole), title=f"{log.name}: {bounds_words(log, bounds)}")
-    note_noise(frame, output)
-    note_parts_of_forwards(log, scope)
-    note_one_sequence(frame["mean_experts_se"])
+    note_summary(frame, log, scope, output)
 
 
 @click.command(

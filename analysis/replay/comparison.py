@@ -217,8 +217,8 @@ class Summaries:
             every.merge(self.sequences[layer])
             if layer in self.noise:
                 shuffled[layer] = self.decider.rows_of(self.noise[layer].shuffled(layer), layer)
-        blank = [[None] * (len(self.layers) + 1)] * len(labels)
-        distinct = mean_distinct(self.touched, len(labels)) if self.whole else blank
+        unknown = [[None] * (len(self.layers) + 1)] * len(labels)
+        distinct = mean_distinct(self.touched) if self.touched else unknown
         for i, (policy, label) in enumerate(zip(self.decider.policies, labels, strict=True)):
             low, high = policy.bounds(self.decider.n_experts)
             parts = {layer: summaries[i] for layer, summaries in self.layers.items()}
