@@ -63,7 +63,7 @@ HELD_OUT = (
     "null",
     "fitted_experts",
     "mean_experts",
-    "sd_experts",
+    "noise_experts",
     "probability_kept",
     "native_recall",
     "flops",
@@ -97,8 +97,8 @@ HELD_OUT = (
     "--fit-on",
     type=RUN,
     metavar="RUN",
-    help="Choose parameters on this run, under null models fitted from it: whole, trimmed, by "
-    "expert.",
+    help="Choose parameters on this run, under null models fitted from it: whole, trimmed, "
+    "central, centred, by expert.",
 )
 @click.option("--test-on", type=RUN, metavar="RUN", help="Report on this one, of another text.")
 @kde_option
@@ -128,7 +128,8 @@ def compare(
     """Compare policies over a run: what each would have chosen, and at what cost.
 
     Reads only the log: no model, no GPU. X_se is the standard error of X, clustered by sequence;
-    X_difference is X less that of the first policy, row by row. --figure draws probability kept
+    X_difference is X less that of the first policy, row by row; noise_experts: the same rule where
+    each expert's logits are shuffled over a sample of tokens. --figure draws probability kept
     against experts, a curve a policy. --fit-on and --test-on hold a text out: what one run chose,
     on the other.
     """
@@ -165,9 +166,11 @@ def compare(
     if experts is not None:
         _note_misses(frame.filter(pl.col("layer").is_null()), experts)
     if figure is not None:
-        overall = frame.filter(pl.col("layer").is_null()).select("policy", "probability_kept_se")
-        errors = dict(overall.drop_nulls().iter_rows())
-        _draw(log, policies, null, kde, figure, bounds, scope, errors)
+        overall, kept = frame.filter(pl.col("layer").is_null()), "probability_kept"
+        errors = dict(overall.select("policy", f"{kept}_se").drop_nulls().iter_rows())
+        differences = overall.select("policy", f"{kept}_difference", f"{kept}_difference_se")
+        paired = {text: both for text, *both in differences[1:].drop_nulls().iter_rows()}
+        _draw(log, policies, null, kde, figure, bounds, scope, errors, paired)
 
 
 def _held_out(
@@ -298,6 +301,7 @@ def _draw(
     bounds: "Bounds",
     scope: "Scope",
     errors: dict[str, float],
+    paired: dict[str, tuple[float, float]],
 ) -> None:
     from bhlog.analysis.figures.about import bound_words, null_words, run_words
     from bhlog.analysis.figures.gallery.policies import Compared
@@ -317,4 +321,5 @@ def _draw(
         about.append(f"layers {layer_ranges(scope.layers)}")
     if scope.where is not None:
         about.append(f"rows where {scope.where}")
-    write_figure("policies", "policies", Compared(curves, tuple(about), errors), figure)
+    subject = Compared(curves, tuple(about), errors, paired)
+    write_figure("policies", "policies", subject, figure)

@@ -11,7 +11,7 @@ from bhlog.analysis.database.run_files import RunFiles
 from bhlog.analysis.database.runs_table import RUNS, runs_table
 from bhlog.analysis.log import Log
 from bhlog.analysis.replay.decisions import SCHEMA as DECISIONS
-from bhlog.capture.contract.null.file import KDE_SCHEMA
+from bhlog.capture.contract.null.file import MORE_SCHEMA, schema_of
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.schema import shard_schema
 
@@ -69,7 +69,7 @@ def create_views(
     schemas = {
         "routing": shard_schema("routing", 0),
         "tokens": shard_schema("tokens", 0),
-        "kde": KDE_SCHEMA,
+        "kde": MORE_SCHEMA,
         "replays": pa.schema([pa.field("replay", pa.string()), *DECISIONS]),
     }
     for view, schema in schemas.items():
@@ -89,7 +89,7 @@ def view_queries(runs: Mapping[str, Log], places: Places) -> dict[str, str]:
         "selections": " ".join(_SELECTIONS.split()) if routing else "",
         "tokens": _union(_rows(name, log, "tokens", places) for name, log in runs.items()),
         "runs": _runs(runs),
-        "kde": _union(_read(name, places(name, "kde.parquet"), KDE_SCHEMA) for name in runs),
+        "kde": _union(_null(name, log, places) for name, log in runs.items()),
         "replays": _union(
             _read(name, places(name, "replay"), DECISIONS, "parse_path(filename)[-2] AS replay")
             for name in runs
@@ -100,6 +100,11 @@ def view_queries(runs: Mapping[str, Log], places: Places) -> dict[str, str]:
 def _rows(run: str, log: Log, folder: str, places: Places) -> str:
     there = log.schema(folder).names
     return _read(run, places(run, folder), shard_schema(folder, log.n_experts), there=there)
+
+
+def _null(run: str, log: Log, places: Places) -> str:
+    there = schema_of(log.kde or {}).names
+    return _read(run, places(run, "kde.parquet"), MORE_SCHEMA, there=there)
 
 
 def _read(
@@ -222,13 +227,13 @@ def _create_shards(
 
 
 def _kde_table(runs: Mapping[str, Log], kde: KdeModel | None) -> pa.Table:
-    tables = [pa.schema([pa.field("run", pa.string()), *KDE_SCHEMA]).empty_table()]
+    tables = [pa.schema([pa.field("run", pa.string()), *MORE_SCHEMA]).empty_table()]
     for name, log in runs.items():
         model = kde or log.kde
         if model is not None:
-            rows = model.to_table().select(KDE_SCHEMA.names)
+            rows = model.to_table().replace_schema_metadata(None)
             tables.append(rows.add_column(0, "run", pa.array([name] * len(rows), pa.string())))
-    return pa.concat_tables(tables)
+    return pa.concat_tables(tables, promote_options="default")
 
 
 def _comment(connection: duckdb.DuckDBPyConnection) -> None:

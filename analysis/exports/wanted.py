@@ -69,7 +69,15 @@ class Wanted:
         self.log.require_logits()
         if self.experts is None:
             return self.alpha
-        return self._known().alpha_for(self.experts, **self._limits())
+        profile, limits = self._known(), self._limits()
+        floor = profile.floor(**limits)
+        if floor > self.experts:
+            raise InvalidOption(
+                f"--experts {self.experts:g}: no alpha comes down to it; at {profile.alphas[0]:g}, "
+                f"the smallest, {floor:.4g} experts remain: min_k and logits beyond the null "
+                "model's support (p = 0 at any alpha) set a floor; give --max-k or another null"
+            )
+        return profile.alpha_for(self.experts, **limits)
 
     def budget(self) -> float:
         """Mean experts a token: the number given, what the alpha gives, or the model's own top-k.

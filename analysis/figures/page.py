@@ -59,8 +59,8 @@ def _panel_page(kind: FigureKind, numbers: Numbers, panel: str, style: Style) ->
     """Panels with axes of their own."""
     page = _new_page(*kind.size, style)
     parts = numbers.frame.partition_by(panel, maintain_order=True)
-    rows = -(-len(parts) // kind.columns)
-    grid = page.subplots(rows, kind.columns, squeeze=False)
+    columns = min(kind.columns, len(parts))
+    grid = page.subplots(-(-len(parts) // columns), columns, squeeze=False)
     for axes, part in zip(grid.flat, parts, strict=False):
         kind.plot(axes, part, **numbers.facts)
     for axes in grid.flat[len(parts) :]:

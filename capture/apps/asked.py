@@ -156,10 +156,13 @@ class Fit:
     fit_kde: str | None
     trim_high: int
     trim_low: int
+    null_from: Any
+    fit_centre: Any
 
     def __post_init__(self) -> None:
-        if self.fit_kde is None and (self.trim_low or self.trim_high):
-            raise InvalidOption("--trim-high and --trim-low are for --fit-kde: name its file")
+        if self.fit_kde is None:
+            why = "is for --fit-kde: name its file"
+            _refuse("trim_high", "trim_low", "null_from", "fit_centre", why=why)
 
     def make_room(self) -> None:
         """Make the folder of its file."""
@@ -172,7 +175,13 @@ class Fit:
 
         if self.fit_kde is None:
             return None
-        return KdeFit(self.fit_kde, trim_low=self.trim_low, trim_high=self.trim_high)
+        return KdeFit(
+            self.fit_kde,
+            trim_low=self.trim_low,
+            trim_high=self.trim_high,
+            null_from=self.null_from,
+            centre=self.fit_centre,
+        )
 
 
 def as_bh(alpha: "float | Bh") -> "Bh":
@@ -344,5 +353,20 @@ fit_options = bundle(
         default=0,
         metavar="N",
         help="For --fit-kde: leave out each row's N smallest logits.",
+    ),
+    click.option(
+        "--null-from",
+        type=click.Choice(("kept", "central")),
+        default="kept",
+        show_default=True,
+        help="For --fit-kde: the logits that trimming keeps, or a normal curve matched to the "
+        "middle half of all.",
+    ),
+    click.option(
+        "--fit-centre",
+        type=click.Choice(("none", "median")),
+        default="none",
+        show_default=True,
+        help="For --fit-kde: of logits less their row's median; --centre median tests by it.",
     ),
 )

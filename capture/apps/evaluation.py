@@ -210,7 +210,7 @@ def evaluate(
             examiner.check_new([Setting(None), *map(Setting, rules)])
         found = null.of(loaded, examiner, out, resume=resume)
         settings = [Setting(None)]
-        settings += [Setting(rule, found if rule.named.tests else None) for rule in rules]
+        settings += [Setting.of(rule, found) for rule in rules]
         for i, setting in enumerate(settings):
             click.echo(f"{i + 1} of {len(settings)}: {setting.text}", err=True)
             examiner.score(setting, resume=resume)

@@ -6,10 +6,10 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import polars as pl
@@ -70,6 +70,13 @@ class Setting:
 
     options: BhOptions | None
     kde: KdeModel | None = None
+
+    @classmethod
+    def of(cls, options: BhOptions, kde: KdeModel | None) -> Self:
+        """A policy under a null model, if it tests by one: of logits centred as the null's are."""
+        if kde is None or not options.named.tests:
+            return cls(options)
+        return cls(replace(options, centre=kde.centre), kde)
 
     @property
     def text(self) -> str:

@@ -1,7 +1,7 @@
 """A null model of what a run logs, counted while it is written and ready when it is closed."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ class KdeFit:
     Attributes:
         out: file to write once the run is closed, or the URI of an object; not in the run's
             folder, whose kde.parquet is the null model in force.
-        kernel, bandwidth, trim_low, trim_high, null: see FitOptions.
+        kernel, bandwidth, trim_low, trim_high, null, null_from, centre: see FitOptions.
     """
 
     out: str | Path
@@ -38,6 +38,8 @@ class KdeFit:
     trim_low: int = 0
     trim_high: int = 0
     null: Literal["pooled", "expert"] = "pooled"
+    null_from: Literal["kept", "central"] = "kept"
+    centre: Literal["none", "median"] = "none"
 
     @property
     def options(self) -> FitOptions:
@@ -46,7 +48,8 @@ class KdeFit:
         Raises:
             InvalidOption: one is out of range.
         """
-        return FitOptions(self.kernel, self.bandwidth, self.trim_low, self.trim_high, self.null)
+        mine = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "out"}
+        return FitOptions(**mine)
 
     def check(self, run: str | Path, n_experts: int, ranks: int) -> None:
         """Raise InvalidOption if the fit could not be made or written, before the model runs.

@@ -77,8 +77,15 @@ _ARRAYS = ("counts", "spread", "tail", "lfdr")
 GROUP_NUMBERS = 1 << 22  # in a row group
 
 
+def schema_of(layers: Mapping[int, LayerNull]) -> pa.Schema:
+    """Columns of their file."""
+    curves = [curve for layer in layers.values() for curve in layer.curves]
+    more = any(curve.central or curve.centre != "none" for curve in curves)
+    return MORE_SCHEMA if more else KDE_SCHEMA
+
+
 def to_table(layers: Mapping[int, LayerNull], n_experts: int | None) -> pa.Table:
-    """The file's rows, a curve each, with KDE_SCHEMA and the file's metadata."""
+    """The file's rows, a curve each, with schema_of and the file's metadata."""
     checksum = _checksum(layers, n_experts)
     return pa.concat_tables(_groups(layers, checksum.signed))
 
@@ -87,10 +94,7 @@ def _checksum(layers: Mapping[int, LayerNull], n_experts: int | None) -> Checksu
     metadata = {_VERSION: str(KDE_SCHEMA_VERSION)}
     if n_experts is not None:
         metadata[_N_EXPERTS] = str(n_experts)
-    curves = [curve for layer in layers.values() for curve in layer.curves]
-    more = any(curve.central or curve.centre != "none" for curve in curves)
-    schema = MORE_SCHEMA if more else KDE_SCHEMA
-    checksum = Checksum(schema.with_metadata(metadata))
+    checksum = Checksum(schema_of(layers).with_metadata(metadata))
     for group in _groups(layers, checksum.schema):
         checksum.add(group)
     return checksum

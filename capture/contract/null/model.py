@@ -229,7 +229,7 @@ class KdeModel(Mapping[int, LayerNull]):
         return KdeModel(fit.merge(models), n_experts[0] if n_experts else None)
 
     def to_table(self) -> pa.Table:
-        """The file's rows, a curve each; its schema is null_file.KDE_SCHEMA."""
+        """The file's rows, a curve each; its schema is null_file.schema_of."""
         return null_file.to_table(self.layers, self.n_experts)
 
     def to_bytes(self) -> bytes:

@@ -8,8 +8,10 @@ import pytest
 
 from bhlog.analysis.database.connection import connect
 from bhlog.analysis.database.shell import shell_command, shell_statements
+from bhlog.analysis.null.estimate import fit_kde
 from bhlog.analysis.replay.decisions import write_decisions
 from bhlog.analysis.run import open_log
+from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run
 
@@ -51,6 +53,28 @@ def test_the_views_hold_the_same_rows(logs, query):
         expected = rows(ours.connection, query)
         assert rows(shell, query) == expected
         assert expected
+
+
+def test_the_view_of_null_models_tells_what_a_central_and_a_centred_one_are(tmp_path):
+    run = write_run(tmp_path / "plain", n_sequences=2, length=16, kde=normal_kde(LAYERS))
+    log = open_log(run)
+    kinds = {"central": FitOptions(null_from="central"), "centred": FitOptions(centre="median")}
+    logs = {"plain": log}
+    for name, options in kinds.items():
+        kde = fit_kde(log, options)
+        logs[name] = open_log(write_run(tmp_path / name, n_sequences=2, length=16, kde=kde))
+    query = "SELECT run, layer, pi0, sigma0, len(lfdr), centre FROM kde"
+    expected = []
+    for name, one in logs.items():
+        for layer, null in one.kde.items():
+            (curve,) = null.curves
+            known = curve.central
+            centre = None if name == "plain" else curve.centre
+            numbers = (known.pi0, known.sigma0, len(curve.lfdr)) if known else (None,) * 3
+            expected.append(str((name, layer, *numbers, centre)))
+    with duckdb.connect() as shell, connect([*logs.values()]) as ours:
+        shell.execute(shell_statements(logs)).fetchall()
+        assert rows(shell, query) == rows(ours.connection, query) == sorted(expected)
 
 
 def test_p_values_need_bhlog(logs):

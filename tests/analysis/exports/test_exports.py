@@ -197,6 +197,7 @@ def test_thresholds_are_those_of_the_rule(place, bhlog):
         (("load", "bh", "--alpha", "1"), "alpha must be between 0 and 1"),
         (("topk", "bh", "--experts", "6"), "within 1 to 4 in every layer"),
         (("thresholds", "bh"), "give --alpha A or --experts K"),
+        (("load", "bh", "--experts", "2", "--min-k", "3"), "no alpha comes down to it"),
         (("load", "bh", "--where", "position > 99"), "no experts were chosen"),
     ],
 )

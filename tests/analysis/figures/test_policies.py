@@ -26,8 +26,8 @@ def curves_of(n):
     return CostCurves(native, tuple(curves), tuple(marks), 12.0, 1234, False)
 
 
-def draw_comparison(curves, dpi=40, errors=None):
-    subject = Compared(curves, ("run a", "model b", "null c"), errors or {})
+def draw_comparison(curves, dpi=40, errors=None, paired=None):
+    subject = Compared(curves, ("run a", "model b", "null c"), errors or {}, paired or {})
     return draw_page(find_figure("policies", "policies"), subject, Style(dpi=dpi))
 
 
@@ -93,3 +93,22 @@ def test_intervals_stand_on_the_dots_whose_error_is_known_and_the_title_says_wha
     assert segment[1][1] - segment[0][1] == pytest.approx(2 * 1.96 * 0.05, rel=1e-3)
     assert "bars: 95 % intervals" in figure.get_suptitle()
     assert "bars" not in draw_comparison(curves_of(2)).get_suptitle()
+
+
+def test_differences_to_the_first_policy_stand_in_a_panel_of_their_own_with_their_intervals():
+    paired = {"bh:0.3": (-0.02, 0.005), "by:0.9": (0.01, 0.004)}
+    figure = draw_comparison(curves_of(2), paired=paired)
+    left, _, last = figure.axes
+    assert last.get_xlabel() == "kept beyond topk:4, row by row\n(percentage points)"
+    assert [text.get_text() for text in last.get_yticklabels()] == [*paired]
+    dots = [line for line in last.lines if line.get_marker() == "o"]
+    bars = [container for container in last.containers if container.has_xerr]
+    for (value, se), dot, bar in zip(paired.values(), dots, bars, strict=True):
+        assert dot.get_xdata() == pytest.approx([100 * value])
+        (segment,) = bar.lines[2][0].get_segments()
+        ends = segment[:, 0]
+        assert ends == pytest.approx([100 * (value - 1.96 * se), 100 * (value + 1.96 * se)])
+        assert last.get_xlim()[0] < ends[0] and ends[1] < last.get_xlim()[1]
+    curve = [line.get_color() for line in left.lines if line.get_label() in ("bh", "by")]
+    assert [dot.get_color() for dot in dots] == curve
+    assert "bars: 95 % intervals" in figure.get_suptitle()

@@ -36,6 +36,7 @@ def test_parameters_are_of_one_run_and_the_rest_of_the_other(runs):
         for log, column in ((a, "fitted_experts"), (b, "mean_experts")):
             whole = compare(log, [policy], kde=kde, bounds=bounds).filter(pl.col("layer").is_null())
             assert row[column] == whole["mean_experts"].item()
+        assert row["noise_experts"] == whole["noise_experts"].item()
     assert (table["fitted_experts"] - 3).abs().max() < 0.1
     assert (table["fitted_experts"] != table["mean_experts"]).any()
 

@@ -9,18 +9,21 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
+from bhlog.analysis.null.estimate import fit_kde
 from bhlog.analysis.run import open_log
 from bhlog.capture.apps.evaluation import evaluate
 from bhlog.capture.apps.harness import byte_tokenizer, harness_model, named_requests
 from bhlog.capture.apps.scoring import Exam, Examiner, Setting, scores
 from bhlog.capture.checkpoint import LoadedModel
 from bhlog.capture.contract.errors import InvalidOption, RouterLogError, RunExists
+from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions
 from bhlog.capture.observe import observe, route
 from bhlog.capture.text import ByteTokenizer
 from bhlog.capture.writing.fitting import KdeFit
 from tests.capture.tiny import TRANSFORMERS_4, tiny_model
+from tests.synthetic import write_run
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install 'bhlog[eval]'")
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
@@ -249,12 +252,23 @@ def test_settings_differ_by_pairs_and_finished_ones_are_skipped(demo, tasks, tmp
     assert table.filter(pl.col("policy") == "topk:1")["flops"].unique().to_list() == [1 / 8]
 
 
+def test_a_policy_is_run_on_logits_centred_as_those_of_its_null(tmp_path):
+    run = open_log(write_run(tmp_path / "run", n_sequences=2, length=16))
+    nulls = {kind: fit_kde(run, FitOptions(centre=kind)) for kind in ("none", "median")}
+    for kind, kde in nulls.items():
+        setting = Setting.of(BhOptions(0.3), kde)
+        assert setting.options.centre == kind
+        assert setting.kde is kde
+        setting.options.check_null(kde)
+    assert Setting.of(BhOptions.of("topk:2"), nulls["median"]).kde is None
+
+
 def test_documents_that_fit_the_null_are_not_scored(demo, tasks, tmp_path):
     examiner = asked(demo, tasks, tmp_path, tasks=("choice",), fit_docs=3, limit=5)
     assert examiner.left_out == {"choice": range(3)}
     kde = examiner.fit(KdeFit(tmp_path / "null.parquet", trim_high=8))
     assert kde.sha256 == KdeModel.load(tmp_path / "null.parquet").sha256
-    setting = Setting(BhOptions(0.3), kde)
+    setting = Setting.of(BhOptions(0.3), kde)
     examiner.score(setting)
 
     def documents(run):

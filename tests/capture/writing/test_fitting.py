@@ -46,6 +46,8 @@ def afterwards(run: Path, **options: Any) -> bytes:
         {"trim_low": 1, "trim_high": 2, "kernel": "epanechnikov", "bandwidth": 0.25},
         {"null": "expert"},
         {"null": "expert", "trim_high": 1, "bandwidth": "isj"},
+        {"null_from": "central"},
+        {"trim_high": 2, "centre": "median"},
     ],
 )
 @pytest.mark.parametrize("sample_every", [1, 3])
