@@ -175,10 +175,10 @@ def a_file_has_at_most_400_lines() -> list[object]:
     return [f"{name}: {n}" for name, n in lines().items() if n > 400]
 
 
-def both_packages_hold_under_25_000_lines_of_code() -> list[object]:
+def both_packages_hold_under_28_000_lines_of_code() -> list[object]:
     """Blank lines, comments and docstrings do not count."""
     total = sum(len(code_lines(path.read_text(encoding="utf-8"))) for path in sources().values())
-    return [total] if total >= 25_000 else []
+    return [total] if total >= 28_000 else []
 
 
 def code_lines(source: str) -> set[int]:
@@ -233,7 +233,7 @@ RULES = [
     no_module_is_named_like_its_folder,
     at_most_two_file_names_are_shared,
     a_file_has_at_most_400_lines,
-    both_packages_hold_under_25_000_lines_of_code,
+    both_packages_hold_under_28_000_lines_of_code,
     offline_tests_import_no_torch,
 ]
 
