@@ -21,23 +21,39 @@ WITH count_of_layer AS (
     GROUP BY run, layer
 ),
 
-selection AS (
-    SELECT run, layer, experts, unnest(experts) AS a, generate_subscripts(experts, 1) AS place
+decision AS (
+    SELECT run, layer, experts
     FROM routing
     WHERE $layer IS NULL OR layer = $layer
 ),
 
+selection AS (
+    SELECT run, layer, experts, unnest(experts) AS a
+    FROM decision
+),
+
+neighbour AS (
+    SELECT run, layer, unnest(experts[:-2]) AS a, unnest(experts[2:]) AS b
+    FROM decision
+    WHERE $pairs = 'adjacent'
+),
+
 pair AS (
-    SELECT
-        run,
-        layer,
-        a,
-        unnest(CASE $pairs
-            WHEN 'all' THEN experts
-            WHEN 'adjacent' THEN experts[greatest(place - 1, 1):place + 1]
-            ELSE error('coactivation: pairs is "all" or "adjacent"')
-        END) AS b
+    SELECT run, layer, a, unnest(experts) AS b
     FROM selection
+    WHERE
+        CASE $pairs
+            WHEN 'all' THEN TRUE
+            WHEN 'adjacent' THEN FALSE
+            ELSE error('coactivation: pairs is "all" or "adjacent"')
+        END
+    UNION ALL
+    SELECT run, layer, a, a AS b
+    FROM selection
+    WHERE $pairs = 'adjacent'
+    UNION ALL
+    SELECT run, layer, least(a, b) AS a, greatest(a, b) AS b
+    FROM neighbour
 ),
 
 -- an expert paired with itself gives N(a)

@@ -68,23 +68,17 @@ by_forward AS (
     GROUP BY run, layer
 ),
 
-finite AS (
-    SELECT run, layer, list_filter(logits::DOUBLE[], lambda l: isfinite(l)) AS logits
-    FROM decision
-),
-
+-- p_i = exp(l_i) / sum, so that ln sum = l_i - ln p_i, taken where p_i is largest
 z AS (
     SELECT
         run,
         layer,
         count(*) AS tokens,
-        avg(
-            (
-                list_max(logits)
-                + ln(list_sum(list_transform(logits, lambda l: exp(l - list_max(logits)))))
-            ) ** 2
-        ) AS z_loss
-    FROM finite
+        avg((logits[list_position(p, largest)] - ln(nullif(largest, 0)::DOUBLE)) ** 2) AS z_loss
+    FROM (
+        SELECT run, layer, logits, p, list_max(p) AS largest
+        FROM (SELECT run, layer, logits, softmax(logits) AS p FROM decision)
+    )
     GROUP BY run, layer
 )
 
