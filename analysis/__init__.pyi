@@ -1,3 +1,4 @@
+from .engines.npy_files import write_run as write_run
 from .public import AlreadyPatched as AlreadyPatched
 from .public import BhOptions as BhOptions
 from .public import Corrupt as Corrupt
@@ -6,6 +7,7 @@ from .public import CorruptManifest as CorruptManifest
 from .public import CorruptProfile as CorruptProfile
 from .public import CorruptRun as CorruptRun
 from .public import CorruptShard as CorruptShard
+from .public import CorruptTrace as CorruptTrace
 from .public import EmptyText as EmptyText
 from .public import FitOptions as FitOptions
 from .public import InvalidOption as InvalidOption

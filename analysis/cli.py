@@ -54,6 +54,10 @@ COMMANDS = {
         "bhlog.analysis.commands.compare:compare",
         "Compare policies over a run: what each would have chosen, and...",
     ),
+    "import": (
+        "bhlog.analysis.commands.importing:import_",
+        "Write another engine's log of its routing as a run.",
+    ),
     "export": (
         "bhlog.analysis.commands.exporting:export",
         "Write an answer in the file that another engine reads.",

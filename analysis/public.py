@@ -7,6 +7,7 @@ from bhlog.capture.contract.errors import CorruptManifest as CorruptManifest
 from bhlog.capture.contract.errors import CorruptProfile as CorruptProfile
 from bhlog.capture.contract.errors import CorruptRun as CorruptRun
 from bhlog.capture.contract.errors import CorruptShard as CorruptShard
+from bhlog.capture.contract.errors import CorruptTrace as CorruptTrace
 from bhlog.capture.contract.errors import EmptyText as EmptyText
 from bhlog.capture.contract.errors import InvalidOption as InvalidOption
 from bhlog.capture.contract.errors import KdeMismatch as KdeMismatch

@@ -187,11 +187,7 @@ class Run(Log):
         )
 
     def fidelity(
-        self,
-        rerun: Log | str | Path,
-        *,
-        progress: Progress | None = None,
-        executor: Executor | None = None,
+        self, rerun: Log | str | Path, *, progress: Progress | None = None
     ) -> pl.DataFrame:
         """How far a what-if can be trusted: this native run, replayed at the settings of a BH run.
 
@@ -203,8 +199,7 @@ class Run(Log):
         """
         from bhlog.analysis.replay.fidelity import fidelity
 
-        scope = Scope(progress=progress, executor=executor)
-        return fidelity(self, _log(rerun), scope=scope)
+        return fidelity(self, _log(rerun), scope=Scope(progress=progress))
 
     def fit(
         self,
@@ -345,13 +340,7 @@ class Run(Log):
         frame = pl.DataFrame({"fact": [*known], "value": [cell(one) for one in known.values()]})
         return small_table(frame, f"Run {self.path}")
 
-    def verify(
-        self,
-        *,
-        replay: bool = False,
-        progress: Progress | None = None,
-        executor: Executor | None = None,
-    ) -> pl.DataFrame:
+    def verify(self, *, replay: bool = False, progress: Progress | None = None) -> pl.DataFrame:
         """Is the run whole, and with `replay`, does replaying it give what it logged?
 
         Returns:
@@ -359,10 +348,9 @@ class Run(Log):
         """
         from bhlog.analysis.verify.verification import findings_frame, verify, verify_decisions
 
-        scope = Scope(progress=progress, executor=executor)
-        findings = verify(self, scope)
+        findings = verify(self, progress)
         if replay:
-            findings += verify_decisions(self, scope, after=findings)
+            findings += verify_decisions(self, progress, after=findings)
         return findings_frame(findings)
 
     @cached_property

@@ -13,6 +13,7 @@ from .contract.errors import CorruptManifest as CorruptManifest
 from .contract.errors import CorruptProfile as CorruptProfile
 from .contract.errors import CorruptRun as CorruptRun
 from .contract.errors import CorruptShard as CorruptShard
+from .contract.errors import CorruptTrace as CorruptTrace
 from .contract.errors import EmptyText as EmptyText
 from .contract.errors import InvalidOption as InvalidOption
 from .contract.errors import KdeMismatch as KdeMismatch

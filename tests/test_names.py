@@ -35,7 +35,7 @@ ONLINE = {
     "observe",
     "route",
 }
-OFFLINE = {"FitOptions", "Policy", "Profile", "Run", "open_log"}
+OFFLINE = {"FitOptions", "Policy", "Profile", "Run", "open_log", "write_run"}
 SHARED = {"BhOptions", "KdeModel", *ERRORS}
 
 

@@ -17,6 +17,7 @@ def facts_of(log: Log) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "run": log.path,
         "run_id": manifest.run_id,
+        **{name: manifest.options[name] for name in ("engine",) if name in manifest.options},
         "created": manifest.created,
         "closed": manifest.closed,
         "error": manifest.error,

@@ -1,15 +1,13 @@
 """Pair: a routing shard beside its tokens shard, checked row by row."""
 
 import threading
-from collections.abc import Generator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bhlog.analysis.fold import Progress, Scope, cut_shards, side_by_side
+from bhlog.analysis.fold import Progress
 from bhlog.analysis.log import Log
 from bhlog.analysis.verify.decided import expert_problems, padded_experts
 from bhlog.analysis.verify.statistics import statistics_problem
@@ -33,7 +31,6 @@ class Pair:
 
     def __init__(self, log: Log, name: str, *, by_logit: bool) -> None:
         self.log, self.name, self.by_logit = log, name, by_logit
-        self.halves = name in log.shards, name in log.token_shards
         self.rows = self.tokens = self.nonfinite = 0
         self.problems: list[tuple[str, str]] = []
         self.remarks: list[str] = []
@@ -43,17 +40,14 @@ class Pair:
     @property
     def whole(self) -> bool:
         """Whether both files are there and nothing is wrong with them."""
-        return all(self.halves) and not self.problems
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What was found travels, the log does not."""
-        return {name: value for name, value in vars(self).items() if name != "log"}
+        log = self.log
+        return self.name in log.shards and self.name in log.token_shards and not self.problems
 
     @property
     def counts(self) -> tuple[int, int]:
         return self.rows, self.tokens
 
-    def check(self, progress: Progress, stopped: threading.Event) -> None:
+    def check(self, progress: Progress | None, stopped: threading.Event) -> None:
         """Read both files through; what one of them lacks is told by the check of files.
 
         Args:
@@ -63,9 +57,9 @@ class Pair:
             CorruptShard: a file cannot be read.
         """
         tokens = None
-        if self.halves[1]:
+        if self.name in self.log.token_shards:
             tokens = self._check_tokens()
-        if self.halves[0]:
+        if self.name in self.log.shards:
             self._check_routing(tokens, progress, stopped)
 
     def _check_tokens(self) -> Identity:
@@ -94,7 +88,7 @@ class Pair:
         return identity
 
     def _check_routing(
-        self, tokens: Identity | None, progress: Progress, stopped: threading.Event
+        self, tokens: Identity | None, progress: Progress | None, stopped: threading.Event
     ) -> None:
         shard = self.log.open_shard("routing", self.name)
         self._check_schema(shard, routing_schema(self.log.n_experts))
@@ -123,7 +117,8 @@ class Pair:
                     self._check_weights(layer, batch)
                 self.rows += batch.num_rows
                 self.nonfinite += nonfinite
-                progress(batch.num_rows)
+                if progress is not None:
+                    progress(batch.num_rows)
             difference = None if tokens is None else Identity.join(parts).difference(tokens)
             if difference is not None:
                 self._row_error(f"layer {layer}: {difference}")
@@ -172,33 +167,20 @@ class Pair:
         self.problems.append(("rows", problem))
 
 
-def pairs_of(log: Log, scope: Scope, *, by_logit: bool) -> Generator[Pair, None, None]:
-    """Every pair, read through, in order of names.
+def checked(
+    log: Log, by_logit: bool, progress: Progress | None, stopped: threading.Event, name: str
+) -> Pair:
+    """The pair of this name, read through.
 
     Args:
         by_logit: whether experts must come in order of falling logit.
     """
-    names = sorted({*log.shards, *log.token_shards})
-    work = partial(_checked, by_logit=by_logit)
-    for pairs in side_by_side(work, [log], cut_shards(log, names), scope):
-        yield from pairs
-
-
-def _checked(
-    log: Log,
-    names: Sequence[str],
-    progress: Progress,
-    stopped: threading.Event,
-    *,
-    by_logit: bool,
-) -> list[Pair]:
-    pairs = [Pair(log, name, by_logit=by_logit) for name in names]
-    for pair in pairs:
-        try:
-            pair.check(progress, stopped)
-        except CorruptShard as error:
-            pair.problems.append(("shards", str(error)))
-    return pairs
+    pair = Pair(log, name, by_logit=by_logit)
+    try:
+        pair.check(progress, stopped)
+    except CorruptShard as error:
+        pair.problems.append(("shards", str(error)))
+    return pair
 
 
 def rank_and_number(name: str) -> tuple[int, int]:

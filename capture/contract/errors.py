@@ -20,6 +20,7 @@ RouterLogError              tell the user: its text is one line
         CorruptRun
         CorruptKde
         CorruptProfile
+        CorruptTrace
         UnsafePickle        ask who made it
 """
 
@@ -73,6 +74,10 @@ class CorruptKde(Corrupt):
 
 class CorruptProfile(Corrupt):
     """A profile file cannot be read or breaks an invariant of a profile."""
+
+
+class CorruptTrace(Corrupt):
+    """What another engine wrote cannot be read, or says what cannot be."""
 
 
 class KdeMismatch(RouterLogError):

@@ -14,12 +14,12 @@ from bhlog.capture.contract.errors import InvalidOption, UnsupportedModel
 from bhlog.capture.contract.manifest import Totals
 from bhlog.capture.contract.schema import (
     COLUMNS,
-    PHASES,
     SCHEMA_VERSION,
     TEXT,
     routing_schema,
     tokens_schema,
 )
+from bhlog.capture.contract.shard_rows import decided, identity, table
 from bhlog.capture.writing.stage import Staged
 
 BY_LAYER = ("logits", "experts", "weights", "n_selected", "n_rejected")
@@ -124,7 +124,7 @@ class Buffer:
                 kept[name] = array
         if not self.tokens:
             _require_logits(kept["logits"])
-        identity: dict[str, NDArray[Any]] = {
+        told: dict[str, NDArray[Any]] = {
             "sequence": block.sequence[rows],
             "position": tensors["position"].numpy()[rows].astype(np.uint32),
             "phase": block.phase[rows],
@@ -134,12 +134,12 @@ class Buffer:
             "nll": np.full(len(rows), np.nan, dtype=np.float32),
         }
         if token_ids and "token_id" in tensors:
-            identity["token_id"] = tensors["token_id"].numpy()[rows].astype(np.int32)
+            told["token_id"] = tensors["token_id"].numpy()[rows].astype(np.int32)
         if "nll" in tensors:
-            identity["nll"] = tensors["nll"].numpy()[rows].astype(np.float32)
+            told["nll"] = tensors["nll"].numpy()[rows].astype(np.float32)
         for column in TEXT_COLUMNS:
-            identity[column] = self._codes(column, block.texts.get(column), rows)
-        for name, array in identity.items():
+            told[column] = self._codes(column, block.texts.get(column), rows)
+        for name, array in told.items():
             self._identity.setdefault(name, []).append(array)
         self.layers = block.layers
         self._by_layer.append(kept)
@@ -185,8 +185,7 @@ class Buffer:
             arrays[column] = pa.DictionaryArray.from_arrays(
                 pa.array(codes, mask=codes < 0), pa.array(names, pa.string())
             )
-        schema = schema.with_metadata({**schema.metadata, **metadata})
-        return pa.table([arrays[name] for name in schema.names], schema=schema)
+        return table(schema.with_metadata({**schema.metadata, **metadata}), arrays)
 
     def routing_tables(self) -> Iterator[pa.Table]:
         """Rows of the routing shard, a table per layer; each is valid until the next is asked for.
@@ -195,59 +194,31 @@ class Buffer:
         """
         n_experts = self._by_layer[0]["logits"].shape[2]
         schema, T = routing_schema(n_experts, self.version), self.tokens
-        identity = self._identity_arrays(self._columns())
+        own = self._identity_arrays(self._columns())
         wide = np.empty((T, n_experts), dtype=np.float32)
         for i in sorted(range(len(self.layers)), key=lambda i: self.layers[i]):
             parts = [{name: t[i] for name, t in block.items()} for block in self._by_layer]
             n_selected, experts, weights = zip(*map(_chosen, parts), strict=True)
-            counts = np.concatenate(n_selected)
-            offsets = np.zeros(T + 1, dtype=np.int32)
-            np.cumsum(counts, out=offsets[1:])
             start = 0
             for part in parts:
                 rows = slice(start, start + len(part["logits"]))
                 _widen(part["logits"], wide[rows])
                 start = rows.stop
-            rejected = pa.nulls(T, pa.uint16())
+            n, chosen, weight = map(np.concatenate, (n_selected, experts, weights))
+            arrays = decided(schema, self.layers[i], n, chosen, weight, wide)
             if "n_rejected" in parts[0]:
-                rejected = pa.array(
+                arrays["n_rejected"] = pa.array(
                     np.concatenate([part["n_rejected"] for part in parts]).astype(np.uint16)
                 )
-            arrays = {
-                **identity,
-                "layer": pa.array(np.full(T, self.layers[i], dtype=np.uint16)),
-                "logits": pa.FixedSizeListArray.from_arrays(
-                    pa.array(wide.ravel()), type=schema.field("logits").type
-                ),
-                "experts": pa.ListArray.from_arrays(
-                    pa.array(offsets),
-                    pa.array(np.concatenate(experts)),
-                    type=schema.field("experts").type,
-                ),
-                "weights": pa.ListArray.from_arrays(
-                    pa.array(offsets),
-                    pa.array(np.concatenate(weights)),
-                    type=schema.field("weights").type,
-                ),
-                "n_selected": pa.array(counts),
-                "n_rejected": rejected,
-            }
-            yield pa.table([arrays[name] for name in schema.names], schema=schema)
+            yield table(schema, {**own, **arrays})
 
     def _columns(self) -> dict[str, NDArray[Any]]:
         return {name: np.concatenate(parts) for name, parts in self._identity.items()}
 
     def _identity_arrays(self, columns: dict[str, NDArray[Any]]) -> dict[str, pa.Array]:
         """Columns that say who a row is, the same at every layer."""
-        token_id = columns["token_id"]
-        return {
-            "rank": pa.array(np.full(self.tokens, self.rank, dtype=np.uint16)),
-            "sequence": pa.array(columns["sequence"]),
-            "position": pa.array(columns["position"]),
-            "token_id": pa.array(token_id, mask=token_id == _NO_TOKEN_ID),
-            "phase": pa.DictionaryArray.from_arrays(columns["phase"], pa.array(PHASES)),
-            "forward": pa.array(columns["forward"]),
-        }
+        names = "token_id", "phase", "sequence", "position", "forward"
+        return identity(self.rank, **{name: columns[name] for name in names})
 
 
 def logged_rows(tensors: dict[str, Tensor], sample_every: int) -> tuple[NDArray[np.bool_], int]:

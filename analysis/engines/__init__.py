@@ -1,0 +1,1 @@
+"""Traces of other engines, read and written as runs."""
