@@ -244,7 +244,7 @@ rule_options = bundle(
         show_default=True,
         metavar="POLICY",
         help="native observes the model's own routing; bh routes by Benjamini-Hochberg at --alpha, "
-        "and bh:A, by:A, topk:K, threshold:Q, topp:P or minp:T by that policy.",
+        "and bh:A, by:A, topk:K, threshold:Q, topp:P, minp:T or entropy:K by that policy.",
     ),
     click.option(
         "--alpha",

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from difflib import get_close_matches
+from math import ceil
 from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 
 import numpy as np
@@ -17,6 +18,7 @@ from bhlog.capture.contract.bounds import OPEN, Bounds
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.policy_text import BY_LAYER
 from bhlog.capture.contract.policy_text import Named as Named
+from bhlog.capture.contract.policy_text import require_positive as require_positive
 from bhlog.capture.contract.policy_text import require_unit as require_unit
 
 
@@ -245,7 +247,36 @@ class MinP(Named):
         return np.float32(np.log(self.t))
 
 
-_ROUTED = (Bh, By, Lfdr, TopK, Threshold, TopP, MinP)
+@dataclass(frozen=True)
+class Entropy(Named):
+    """More experts, up to K, the less sure the router is: K times its relative entropy.
+
+    n = max(1, ceil(K * H / ln E)), H = -sum q_i ln q_i of the softmax over all E experts in
+    float64: 1 where one expert holds all probability, K where all hold the same. Logits that are
+    not finite have no probability.
+
+    Attributes:
+        k: K > 0; beyond E no row gets more than E.
+
+    Reference:
+        Li et al. (2025), DynMoLE, arXiv:2504.00661, give tokens of a high router entropy more
+        experts, above a threshold all of them; this is the same in proportion.
+    """
+
+    k: float
+    name: ClassVar[str] = "entropy"
+    parameter: ClassVar[str] = "k"
+    example: ClassVar[float] = 16
+
+    def check(self) -> None:
+        require_positive(self.parameter, self.k)
+
+    def most(self, n_experts: int) -> int:
+        """The most experts that a row gets, whatever rounding does."""
+        return min(ceil(self.k), n_experts)
+
+
+_ROUTED = (Bh, By, Lfdr, TopK, Threshold, TopP, MinP, Entropy)
 ROUTED: dict[str, type[Named]] = {kind.name: kind for kind in _ROUTED}
 Kind = TypeVar("Kind", bound=Named)
 

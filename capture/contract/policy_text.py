@@ -1,6 +1,7 @@
 """Named: what every policy has, and the text that tells it."""
 
 from dataclasses import dataclass, field, fields, replace
+from math import inf
 from typing import Any, ClassVar, Self
 
 from bhlog.capture.contract.bounds import OPEN, Bounds
@@ -101,6 +102,12 @@ def require_unit(name: str, value: float) -> None:
     """Raise InvalidOption unless 0 < value < 1."""
     if not 0 < value < 1:
         raise InvalidOption(f"{name} must be between 0 and 1, got {value:g}")
+
+
+def require_positive(name: str, value: float) -> None:
+    """Raise InvalidOption unless 0 < value < infinity."""
+    if not 0 < value < inf:
+        raise InvalidOption(f"{name} must be above 0, got {value:g}")
 
 
 def short(value: float) -> str:

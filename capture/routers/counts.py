@@ -1,16 +1,16 @@
 """Counts of experts that policies take without a test of p-values, in torch.
 
 They are those of bhlog.analysis.replay: bit for bit where logits are compared (topk, minp); where
-probabilities are (threshold, topp), in all rows but those within BOUNDARY of one.
+probabilities are (threshold, topp, entropy), in all rows but those within BOUNDARY of one.
 """
 
 from collections.abc import Callable
-from math import floor, inf
+from math import floor, inf, log
 
 import torch
 from torch import Tensor
 
-from bhlog.capture.contract.named import MinP, Named, Threshold, TopK, TopP
+from bhlog.capture.contract.named import Entropy, MinP, Named, Threshold, TopK, TopP
 
 Count = Callable[[Tensor], Tensor]
 
@@ -31,6 +31,15 @@ def counter(policy: Named) -> Count:
     if isinstance(policy, Threshold):
         q = policy.q
         return lambda keys: (_probability(keys) >= q).sum(dim=-1)
+    if isinstance(policy, Entropy):
+        entropy = policy
+
+        def share(keys: Tensor) -> Tensor:
+            q, E = _probability(keys), keys.shape[1]
+            relative = -torch.special.xlogy(q, q).sum(dim=-1) / log(E)
+            return (entropy.k * relative).ceil().clamp(1, entropy.most(E)).long()
+
+        return share
     assert isinstance(policy, TopP)
     p = policy.p
 
@@ -53,6 +62,8 @@ def most_experts(policy: Named, n_experts: int) -> int:
         return min(policy.k, n_experts)
     if isinstance(policy, Threshold):  # so many probabilities of q sum to 1
         return min(max(1, floor((1 + 1e-9) / policy.q)), n_experts)
+    if isinstance(policy, Entropy):
+        return policy.most(n_experts)
     return n_experts
 
 

@@ -95,6 +95,11 @@ def threshold(row, q, slack=0.0):
     return sum(value >= q * (1 + slack) for value in softmax(row))
 
 
+def entropy(row, k, slack=0.0):
+    share = -math.fsum(q * math.log(q) for q in softmax(row) if q > 0) / math.log(len(row))
+    return min(len(row), math.ceil(k), max(1, math.ceil(k * share - k * slack)))
+
+
 def float32(x):
     """The nearest float32; that of a sum of two float32 is right, as float64 has room for both."""
     return struct.unpack("f", struct.pack("f", x))[0]

@@ -12,6 +12,7 @@ from statsmodels.stats.multitest import multipletests
 
 from bhlog.analysis.replay.families.bh import Bh
 from bhlog.analysis.replay.families.by import By
+from bhlog.analysis.replay.families.entropy import Entropy
 from bhlog.analysis.replay.families.higher_criticism import HigherCriticism, HigherCriticismPlus
 from bhlog.analysis.replay.families.lfdr import Lfdr
 from bhlog.analysis.replay.families.minp import MinP
@@ -187,6 +188,20 @@ def test_threshold_takes_every_expert_at_or_above_q(logits, q):
 @given(logits=logits_of(), t=st.floats(0.001, 1.0))
 def test_minp_takes_every_logit_within_ln_t_of_the_largest(logits, t):
     assert_by_logit(MinP(t), logits, lambda row: {slow.min_p(row, t)})
+
+
+@many
+@given(logits=logits_of(), k=st.floats(0.1, 600))
+def test_entropy_takes_k_times_the_relative_entropy(logits, k):
+    assert_by_logit(
+        Entropy(k), logits, lambda row: between(lambda slack: slow.entropy(row, k, slack))
+    )
+
+
+def test_entropy_takes_one_of_a_router_that_is_sure_and_k_of_one_that_does_not_choose():
+    rows = Rows(np.array([[50, 0, 0, 0], [1, 1, 1, 1], [1, 1, np.nan, -np.inf]], np.float32))
+    assert Entropy(3.5).decide(rows, Bounds(0)).n_selected.tolist() == [1, 4, 2]
+    assert Entropy(3.5).unsure(rows).tolist() == [False, False, False]
 
 
 @pytest.mark.parametrize("t", [1e-6, 0.01, 0.2, 0.7])

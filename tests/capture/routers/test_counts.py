@@ -22,8 +22,8 @@ from tests.synthetic import normal_kde
 
 KDE = normal_kde(range(LAYERS))
 BY_LOGIT = ["topk:1", "topk:5", "minp:0.2", "minp:0.97", "minp:1"]
-BY_PROBABILITY = ["threshold:0.04", "threshold:0.3", "topp:0.5", "topp:0.93", "topp:1"]
-EVERY = ["bh:0.3", "by:0.6", "topk:3", "threshold:0.1", "topp:0.7", "minp:0.2"]
+BY_PROBABILITY = ["threshold:0.04", "threshold:0.3", "topp:0.5", "topp:0.93", "topp:1", "entropy:5"]
+EVERY = ["bh:0.3", "by:0.6", "topk:3", "threshold:0.1", "topp:0.7", "minp:0.2", "entropy:5"]
 
 
 def logits_of_many_kinds(n_experts: int) -> np.ndarray:
@@ -50,6 +50,9 @@ def defined(text: str, row: np.ndarray) -> int:
     q = [math.exp(float(x) - float(finite[0])) / total for x in finite]
     if policy.name == "threshold":
         return sum(x >= policy.value for x in q)
+    if policy.name == "entropy":
+        entropy = -math.fsum(x * math.log(x) for x in q if x > 0)
+        return max(1, math.ceil(policy.value * entropy / math.log(len(row))))
     return next((k for k in range(1, len(q)) if math.fsum(q[:k]) >= policy.value), len(q))
 
 
@@ -146,7 +149,13 @@ def test_slots_are_no_more_than_a_policy_can_fill():
     from bhlog.capture.routers.steering import Steering
 
     router = find_routers(tiny_model())[0]
-    for text, most in (("topk:3", 3), ("threshold:0.3", 3), ("minp:0.2", 8), ("topk:1,min_k=4", 4)):
+    for text, most in (
+        ("topk:3", 3),
+        ("threshold:0.3", 3),
+        ("minp:0.2", 8),
+        ("topk:1,min_k=4", 4),
+        ("entropy:2.5", 3),
+    ):
         assert Steering.of(router, BhOptions.of(text), None, skip=True).max_k == most
 
 
