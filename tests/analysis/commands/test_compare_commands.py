@@ -76,6 +76,7 @@ def test_without_p_values_the_tests_are_left_out_and_named(native, bhlog, tmp_pa
     code, out, err = bhlog(native)
     assert code == 0
     assert [line["policy"].split(":")[0] for line in table(out)] == [
+        "entropy",
         "minp",
         "threshold",
         "topk",
