@@ -173,6 +173,8 @@ def _blocks(
         ids, known = np.full(T, -1), text.token_ids[text.start : text.start + T]
         ids[: len(known)] = known
         kept = (experts != -1).any(axis=(1, 2))
+        if (experts[kept] == -1).any():
+            raise CorruptTrace(f"{text.where}: some tokens lack some of their experts")
         if not kept.all():
             left_out = int((~kept).sum())
             noted["cached_tokens_left_out"] = noted.get("cached_tokens_left_out", 0) + left_out

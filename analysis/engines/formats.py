@@ -13,6 +13,7 @@ READERS = {
     "numpy": "bhlog.analysis.engines.npy_files",
     "vllm": "bhlog.analysis.engines.vllm",
     "sglang": "bhlog.analysis.engines.sglang",
+    "sglang.pt": "bhlog.capture.apps.recorder_dump",
     "route-trace": "bhlog.analysis.engines.route_trace",
 }
 NOTHING = Told()
@@ -30,8 +31,9 @@ def read_trace(format: str, path: str | Path, told: Told = NOTHING) -> Trace:
         CorruptTrace: it is none of the format; on the way, too.
         OSError: it cannot be read.
     """
-    if format not in READERS:
-        raise InvalidOption(f"format must be one of {', '.join(READERS)}, got {format!r}")
+    if format not in READERS or "." in format:
+        names = ", ".join(name for name in READERS if "." not in name)
+        raise InvalidOption(f"format must be one of {names}, got {format!r}")
     path = Path(realpath(path)) if Path(path).is_symlink() else Path(path)
     reader = READERS.get(f"{format}{path.suffix}", READERS[format])
     trace: Trace = import_module(reader).read(path, told)

@@ -4,6 +4,7 @@ Also what is in a .npy file for other readers: its bytes in place, whatever its 
 never a pickle.
 """
 
+import ast
 import io
 import math
 import mmap
@@ -25,7 +26,6 @@ ByLayer = ArrayLike | Mapping[int, ArrayLike]
 
 _NAME = re.compile(r"router_logits_L(\d{1,5})\.npy")
 _MOST_HEADER = 1 << 12
-_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 def array_of(data: bytes | mmap.mmap, where: object, kinds: str) -> NDArray[Any]:
@@ -41,11 +41,15 @@ def array_of(data: bytes | mmap.mmap, where: object, kinds: str) -> NDArray[Any]
     """
     start = io.BytesIO(data[:_MOST_HEADER])
     try:
-        shape, fortran, dtype = _HEADERS[npy.read_magic(start)](start, _MOST_HEADER)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, MemoryError) as error:
+        length = start.read(2 if npy.read_magic(start)[0] == 1 else 4)
+        facts = ast.literal_eval(start.read(int.from_bytes(length, "little")).decode("latin1"))
+        shape, dtype = facts["shape"], np.dtype(facts["descr"])
+        n = math.prod(shape)
+    except (ValueError, SyntaxError, TypeError, LookupError, MemoryError, RecursionError) as error:
         raise CorruptTrace(f"{where}: no header of a .npy file that is read") from error
-    size, n = len(data) - start.tell(), math.prod(shape)
-    if dtype.kind not in kinds or fortran or min(shape, default=0) < 0:
+    size = len(data) - start.tell()
+    rows = not facts.get("fortran_order") and all(type(k) is int and k >= 0 for k in shape)
+    if dtype.kind not in kinds or not rows:
         raise CorruptTrace(f"{where}: {dtype} {shape}; expected rows in C order, of kind {kinds}")
     if n * dtype.itemsize != size:
         raise CorruptTrace(f"{where}: {size:,} bytes for {dtype} {shape}: it is cut off or damaged")
@@ -96,7 +100,8 @@ def of_arrays(
         raise InvalidOption(f"{where}: expected logits or experts, of the same layers")
     shapes = [{array.shape for array in arrays.values()} for arrays in given]
     T = {shape[:1] for alike in shapes for shape in alike}
-    if any(len(alike) != 1 or len(min(alike)) != 2 for alike in shapes) or len(T) > 1:
+    odd = any(len(alike) != 1 or len(min(alike)) != 2 for alike in shapes) or len(T) > 1
+    if odd or (experts and weights and shapes[-1] != shapes[-2]):
         raise CorruptTrace(
             f"{where}: arrays of {', '.join(map(str, sorted(set.union(*shapes))))}; expected "
             "(tokens, experts), as many at each layer"
@@ -173,5 +178,8 @@ def _by_layer(
         return None
     if not isinstance(arrays, Mapping):
         whole = np.asarray(arrays)
-        arrays = dict(zip(range(len(whole)) if layers is None else layers, whole, strict=True))
+        names = tuple(range(len(whole))) if layers is None else layers
+        if len(names) != len(whole):
+            raise InvalidOption(f"{len(whole)} layers of arrays, layers has {len(names)}")
+        arrays = dict(zip(names, whole, strict=True))
     return {layer: np.asarray(array) for layer, array in arrays.items()}

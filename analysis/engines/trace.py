@@ -88,15 +88,15 @@ def blocks_of(
     arrays = experts if logits is None else logits
     assert arrays is not None
     T, E = len(arrays[0]), model.n_experts
+    for name, values in columns.items():
+        if values.shape != (T,):
+            raise InvalidOption(f"{where}: {name} of shape {values.shape}; expected ({T},)")
     sequence = columns.get("sequence", np.zeros(T, np.int64))
     order = np.argsort(sequence, kind="stable")
     place = np.empty(T, np.int64)
     place[order] = np.arange(T) - np.searchsorted(sequence[order], sequence[order])
     usual = {"sequence": sequence, "position": place, "forward": sequence}
     whole = {**usual, "decode": np.zeros(T, np.bool_), "token_id": np.full(T, -1), **columns}
-    for name, values in whole.items():
-        if values.shape != (T,):
-            raise InvalidOption(f"{where}: {name} of shape {values.shape}; expected ({T},)")
     step = E * max(1, MOST_VALUES // (len(model.layers) * E * E))
     for start in range(0, T, step):
         rows = slice(start, start + step)

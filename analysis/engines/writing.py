@@ -139,7 +139,7 @@ class _Rows:
         token_id = np.full(self.tokens, -1, dtype=np.int32)
         if self.waiting[0].token_id is not None:
             token_id = self._whole("token_id", np.int32)
-        phase = self._joined("decode", 0).astype(np.int8)
+        phase = self._joined("decode", 0).astype(np.bool_).astype(np.int8)
         own = identity(0, token_id, phase, **numbers)
         experts, weights, logits = self._decisions()
         used = experts >= 0
