@@ -61,7 +61,7 @@ def touches(log: Log, decider: Decider | None = None, scope: Scope = WHOLE) -> l
     if scope.sample < 1:
         raise InvalidOption("a sample of tokens does not touch what a forward does; leave it out")
     columns = _COLUMNS if decider is None else (*decider.columns, *_COLUMNS)
-    whole = decider is not None and decider.empirical
+    whole = decider is not None and decider.whole_groups
     total = fold(
         log,
         partial(_Gathered, log.n_experts, decider),

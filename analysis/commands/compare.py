@@ -154,7 +154,7 @@ def compare(
     check_figure(figure)
     log, null = open_run(run), null_named(kde)
     if not texts:
-        texts = _all_policies(log, null)
+        texts = _all_policies(log, null, scope)
         experts = log.manifest.model.top_k if experts is None else experts
     policies = _policies(log, texts, experts, null, bounds, scope)
     with progress_bar("compare", log.manifest.totals.rows or None) as advance:
@@ -181,13 +181,16 @@ def _held_out(
     bounds: "Bounds",
     scope: "Scope",
 ) -> "pl.DataFrame":
+    from bhlog.analysis.replay.empirical import not_whole
     from bhlog.analysis.replay.held_out import held_out
     from bhlog.analysis.replay.registry import families
 
+    whole = not any(not_whole(log, scope) for log in (fitted, tested))
+    texts = texts or (*(name for name, kind in families().items() if whole or not kind.pools),)
     budget = fitted.manifest.model.top_k if experts is None else experts
     with progress_bar("held out", None) as advance:
         rows = scope.but(progress=advance)
-        return held_out(fitted, tested, texts or (*families(),), budget, bounds=bounds, scope=rows)
+        return held_out(fitted, tested, texts, budget, bounds=bounds, scope=rows)
 
 
 def _policies(
@@ -210,15 +213,21 @@ def _policies(
         return match_experts(log, policies, experts, kde=null, bounds=bounds, scope=scope)
 
 
-def _all_policies(log: "Log", null: "KdeModel | None") -> tuple[str, ...]:
-    """Every family; without p-values only those that do not test."""
+def _all_policies(log: "Log", null: "KdeModel | None", scope: "Scope") -> tuple[str, ...]:
+    """Every family; without p-values only those that do not test, and of parts of forwards those
+    that take a token alone."""
     from bhlog.analysis.nulls import has_p_values
+    from bhlog.analysis.replay.empirical import not_whole
     from bhlog.analysis.replay.registry import families
 
     tested, known = has_p_values(log, null), families()
     kde = null or log.kde
     if tested and not (kde and all(layer.central for layer in kde.values())):
         known.pop("lfdr")  # it has no other null to go by
+    parts = not_whole(log, scope)
+    for name in [name for name, kind in known.items() if kind.pools and parts]:
+        click.echo(f"bhlog: left out {name}, which ranks whole forwards: {parts}", err=True)
+        known.pop(name)
     left_out = [name for name, kind in known.items() if kind.tests and not tested]
     if left_out:
         click.echo(

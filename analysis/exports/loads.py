@@ -64,7 +64,7 @@ def load_of(wanted: Wanted) -> dict[int, NDArray[np.int64]]:
         decider = decider_of(log, settings, wanted.kde, wanted.scope)
         columns = decider.columns
     make = partial(Load, log.n_experts, decider)
-    whole = decider is not None and decider.empirical
+    whole = decider is not None and decider.whole_groups
     found = fold(log, make, columns, wanted.scope, whole_groups=whole)
     if not any(counts.any() for counts in found.layers.values()):
         raise InvalidOption(f"{log.path}: no experts were chosen{wanted.scope.words}")

@@ -127,7 +127,7 @@ def _summaries(
     whole = missing_rows(log, scope) is None
     make = partial(Summaries, decider, temperatures, log.manifest.model.top_k, whole=whole)
     columns = (*dict.fromkeys([*decider.columns, *COLUMNS, *FORWARD]),)
-    return fold(log, make, columns, scope, whole_groups=decider.empirical)
+    return fold(log, make, columns, scope, whole_groups=decider.whole_groups)
 
 
 def _is_native(log: Log) -> bool:
@@ -235,7 +235,7 @@ class Summaries:
             noise = noise_frame(
                 [
                     noise_row(policy.decide(shuffled[layer]).n_selected)
-                    if layer in shuffled
+                    if layer in shuffled and not policy.pools
                     else dict.fromkeys(NAMES)
                     for layer in sorted(parts)
                 ],

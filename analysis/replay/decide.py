@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from bhlog.analysis.fold import WHOLE, Scope
 from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.analysis.nulls import null_model, routed_empirically
-from bhlog.analysis.replay.empirical import empirical_p, require_whole_forwards
+from bhlog.analysis.replay.empirical import empirical_p, pools_of, require_whole_forwards
 from bhlog.analysis.replay.policy import Policy
 from bhlog.analysis.replay.registry import parse_policy
 from bhlog.analysis.replay.rows import Rows
@@ -40,6 +40,7 @@ class Decider:
         policies: with the bounds in force as their own.
         columns: what it reads of a log.
         empirical: whether p-values rank whole forwards, which lie in whole row groups.
+        pools: whether a policy ranks the tokens of a sequence, of a forward likewise.
 
     Raises:
         KdeMismatch: a policy tests p-values and there is no null model, or one for other layers.
@@ -66,19 +67,32 @@ class Decider:
                 empirical = routed_empirically(log)
             self.empirical = empirical and kde is None
             if self.empirical:
-                require_whole_forwards(log, scope)
+                instead = "replay with a null model: --kde FILE"
+                require_whole_forwards(log, scope, "empirical p-values rank", instead)
             else:
                 self._kde = null_model(log, kde)
         self.columns = COLUMNS if self.empirical else COLUMNS[:3]
+        self.pools = any(policy.pools for policy in policies)
+        if self.pools:
+            who = next(f"{policy} ranks" for policy in policies if policy.pools)
+            require_whole_forwards(log, scope, who, "or leave the policy out")
+            self.columns = (*COLUMNS, "sequence")
         self._thresholds: dict[int, dict[float, NDArray[np.float32]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_thresholds": {}}  # soon computed again
 
+    @property
+    def whole_groups(self) -> bool:
+        """Whether it needs the rows of a row group at once; see fold."""
+        return self.empirical or self.pools
+
     def rows(self, batch: pa.RecordBatch) -> Iterator[Rows]:
         """The rows of a batch of one layer that has the columns, in order, in blocks."""
         p = empirical_p(batch) if self.empirical else None
         size = max(1, BLOCK_LOGITS // batch.column("logits").type.list_size)
+        if self.pools:
+            size = batch.num_rows
         for start in range(0, batch.num_rows, size):
             part = None if p is None else p[start : start + size]
             yield self._rows(batch.slice(start, size), part)
@@ -119,7 +133,8 @@ class Decider:
         )
 
     def _rows(self, batch: pa.RecordBatch, p: NDArray[np.float64] | None) -> Rows:
-        return self.rows_of(logits_of(batch), layer_of(batch), p, batch.column("experts"))
+        pools = pools_of(batch) if self.pools else None
+        return self.rows_of(logits_of(batch), layer_of(batch), p, batch.column("experts"), pools)
 
     def rows_of(
         self,
@@ -127,6 +142,7 @@ class Decider:
         layer: int,
         p: NDArray[np.float64] | None = None,
         logged: pa.ListArray | None = None,
+        pools: NDArray[np.int64] | None = None,
     ) -> Rows:
         """Rows of a layer from their (T, E) logits; see Rows for the others."""
         return Rows(
@@ -134,6 +150,7 @@ class Decider:
             None if self._kde is None else self._kde[layer],
             p=p,
             logged=logged,
+            pools=pools,
             thresholds=self._thresholds.setdefault(layer, {}),
         )
 

@@ -10,6 +10,7 @@ from bhlog.analysis.condition import condition_columns
 from bhlog.analysis.fold import Scope
 from bhlog.analysis.log import Log, RowGroup, logits_of
 from bhlog.analysis.replay.touched import forward_numbers
+from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.errors import InvalidOption
 from bhlog.capture.contract.rule import empirical_p_values
 
@@ -28,18 +29,30 @@ def empirical_p(batch: pa.RecordBatch) -> NDArray[np.float64]:
     return p
 
 
-def require_whole_forwards(log: Log, scope: Scope) -> None:
+def require_whole_forwards(log: Log, scope: Scope, who: str, instead: str) -> None:
     """Check that the rows of a scope are whole forwards, each of them in one row group a layer.
+
+    Args:
+        who: who ranks, and the verb, for the error.
+        instead: what to do where they are not.
 
     Raises:
         InvalidOption: they are not.
     """
-    missing = missing_rows(log, scope) or _split(log, scope)
+    missing = not_whole(log, scope)
     if missing is not None:
-        raise InvalidOption(
-            f"{log.path}: empirical p-values rank whole batches, but {missing}; replay "
-            "with a null model: --kde FILE"
-        )
+        raise InvalidOption(f"{log.path}: {who} whole batches, but {missing}; {instead}")
+
+
+def pools_of(batch: pa.RecordBatch) -> NDArray[np.int64]:
+    """(T,): a number for each sequence of each forward of each rank, the same in all its rows."""
+    forward = np.unique(forward_numbers(batch), return_inverse=True)[1].astype(np.int64)
+    return np.asarray(forward << 32 | values_of(batch.column("sequence")).astype(np.int64))
+
+
+def not_whole(log: Log, scope: Scope) -> str | None:
+    """Why forwards are not there whole, each in one row group a layer; None if they are."""
+    return missing_rows(log, scope) or _split(log, scope)
 
 
 def missing_rows(log: Log, scope: Scope) -> str | None:

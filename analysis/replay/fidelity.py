@@ -129,7 +129,7 @@ def _pieces(log: Log, layer: int, decider: Decider | None, scope: Scope) -> Iter
     """Tokens of a layer with their experts: as decided again, or as logged (None)."""
     columns = [*_TOKEN, "token_id", "experts"]
     needed = columns if decider is None else [*dict.fromkeys([*columns, *decider.columns])]
-    whole = decider is not None and decider.empirical
+    whole = decider is not None and decider.whole_groups
     for name in log.shards:
         shard = log.open_shard("routing", name)
         for group in log.groups_of(name, shard):

@@ -70,7 +70,7 @@ def match_experts(
             partial(Totals, decider([c for part in wanted for c in part])),
             first.columns,
             scope,
-            whole_groups=first.empirical,
+            whole_groups=first.whole_groups,
         )
         means = iter(counted.totals / counted.rows)
         for search, part in zip(searches, wanted, strict=True):

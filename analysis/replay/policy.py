@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +61,8 @@ class Policy(Named, ABC):
     `value_at`; the first line of its docstring says what it chooses. It is a file of the folder
     families, or stands anywhere else: texts name it as soon as it is defined, see registry.
     """
+
+    pools: ClassVar[bool] = False  # whether it ranks rows of a pool together, see Rows
 
     @abstractmethod
     def count(self, rows: Rows) -> NDArray[np.integer]:

@@ -25,6 +25,7 @@ class Rows:
         p: (T, E) float64 p-values that no null model gave.
         logged: (T,) list column, the experts that the run used; a row without a finite logit keeps
             them, ahead of all others, or gets none where it is None.
+        pools: (T,) int64, which rows are ranked together by policies that do so; None: all.
         thresholds: thresholds of the null by alpha, filled as they are asked for; blocks of one
             layer share it.
 
@@ -41,6 +42,7 @@ class Rows:
         *,
         p: NDArray[np.float64] | None = None,
         logged: pa.ListArray | None = None,
+        pools: NDArray[np.int64] | None = None,
         thresholds: dict[float, NDArray[np.float32]] | None = None,
     ) -> None:
         if logged is None:
@@ -48,6 +50,7 @@ class Rows:
             logged = pa.ListArray.from_arrays(starts, pa.array([], pa.uint16()))
         self.logits = logits
         self.null = null
+        self.pools = np.zeros(len(logits), dtype=np.int64) if pools is None else pools
         self.logged_starts = values_of(logged.offsets)
         self.logged_experts = values_of(logged.values)
         self.cuts = np.full(len(logits), NOWHERE, dtype=np.int32)

@@ -36,7 +36,7 @@ def verify_replay(log: Log, progress: Progress | None = None) -> pl.DataFrame:
         lambda: _Comparison(decider, log.manifest.model.top_k),
         ("layer", "sequence", "position", *COLUMNS[1:], "n_selected", "n_rejected"),
         Scope(progress=progress),
-        whole_groups=decider is not None and decider.empirical,
+        whole_groups=decider is not None and decider.whole_groups,
     )
     rows = [
         {"layer": layer, "rows": n, "mismatches": wrong, "first": first}

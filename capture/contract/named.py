@@ -278,6 +278,10 @@ class Entropy(Named):
 
 _ROUTED = (Bh, By, Lfdr, TopK, Threshold, TopP, MinP, Entropy)
 ROUTED: dict[str, type[Named]] = {kind.name: kind for kind in _ROUTED}
+_UNROUTED = {
+    "seqtopk": "ranks the tokens of a whole sequence, which a model that decodes has not read; "
+    "replay it: bhlog compare RUN --policy seqtopk:8"
+}
 Kind = TypeVar("Kind", bound=Named)
 
 
@@ -300,9 +304,8 @@ def parse(text: str, known: Mapping[str, type[Kind]], *, open_value: bool = Fals
     if not name:
         raise InvalidOption(f"policy '{text}': expected NAME:VALUE, such as bh:0.3")
     if name not in known:
-        raise InvalidOption(
-            f"policy '{text}': no policy '{name}'; {_hint(name, known, 'policies')}"
-        )
+        hint = _UNROUTED.get(name) or f"no policy '{name}'; {_hint(name, known, 'policies')}"
+        raise InvalidOption(f"policy '{text}': {hint}")
     kind = known[name]
     options = {f.name.rstrip("_"): f.name for f in fields(kind) if f.name != BY_LAYER}
     given = [(kind.parameter, value)] if colon else []

@@ -78,6 +78,7 @@ def test_without_p_values_the_tests_are_left_out_and_named(native, bhlog, tmp_pa
     assert [line["policy"].split(":")[0] for line in table(out)] == [
         "entropy",
         "minp",
+        "seqtopk",
         "threshold",
         "topk",
         "topp",

@@ -100,6 +100,17 @@ def entropy(row, k, slack=0.0):
     return min(len(row), math.ceil(k), max(1, math.ceil(k * share - k * slack)))
 
 
+def seq_top_k(rows, k):
+    """Experts of each row of a pool: those with the round(k T) largest probabilities."""
+    ranked = sorted(
+        (-q, i)
+        for i, row in enumerate(rows)
+        for q in (softmax(row) if finite(row) else [0.0] * len(row))
+    )
+    taken = [i for _, i in ranked[: round(k * len(rows))]]
+    return [taken.count(i) for i in range(len(rows))]
+
+
 def float32(x):
     """The nearest float32; that of a sum of two float32 is right, as float64 has room for both."""
     return struct.unpack("f", struct.pack("f", x))[0]

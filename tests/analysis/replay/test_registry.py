@@ -21,7 +21,20 @@ from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import InvalidOption
 from tests.synthetic import normal_null, write_run
 
-ALL = ["bh", "by", "entropy", "hc", "hc+", "lfdr", "minp", "storey", "threshold", "topk", "topp"]
+ALL = [
+    "bh",
+    "by",
+    "entropy",
+    "hc",
+    "hc+",
+    "lfdr",
+    "minp",
+    "seqtopk",
+    "storey",
+    "threshold",
+    "topk",
+    "topp",
+]
 
 FEWEST = '''
 """A family from outside, in one file."""
