@@ -39,6 +39,7 @@ class Accumulator(Protocol):
 
 
 A = TypeVar("A", bound=Accumulator)
+R = TypeVar("R")
 T = TypeVar("T")
 Stretch = list[tuple[str, list[RowGroup] | None]]  # shards, with some row groups or with all
 
@@ -89,11 +90,6 @@ class Scope:
         """The same with other values."""
         return replace(self, **changes)
 
-    @property
-    def for_a_worker(self) -> "Scope":
-        """The same as it travels to one."""
-        return self.but(executor=None, progress=None)
-
 
 WHOLE = Scope()
 
@@ -121,43 +117,28 @@ def fold(
     needed = ["layer", *(name for name in columns if name != "layer")]
     if scope.sample < 1:
         needed += [name for name in _OF_A_TOKEN if name not in needed]
+    rows = scope.but(executor=None, progress=None)
+    work = partial(_fold, columns=needed, scope=rows, whole_groups=whole_groups)
     total = make()
-    with closing(_folded(log, make, needed, scope, whole_groups)) as parts:
+    items = ((stretch, make()) for stretch in stretches_of(log, scope.layers))
+    with closing(side_by_side(work, [log], items, scope)) as parts:
         for part in parts:
             total.merge(part)
     return total
 
 
-def _folded(
-    log: Log, make: Callable[[], A], columns: list[str], scope: Scope, whole: bool
-) -> Generator[A, None, None]:
-    """The accumulator of each stretch of a log, in log order."""
-    stretches = stretches_of(log, scope.layers)
-    stopped = threading.Event()
-
-    def work(stretch: Stretch) -> A:
-        return _fold(log, stretch, make(), columns, scope, whole, stopped)
-
-    if scope.executor is None:
-        yield from in_order(work, stretches, scope.threads or os.cpu_count() or 1, stopped)
-        return
-    task = partial(_fold_there, log.source, columns=columns, scope=scope.for_a_worker, whole=whole)
-    for part, rows in elsewhere(scope.executor, task, ((each, make()) for each in stretches)):
-        if scope.progress is not None:
-            scope.progress(rows)
-        yield part
-
-
 def _fold(
     log: Log,
-    stretch: Stretch,
-    part: A,
+    item: tuple[Stretch, A],
+    progress: Progress,
+    stopped: threading.Event,
+    *,
     columns: Sequence[str],
     scope: Scope,
     whole_groups: bool,
-    stopped: threading.Event,
 ) -> A:
     """The accumulator, after a stretch of a log."""
+    stretch, part = item
     piece = max(1, PIECE_LOGITS // log.n_experts)
     layers = log.check_layers(scope.layers)
     for name, groups in stretch:
@@ -174,20 +155,53 @@ def _fold(
                     batch = batch.filter(arrow_of(sampled(batch, scope.sample)))
                 if batch.num_rows:
                     part.update(batch)
-                if scope.progress is not None:
-                    scope.progress(min(most, group.rows - done))
+                progress(min(most, group.rows - done))
                 done += most
     return part
 
 
-def _fold_there(
-    source: str, item: tuple[Stretch, A], *, columns: list[str], scope: Scope, whole: bool
-) -> tuple[A, int]:
-    """A task, which opens the log where it runs: an accumulator, and the rows that it saw."""
-    stretch, part = item
-    seen: list[int] = []
-    scope = scope.but(progress=seen.append)
-    return _fold(Log(source), stretch, part, columns, scope, whole, threading.Event()), sum(seen)
+def side_by_side(
+    work: Callable[..., R], logs: Sequence[Log], items: Iterable[T], scope: Scope
+) -> Generator[R, None, None]:
+    """What `work(*logs, item, progress, stopped)` gives for each item, in their order.
+
+    Threads here do it, or the scope's executor, whose tasks open the logs where they run: `work`,
+    the items and what it gives pickle.
+
+    Args:
+        work: leaves off when the event `stopped` is set; nobody wants its result then.
+    """
+    progress = scope.progress or _no_matter
+    if scope.executor is None:
+        stopped = threading.Event()
+        here = partial(_work, work, logs, progress=progress, stopped=stopped)
+        yield from in_order(here, items, scope.threads or os.cpu_count() or 1, stopped)
+        return
+    task = partial(_work_there, work, [log.source for log in logs])
+    for done, rows in elsewhere(scope.executor, task, items):
+        progress(rows)
+        yield done
+
+
+def _work(
+    work: Callable[..., R],
+    logs: Sequence[Log],
+    item: T,
+    *,
+    progress: Progress,
+    stopped: threading.Event,
+) -> R:
+    return work(*logs, item, progress, stopped)
+
+
+def _work_there(work: Callable[..., R], sources: Sequence[str], item: T) -> tuple[R, int]:
+    """A task: what work gives, and how many rows it read."""
+    rows: list[int] = []
+    return work(*map(Log, sources), item, rows.append, threading.Event()), sum(rows)
+
+
+def _no_matter(rows: int) -> None:
+    """Progress that nobody asked for."""
 
 
 def stretches_of(log: Log, layers: Iterable[int] | None = None) -> list[Stretch]:
@@ -196,15 +210,21 @@ def stretches_of(log: Log, layers: Iterable[int] | None = None) -> list[Stretch]
     They depend on the log alone. Of many shards they hold whole ones, whose row groups are found
     where they are read: the footers of a large log are opened once, by all who fold it.
     """
-    rows = {entry.name: entry.rows for entry in log.manifest.shards}
-    if len(log.shards) > MOST_STRETCHES and rows.keys() >= set(log.shards):
+    listed = {entry.name for entry in log.manifest.shards}
+    if len(log.shards) > MOST_STRETCHES and listed >= set(log.shards):
         log.check_layers(layers)
-        return [[(name, None) for name in part] for part in _cut(log.shards, rows.__getitem__)]
+        return [[(name, None) for name in part] for part in cut_shards(log, log.shards)]
     groups = _cut([*log.row_groups(layers)], lambda group: group.rows)
     return [
         [(name, [*those]) for name, those in groupby(part, lambda group: group.shard)]
         for part in groups
     ]
+
+
+def cut_shards(log: Log, names: Sequence[str]) -> list[list[str]]:
+    """Names of shards in contiguous parts of about equal rows, as the manifest has them."""
+    rows = {entry.name: entry.rows for entry in log.manifest.shards}
+    return _cut(names, lambda name: rows.get(name, 0))
 
 
 def _cut(items: Sequence[T], rows: Callable[[T], int]) -> list[list[T]]:

@@ -187,7 +187,11 @@ class Run(Log):
         )
 
     def fidelity(
-        self, rerun: Log | str | Path, *, progress: Progress | None = None
+        self,
+        rerun: Log | str | Path,
+        *,
+        progress: Progress | None = None,
+        executor: Executor | None = None,
     ) -> pl.DataFrame:
         """How far a what-if can be trusted: this native run, replayed at the settings of a BH run.
 
@@ -199,7 +203,8 @@ class Run(Log):
         """
         from bhlog.analysis.replay.fidelity import fidelity
 
-        return fidelity(self, _log(rerun), scope=Scope(progress=progress))
+        scope = Scope(progress=progress, executor=executor)
+        return fidelity(self, _log(rerun), scope=scope)
 
     def fit(
         self,
@@ -340,7 +345,13 @@ class Run(Log):
         frame = pl.DataFrame({"fact": [*known], "value": [cell(one) for one in known.values()]})
         return small_table(frame, f"Run {self.path}")
 
-    def verify(self, *, replay: bool = False, progress: Progress | None = None) -> pl.DataFrame:
+    def verify(
+        self,
+        *,
+        replay: bool = False,
+        progress: Progress | None = None,
+        executor: Executor | None = None,
+    ) -> pl.DataFrame:
         """Is the run whole, and with `replay`, does replaying it give what it logged?
 
         Returns:
@@ -348,9 +359,10 @@ class Run(Log):
         """
         from bhlog.analysis.verify.verification import findings_frame, verify, verify_decisions
 
-        findings = verify(self, progress)
+        scope = Scope(progress=progress, executor=executor)
+        findings = verify(self, scope)
         if replay:
-            findings += verify_decisions(self, progress, after=findings)
+            findings += verify_decisions(self, scope, after=findings)
         return findings_frame(findings)
 
     @cached_property

@@ -8,10 +8,13 @@ from bhlog.analysis.bar import progress_bar
 from bhlog.analysis.cells import cell, spelled_out
 from bhlog.analysis.commands.kinds import RUN
 from bhlog.analysis.commands.options import Output, memory_option, output_options
+from bhlog.analysis.commands.scheduler import scheduler_option
 from bhlog.capture.contract.errors import CorruptRun, InvalidOption
 from bhlog.capture.contract.uris import shown
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     import polars as pl
 
     from bhlog.analysis.run import Run
@@ -50,9 +53,10 @@ def info(run: str, output: Output) -> None:
 )
 @click.argument("run", type=RUN)
 @click.option("--replay", is_flag=True, help="Also replay the run at its own settings.")
+@scheduler_option
 @output_options()
 @memory_option
-def verify(run: str, replay: bool, output: Output) -> int:
+def verify(run: str, replay: bool, executor: "Executor | None", output: Output) -> int:
     """Is a run whole, and does replay reproduce it?
 
     RUN is a run's folder, or a null model or profile in a file of its own.
@@ -70,7 +74,7 @@ def verify(run: str, replay: bool, output: Output) -> int:
     log = open_log(run)
     rows = log.manifest.totals.rows * (1 + replay)
     with progress_bar("verify", rows or None) as advance:
-        frame = log.verify(replay=replay, progress=advance)
+        frame = log.verify(replay=replay, progress=advance, executor=executor)
     output.write(frame)
     _raise_errors(log.path, frame)
     if log.manifest.closed is None:

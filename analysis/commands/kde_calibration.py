@@ -20,9 +20,12 @@ from bhlog.analysis.commands.options import (
     scope_options,
     write_figure,
 )
+from bhlog.analysis.commands.scheduler import scheduler_option
 from bhlog.capture.contract.uris import shown
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from bhlog.analysis.fold import Scope
     from bhlog.capture.contract.rule import Bounds
 
@@ -46,6 +49,7 @@ CHECK_FIGURES = ("qq", "histogram", "experts", "ranks")
     help="Without a run, draw rows of E logits (default: those it was fitted for).",
 )
 @bounds_options(("0", "all"))
+@scheduler_option
 @figure_option
 @output_options()
 @memory_option
@@ -56,6 +60,7 @@ def compare(
     run: str | None,
     n_experts: int | None,
     bounds: "Bounds",
+    executor: "Executor | None",
     figure: str | None,
     output: Output,
 ) -> None:
@@ -97,7 +102,7 @@ def compare(
             log=log,
             min_k=bounds.min_k or 0,
             max_k=bounds.max_k,
-            scope=Scope(progress=progress),
+            scope=Scope(progress=progress, executor=executor),
         )
     output.write(frame, title=f"a: {a}   b: {b}   alpha {alpha}")
     if figure:

@@ -19,9 +19,12 @@ from bhlog.analysis.commands.options import (
     output_options,
     scope_options,
 )
+from bhlog.analysis.commands.scheduler import scheduler_option
 from bhlog.capture.contract.errors import InvalidOption
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     import polars as pl
 
     from bhlog.analysis.fold import Scope
@@ -142,9 +145,10 @@ def replay(
 )
 @click.argument("native", type=RUN)
 @click.argument("bh", type=RUN)
+@scheduler_option
 @output_options()
 @memory_option
-def fidelity(native: str, bh: str, output: Output) -> None:
+def fidelity(native: str, bh: str, executor: "Executor | None", output: Output) -> None:
     """How far a what-if can be trusted: replay NATIVE at the settings of BH and compare with BH.
 
     Both runs must hold the same text. X_se is the standard error of X, clustered by sequence.
@@ -152,7 +156,7 @@ def fidelity(native: str, bh: str, output: Output) -> None:
     mine, rerun = open_run(native), open_run(bh)
     rows = sum(log.manifest.totals.rows for log in (mine, rerun))
     with progress_bar("compare", rows or None) as advance:
-        frame = mine.fidelity(rerun, progress=advance)
+        frame = mine.fidelity(rerun, progress=advance, executor=executor)
     output.write(frame)
     note_one_sequence(frame["gap_se"])
 

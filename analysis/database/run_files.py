@@ -21,7 +21,7 @@ from fsspec import AbstractFileSystem
 from bhlog.analysis.database.failures import Failures
 from bhlog.analysis.database.pages import Chunk, chunks_of, page_error
 from bhlog.analysis.log import Log
-from bhlog.analysis.replay.decisions import SCHEMA as DECISIONS
+from bhlog.analysis.replay.parts import SCHEMA as DECISIONS
 from bhlog.capture.contract.errors import CorruptShard
 from bhlog.capture.contract.manifest import Seal
 from bhlog.capture.contract.schema import SHARD_NAME

@@ -10,7 +10,7 @@ from bhlog.analysis.database.catalog import VIEWS, meaning
 from bhlog.analysis.database.run_files import RunFiles
 from bhlog.analysis.database.runs_table import RUNS, runs_table
 from bhlog.analysis.log import Log
-from bhlog.analysis.replay.decisions import SCHEMA as DECISIONS
+from bhlog.analysis.replay.parts import SCHEMA as DECISIONS
 from bhlog.capture.contract.null.file import MORE_SCHEMA, schema_of
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.schema import shard_schema

@@ -3,52 +3,22 @@
 import fcntl
 import os
 import shutil
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
-import pyarrow as pa
-
 from bhlog.analysis.fold import WHOLE, Scope
-from bhlog.analysis.log import Log, logits_of
-from bhlog.analysis.replay.decide import COLUMNS, Decider, decider_of
+from bhlog.analysis.log import Log
+from bhlog.analysis.replay.decide import Decider, decider_of
 from bhlog.analysis.replay.listed import LIST_NAME, write_list
+from bhlog.analysis.replay.parts import Parts
 from bhlog.capture.contract.errors import InvalidOption, RouterLogError, RunExists
-from bhlog.capture.contract.files import make_folder, open_part, require_local, seal, sync_folder
-from bhlog.capture.contract.manifest import ModelInfo, Seal
+from bhlog.capture.contract.files import make_folder, require_local, sync_folder
 from bhlog.capture.contract.null.model import KdeModel
-from bhlog.capture.contract.opening import seal_of
-from bhlog.capture.contract.rule import (
-    BhOptions,
-    Decisions,
-    finite_keys,
-    no_finite_logit,
-    softmax_weights,
-)
-from bhlog.capture.contract.schema import list_type
+from bhlog.capture.contract.rule import BhOptions
 from bhlog.capture.contract.store import Store
 from bhlog.capture.contract.uris import shown
-
-_KEYS = ("layer", "sequence", "position", "rank")
-_COLUMNS = (*dict.fromkeys([*_KEYS, *COLUMNS, "weights"]),)
-_PIECE_LOGITS = 1 << 20  # of a row group, decided at a time
-_MOST_FILES = 256  # open at a time
-SCHEMA = pa.schema(
-    [
-        pa.field("layer", pa.uint16(), nullable=False),
-        pa.field("sequence", pa.uint32(), nullable=False),
-        pa.field("position", pa.uint32(), nullable=False),
-        pa.field("rank", pa.uint16(), nullable=False),
-        pa.field("experts", list_type(pa.uint16()), nullable=False),
-        pa.field("weights", list_type(pa.float32()), nullable=False),
-        pa.field("n_selected", pa.uint16(), nullable=False),
-        pa.field("n_rejected", pa.uint16(), nullable=False),
-    ]
-)
 
 
 def setting_name(options: BhOptions, n_experts: int, null: str | None = None) -> str:
@@ -93,7 +63,8 @@ def write_decisions(
     Args:
         settings: see settings_of.
         kde: null model; None takes the run's own.
-        scope: threads and progress; a file has every row of its shard.
+        scope: threads, progress and an executor, whose workers write where OUT is: to a folder that
+            all machines share, or to a URI; a file has every row of its shard.
 
     Returns:
         The folder or URI of each setting.
@@ -128,13 +99,14 @@ def write_decisions(
             raise _there(folder)
     try:
         with ExitStack() as stack:
+            place = Path(out).absolute() / ".part"
             parts = [
-                stack.enter_context(_part(Path(out) / ".part" / name, folder))
+                stack.enter_context(_part(place / name, folder))
                 for name, folder in zip(names, folders, strict=True)
             ]
-            _write_shards(log, decider, settings, parts, scope)
+            seals = Parts(decider, settings, names, str(place)).write_all(log, scope)
             for part in parts:
-                write_list(part)
+                write_list(part, seals[part.name])
             for part, folder in zip(parts, folders, strict=True):
                 _name(part, folder)
         sync_folder(Path(out))
@@ -162,15 +134,6 @@ def _upload(
     """
     store = Store(uri)
     where, mark, options = store.name.partition("?")
-    sent: dict[str, dict[str, Seal]] = {name: {} for name in names}
-
-    def send(file: Path) -> None:
-        name = file.parent.name
-        seal = seal_of(file)
-        store.put(file, f"{name}/{file.name}")
-        sent[name][file.name] = seal
-        file.unlink()
-
     try:
         store.check()
         for name in names:
@@ -179,23 +142,18 @@ def _upload(
                 raise _there(f"{where}/{name}")
             for file in left:  # of an upload that did not come to its end
                 store.remove(f"{name}/{file}")
-        with TemporaryDirectory(prefix="bhlog-") as folder:
-            parts = [Path(folder) / name for name in names]
-            for part in parts:
-                part.mkdir()
-            try:
-                _write_shards(log, decider, settings, parts, scope, send)
-                for part in parts:
-                    write_list(part, sent[part.name])
-                for part in parts:
-                    send_list = f"{part.name}/{LIST_NAME}"
-                    store.put(part / LIST_NAME, send_list)
-            except BaseException:
-                with suppress(OSError):  # away: the parts have no list
-                    for name in names:
-                        for file in store.names(name):
-                            store.remove(f"{name}/{file}")
-                raise
+        try:
+            seals = Parts(decider, settings, names, uri).write_all(log, scope)
+            with TemporaryDirectory(prefix="bhlog-") as folder:
+                for name in names:
+                    write_list(Path(folder), seals[name])
+                    store.put(Path(folder) / LIST_NAME, f"{name}/{LIST_NAME}")
+        except BaseException:
+            with suppress(OSError):  # away: the parts have no list
+                for name in names:
+                    for file in store.names(name):
+                        store.remove(f"{name}/{file}")
+            raise
     except RouterLogError:
         raise
     except OSError as error:
@@ -230,7 +188,7 @@ def _part(part: Path, folder: Path) -> Iterator[Path]:
         os.close(lock)
     try:
         for left in part.iterdir():  # by a call that was killed
-            left.unlink()
+            left.unlink(missing_ok=True)
         yield part
     finally:
         if _is_there(lock, part):  # and not another call's already
@@ -272,95 +230,3 @@ def _null_name(log: Log, decider: Decider, kde: KdeModel | None) -> str | None:
         return None
     sha256 = kde.sha256
     return None if sha256 == log.manifest.routing.kde_sha256 else f"kde-{sha256[:8]}"
-
-
-def _write_shards(
-    log: Log,
-    decider: Decider,
-    settings: Sequence[BhOptions],
-    parts: Sequence[Path],
-    scope: Scope,
-    then: Callable[[Path], None] | None = None,
-) -> None:
-    """Write the shards of every setting, several at once.
-
-    Args:
-        then: called with each that is sealed.
-
-    This is no fold: rows go into their file in the order of the log, and a fold may cut a shard.
-    """
-    stopped = threading.Event()
-
-    def write(name: str) -> None:
-        shard = log.open_shard("routing", name)
-        with ExitStack() as stack:
-            files = [stack.enter_context(open_part(part / name, SCHEMA)) for part in parts]
-            for group in log.groups_of(name, shard):
-                most = group.rows if decider.empirical else max(1, _PIECE_LOGITS // log.n_experts)
-                for batch in log.pieces(group, _COLUMNS, most_rows=most, shard=shard):
-                    if stopped.is_set():
-                        return
-                    for file, options, decisions in zip(
-                        files, settings, decider.decide(batch), strict=True
-                    ):
-                        file.write(_table(batch, decisions, options, log))
-                    if scope.progress is not None:
-                        scope.progress(batch.num_rows)
-        for file in files:
-            path = seal(file.path)
-            if then is not None:
-                then(path)
-
-    # each thread holds a file open for each setting
-    threads = min(scope.threads or os.cpu_count() or 1, max(1, _MOST_FILES // len(parts)))
-    with ThreadPoolExecutor(threads) as pool:
-        jobs = [pool.submit(write, name) for name in log.shards]
-        try:
-            for job in jobs:
-                job.result()
-        except BaseException:
-            stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _table(batch: pa.RecordBatch, decisions: Decisions, options: BhOptions, log: Log) -> pa.Table:
-    logits = logits_of(batch)
-    chosen = np.arange(decisions.order.shape[1]) < decisions.n_selected[:, None]
-    offsets = pa.array(np.concatenate([[0], np.cumsum(decisions.n_selected)]), pa.int32())
-    weights = replayed_weights(logits, decisions, options, log.manifest.model)
-    for row in np.flatnonzero(no_finite_logit(logits)):
-        weights[row, : decisions.n_selected[row]] = batch.column("weights")[row].as_py()
-    columns = {
-        **{name: batch.column(name) for name in _KEYS},
-        "experts": pa.ListArray.from_arrays(
-            offsets, pa.array(decisions.order[chosen]), type=SCHEMA.field("experts").type
-        ),
-        "weights": pa.ListArray.from_arrays(
-            offsets, pa.array(weights[chosen]), type=SCHEMA.field("weights").type
-        ),
-        "n_selected": decisions.n_selected,
-        "n_rejected": decisions.n_rejected,
-    }
-    return pa.table(columns, schema=SCHEMA)
-
-
-def replayed_weights(
-    logits: np.ndarray, decisions: Decisions, options: BhOptions, model: ModelInfo
-) -> np.ndarray:
-    """(T, E) float32 weights in the order of the decisions, by the model's scoring and scale."""
-    renormalize = options.renormalizes(model.norm_topk_prob)
-    if model.scoring != "sigmoid":
-        weights = softmax_weights(
-            logits, decisions, temperature=options.temperature, renormalize=renormalize
-        )
-        return weights * np.float32(model.scale)
-    scaled = finite_keys(logits) / np.float32(options.temperature)
-    with np.errstate(over="ignore"):
-        scores = 1 / (1 + np.exp(-scaled))
-    weights = np.take_along_axis(scores, decisions.order.astype(np.int64), axis=1)
-    weights[np.arange(weights.shape[1]) >= decisions.n_selected[:, None]] = 0
-    if renormalize:
-        total = weights.sum(axis=1, keepdims=True)
-        weights /= np.where(total > 0, total, np.float32(1))
-    return np.asarray(weights * np.float32(model.scale), dtype=np.float32)

@@ -1,13 +1,16 @@
 """How far a what-if can be trusted: a native run replayed against a routed run of the same text."""
 
+import threading
 from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from bhlog.analysis.fold import PIECE_LOGITS, WHOLE, Scope, sampled
+from bhlog.analysis.fold import PIECE_LOGITS, WHOLE, Progress, Scope, sampled, side_by_side
 from bhlog.analysis.log import Log
 from bhlog.analysis.replay.decide import Decider, decider_of
 from bhlog.analysis.sequences import COLUMNS, ONE, SequenceSums, ratio_se
@@ -36,7 +39,7 @@ def fidelity(native: Log, rerun: Log, *, scope: Scope = WHOLE) -> pl.DataFrame:
     of the same text in the same order.
 
     Args:
-        scope: which rows of both; it is read by one thread.
+        scope: which rows of both; layers are read side by side.
 
     Returns:
         One row per layer: layer, tokens, replayed and actual (mean experts per token), gap
@@ -54,17 +57,31 @@ def fidelity(native: Log, rerun: Log, *, scope: Scope = WHOLE) -> pl.DataFrame:
         raise InvalidOption(f"{native.path} and {rerun.path} come from models of other shape")
     layers = sorted(native.check_layers(scope.layers))
     decider = decider_of(native, [options], rerun.kde, scope)
-    rows = [_compare(native, rerun, layer, decider, scope) for layer in layers]
+    compare = partial(_compare, decider=decider, scope=scope.but(executor=None, progress=None))
+    with closing(side_by_side(compare, [native, rerun], layers, scope)) as found:
+        rows = [*found]
     errors = {name: pl.Float64 for name in rows[0] if name.endswith("_se")}
     return pl.DataFrame(rows, schema_overrides=errors)
 
 
-def _compare(native: Log, rerun: Log, layer: int, decider: Decider, scope: Scope) -> dict[str, Any]:
+def _compare(
+    native: Log,
+    rerun: Log,
+    layer: int,
+    progress: Progress,
+    stopped: threading.Event,
+    *,
+    decider: Decider,
+    scope: Scope,
+) -> dict[str, Any]:
     """A layer's row of fidelity."""
+    scope = scope.but(progress=progress)
     sums = SequenceSums(1, len(_SUMS))
     for both in _matched(
         _pieces(native, layer, decider, scope), _pieces(rerun, layer, None, scope), native, rerun
     ):
+        if stopped.is_set():
+            return {}
         _add(sums, both)
     table = sums.table(0) / np.array([1, 1, 1, 1, 1, 1, ONE])
     tokens = table[:, 0]

@@ -1,13 +1,15 @@
 """Pair: a routing shard beside its tokens shard, checked row by row."""
 
 import threading
+from collections.abc import Generator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bhlog.analysis.fold import Progress
+from bhlog.analysis.fold import Progress, Scope, cut_shards, side_by_side
 from bhlog.analysis.log import Log
 from bhlog.analysis.verify.decided import expert_problems, padded_experts
 from bhlog.analysis.verify.statistics import statistics_problem
@@ -31,6 +33,7 @@ class Pair:
 
     def __init__(self, log: Log, name: str, *, by_logit: bool) -> None:
         self.log, self.name, self.by_logit = log, name, by_logit
+        self.halves = name in log.shards, name in log.token_shards
         self.rows = self.tokens = self.nonfinite = 0
         self.problems: list[tuple[str, str]] = []
         self.remarks: list[str] = []
@@ -40,14 +43,17 @@ class Pair:
     @property
     def whole(self) -> bool:
         """Whether both files are there and nothing is wrong with them."""
-        log = self.log
-        return self.name in log.shards and self.name in log.token_shards and not self.problems
+        return all(self.halves) and not self.problems
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What was found travels, the log does not."""
+        return {name: value for name, value in vars(self).items() if name != "log"}
 
     @property
     def counts(self) -> tuple[int, int]:
         return self.rows, self.tokens
 
-    def check(self, progress: Progress | None, stopped: threading.Event) -> None:
+    def check(self, progress: Progress, stopped: threading.Event) -> None:
         """Read both files through; what one of them lacks is told by the check of files.
 
         Args:
@@ -57,9 +63,9 @@ class Pair:
             CorruptShard: a file cannot be read.
         """
         tokens = None
-        if self.name in self.log.token_shards:
+        if self.halves[1]:
             tokens = self._check_tokens()
-        if self.name in self.log.shards:
+        if self.halves[0]:
             self._check_routing(tokens, progress, stopped)
 
     def _check_tokens(self) -> Identity:
@@ -88,7 +94,7 @@ class Pair:
         return identity
 
     def _check_routing(
-        self, tokens: Identity | None, progress: Progress | None, stopped: threading.Event
+        self, tokens: Identity | None, progress: Progress, stopped: threading.Event
     ) -> None:
         shard = self.log.open_shard("routing", self.name)
         self._check_schema(shard, routing_schema(self.log.n_experts))
@@ -117,8 +123,7 @@ class Pair:
                     self._check_weights(layer, batch)
                 self.rows += batch.num_rows
                 self.nonfinite += nonfinite
-                if progress is not None:
-                    progress(batch.num_rows)
+                progress(batch.num_rows)
             difference = None if tokens is None else Identity.join(parts).difference(tokens)
             if difference is not None:
                 self._row_error(f"layer {layer}: {difference}")
@@ -167,20 +172,33 @@ class Pair:
         self.problems.append(("rows", problem))
 
 
-def checked(
-    log: Log, by_logit: bool, progress: Progress | None, stopped: threading.Event, name: str
-) -> Pair:
-    """The pair of this name, read through.
+def pairs_of(log: Log, scope: Scope, *, by_logit: bool) -> Generator[Pair, None, None]:
+    """Every pair, read through, in order of names.
 
     Args:
         by_logit: whether experts must come in order of falling logit.
     """
-    pair = Pair(log, name, by_logit=by_logit)
-    try:
-        pair.check(progress, stopped)
-    except CorruptShard as error:
-        pair.problems.append(("shards", str(error)))
-    return pair
+    names = sorted({*log.shards, *log.token_shards})
+    work = partial(_checked, by_logit=by_logit)
+    for pairs in side_by_side(work, [log], cut_shards(log, names), scope):
+        yield from pairs
+
+
+def _checked(
+    log: Log,
+    names: Sequence[str],
+    progress: Progress,
+    stopped: threading.Event,
+    *,
+    by_logit: bool,
+) -> list[Pair]:
+    pairs = [Pair(log, name, by_logit=by_logit) for name in names]
+    for pair in pairs:
+        try:
+            pair.check(progress, stopped)
+        except CorruptShard as error:
+            pair.problems.append(("shards", str(error)))
+    return pairs
 
 
 def rank_and_number(name: str) -> tuple[int, int]:

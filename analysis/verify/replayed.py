@@ -7,7 +7,7 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from bhlog.analysis.fold import Progress, Scope, fold
+from bhlog.analysis.fold import WHOLE, Scope, fold
 from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.analysis.replay.decide import COLUMNS, Decider, decider_of
 from bhlog.analysis.verify.decided import padded_experts
@@ -15,7 +15,7 @@ from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.rule import finite_keys
 
 
-def verify_replay(log: Log, progress: Progress | None = None) -> pl.DataFrame:
+def verify_replay(log: Log, scope: Scope = WHOLE) -> pl.DataFrame:
     """Replay a run at its own settings and compare every row with what was logged.
 
     Under a policy the experts in order, n_selected and n_rejected must be the logged ones, but in
@@ -35,7 +35,7 @@ def verify_replay(log: Log, progress: Progress | None = None) -> pl.DataFrame:
         log,
         lambda: _Comparison(decider, log.manifest.model.top_k),
         ("layer", "sequence", "position", *COLUMNS[1:], "n_selected", "n_rejected"),
-        Scope(progress=progress),
+        scope,
         whole_groups=decider is not None and decider.whole_groups,
     )
     rows = [

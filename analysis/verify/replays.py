@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from bhlog.analysis.log import Log
-from bhlog.analysis.replay.decisions import SCHEMA
 from bhlog.analysis.replay.listed import LIST_NAME
+from bhlog.analysis.replay.parts import SCHEMA
 from bhlog.capture.contract.errors import CorruptShard, one_line
 
 

@@ -1,21 +1,17 @@
 """Verification: is a run whole, and does it keep what the log promises?"""
 
-import os
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import polars as pl
 
-from bhlog.analysis.fold import Progress
+from bhlog.analysis.fold import WHOLE, Scope
 from bhlog.analysis.log import Log
-from bhlog.analysis.verify.pair import Pair, checked, rank_and_number
+from bhlog.analysis.verify.pair import Pair, pairs_of, rank_and_number
 from bhlog.analysis.verify.replayed import verify_replay
 from bhlog.analysis.verify.replays import replay_problems
-from bhlog.analysis.workers import in_order
 from bhlog.capture.contract.card import CARD_NAME
 from bhlog.capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch
 from bhlog.capture.contract.manifest import MANIFEST_NAME, ShardEntry, manifest_name
@@ -42,7 +38,7 @@ class Finding:
     detail: str
 
 
-def verify(log: Log, progress: Progress | None = None) -> list[Finding]:
+def verify(log: Log, scope: Scope = WHOLE) -> list[Finding]:
     """Check a run's files against each other and against what the log promises.
 
     Reads every page of every shard, with checksums, several pairs of shards at once; a thread holds
@@ -53,13 +49,13 @@ def verify(log: Log, progress: Progress | None = None) -> list[Finding]:
         *_manifest(log),
         *_files(log),
         *_null_model(log),
-        *_shards(log, progress),
+        *_shards(log, scope),
         *_replays(log),
     ]
 
 
 def verify_decisions(
-    log: Log, progress: Progress | None = None, *, after: Sequence[Finding] = ()
+    log: Log, scope: Scope = WHOLE, *, after: Sequence[Finding] = ()
 ) -> list[Finding]:
     """Replay a run at its own settings and compare every row; see bhlog.analysis.verify.replayed.
 
@@ -71,7 +67,7 @@ def verify_decisions(
     if any(finding.status == "error" for finding in after):
         return [Finding("replay", "warning", log.path, "not replayed: the run has errors")]
     try:
-        frame = verify_replay(log, progress)
+        frame = verify_replay(log, scope)
     except (InvalidOption, KdeMismatch) as error:
         return [Finding("replay", "error", log.path, str(error))]
     findings = []
@@ -222,17 +218,14 @@ def _orders_by_logit(log: Log) -> bool:
         return False
 
 
-def _shards(log: Log, progress: Progress | None) -> Iterator[Finding]:
+def _shards(log: Log, scope: Scope) -> Iterator[Finding]:
     """Every pair of shards, row by row, and the totals over them."""
     listed = {shard.name: shard for shard in log.manifest.shards}
     # by rank, since each counts its sequences from 0: digest of a pair's tokens -> its name
     seen: dict[tuple[int, bytes], str] = {}
-    names = sorted({*log.shards, *log.token_shards})
-    stopped = threading.Event()
-    check = partial(checked, log, _orders_by_logit(log), progress, stopped)
     texts: dict[int, tuple[int, int | None]] = {}  # by rank: tokens, and their fingerprint
     rows = tokens = nonfinite = n_whole = broken = 0
-    with closing(in_order(check, names, os.cpu_count() or 1, stopped)) as pairs:
+    with closing(pairs_of(log, scope, by_logit=_orders_by_logit(log))) as pairs:
         for pair in pairs:
             rank, _ = rank_and_number(pair.name)
             twin = seen.setdefault((rank, pair.digest), pair.name) if pair.digest else pair.name

@@ -5,7 +5,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from bhlog.analysis.log import Log, logits_of
-from bhlog.analysis.replay.decisions import replayed_weights
+from bhlog.analysis.replay.parts import replayed_weights
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.rule import BhOptions, Decisions
 

@@ -15,19 +15,15 @@ from bhlog.analysis.log import Log
 from bhlog.analysis.run import open_log
 from bhlog.analysis.workers import elsewhere
 from bhlog.capture.contract.errors import RouterLogError
-from bhlog.capture.contract.rule import BhOptions
 from tests.analysis.test_executors import VERBS, same
-from tests.synthetic import normal_kde, write_run
+from tests.analysis.test_executors import made as two_runs
+from tests.synthetic import normal_kde
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cluster")
-    shape = {"n_sequences": 12, "length": 20, "n_shards": 6}
-    kde = normal_kde((0, 1, 2))
-    kde.save(folder / "null.parquet")
-    write_run(folder / "run", **shape)
-    write_run(folder / "bh", options=BhOptions(alpha=0.3, max_k=8), kde=kde, **shape)
+    normal_kde(two_runs(folder).layers).save(folder / "null.parquet")
     return folder
 
 
@@ -81,12 +77,19 @@ def test_the_same_bits_also_when_a_worker_is_killed(place, cluster, client):
         "sweep RUN --kde NULL",
         "kde check NULL RUN",
         "compare RUN --kde NULL --experts 4",
+        "kde compare NULL NULL --run RUN",
         "export load RUN --out load.json",
+        "verify BH --replay",
+        "fidelity RUN BH",
     ],
 )
 def test_commands_print_the_same(place, cluster, capsys, monkeypatch, tmp_path, arguments):
     monkeypatch.chdir(tmp_path)
-    names = {"RUN": str(place / "run"), "NULL": str(place / "null.parquet")}
+    names = {
+        "RUN": str(place / "run"),
+        "BH": str(place / "bh"),
+        "NULL": str(place / "null.parquet"),
+    }
     words = [names.get(word, word) for word in arguments.split()]
     alone = ran(capsys, *words)
     there = ran(capsys, *words, "--scheduler", cluster.scheduler_address)

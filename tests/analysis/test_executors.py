@@ -4,24 +4,57 @@ import multiprocessing
 import os
 import random
 import signal
+import tempfile
 import threading
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from bhlog.analysis import fold as folding
 from bhlog.analysis.log import Log
-from bhlog.analysis.run import open_log
-from bhlog.capture.contract.errors import RouterLogError
+from bhlog.analysis.replay import sampling
+from bhlog.analysis.run import Run, open_log
+from bhlog.capture.contract.errors import InvalidOption, RouterLogError
+from bhlog.capture.contract.rule import BhOptions
 from tests.synthetic import normal_kde, write_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    return open_log(write_run(folder, n_sequences=12, length=20, n_shards=6))
+    return made(tmp_path_factory.mktemp("runs"))
+
+
+def made(folder):
+    """A native run, beside one of BH that logged the same text."""
+    shape = {"n_sequences": 12, "length": 20, "n_shards": 6}
+    kde = normal_kde((0, 1, 2))
+    write_run(folder / "bh", options=BhOptions(alpha=0.3, max_k=8), kde=kde, **shape)
+    return open_log(write_run(folder / "run", **shape))
+
+
+@pytest.fixture(autouse=True)
+def small_sample(monkeypatch):
+    """A search for a budget takes passes over the log, even of a small one."""
+    monkeypatch.setattr(sampling, "MOST_ROWS", 50)
+
+
+def written(run, **how):
+    """Name and bytes of each file of a replay."""
+    with tempfile.TemporaryDirectory() as out:
+        run.replay([0.1, 0.3], kde=normal_kde(run.layers), max_k=8, out=out, **how)
+        files = [path for path in Path(out).rglob("*") if path.is_file()]
+        return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+def verified(run, threads=None, **how):
+    return Run(run.location.parent / "bh").verify(replay=True, **how)
+
+
+def trusted(run, threads=None, **how):
+    return run.fidelity(run.location.parent / "bh", **how)
 
 
 VERBS = [
@@ -29,6 +62,12 @@ VERBS = [
     lambda run, **how: run.sweep(normal_kde(run.layers), **how).alpha_for(4, max_k=8),
     lambda run, **how: run.fit(**how).sha256,
     lambda run, **how: str(run.check(normal_kde(run.layers), **how)),
+    lambda run, **how: run.compare(
+        ["bh", "minp"], experts=4, kde=normal_kde(run.layers), max_k=8, **how
+    ),
+    written,
+    verified,
+    trusted,
 ]
 
 
@@ -66,13 +105,49 @@ def test_any_order_gives_the_same_bits(run, verb):
     assert same(verb(run, executor=Backwards()), alone)
 
 
+@pytest.fixture(scope="module")
+def pool():
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as made:
+        yield made
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_pool_of_processes(run, verb):
-    rows: list[int] = []
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        found = verb(run, executor=pool, progress=rows.append)
-    assert same(found, verb(run)) and sum(rows) == run.manifest.totals.rows
+def test_a_pool_of_processes(run, pool, verb):
+    there: list[int] = []
+    here: list[int] = []
+    assert same(verb(run, executor=pool, progress=there.append), verb(run, progress=here.append))
+    assert sum(there) == sum(here) >= run.manifest.totals.rows
+
+
+def test_decisions_of_a_dead_worker_are_no_part_of_a_replay(run, tmp_path):
+    """It left half a shard; another one wrote the shard whole."""
+
+    class Dying(Backwards):
+        def run(self, wanted):
+            for part in tmp_path.glob(".part/*"):
+                (part / "rank00000-00000.parquet.0badcafe.part").write_bytes(b"PAR1")
+            return super().run(wanted)
+
+    run.replay(0.3, kde=normal_kde(run.layers), max_k=8, out=tmp_path, executor=Dying())
+    (folder,) = tmp_path.iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["_replay.json", *run.shards]
+
+
+def test_decisions_that_workers_write_elsewhere_are_refused(run, tmp_path):
+    class Away(Backwards):
+        """Its workers' folder of this name is another one."""
+
+        def run(self, wanted):
+            done = super().run(wanted)
+            for path in tmp_path.rglob("*.parquet"):
+                path.unlink()
+            return done
+
+    replay = partial(run.replay, 0.3, kde=normal_kde(run.layers), max_k=8, out=tmp_path)
+    with pytest.raises(InvalidOption, match="a worker wrote it, and it is not here; give a folder"):
+        replay(executor=Away())
+    assert not [*tmp_path.iterdir()]
 
 
 def test_stretches_depend_on_the_log_alone_and_are_bounded():

@@ -12,6 +12,7 @@ from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import MissingRun
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions
+from tests.analysis.test_executors import Backwards
 from tests.object_store import object_store
 from tests.synthetic import normal_kde, write_run
 
@@ -178,6 +179,10 @@ def test_what_was_written_into_a_store_is_read_there(server, bucket, bhlog):
     assert code == 1 and "its replay is not whole" in error
     assert "not whole" in bhlog("verify", f"{bucket}/bh")[1]
     assert bhlog("replay", f"{bucket}/bh", "--alpha", 0.1, "--out", f"{bucket}/bh/replay")[0] == 0
+    by_threads = server.files("bh/replay")
+    server.delete("bh/replay")
+    log.replay(0.1, out=f"{bucket}/bh/replay", executor=Backwards())  # each worker uploads its own
+    assert server.files("bh/replay") == by_threads
     server.delete("bh/replay")
     bhlog("sweep", f"{bucket}/bh", "--save", f"{bucket}/p.parquet")
     from_file, from_log = (bhlog("sweep", f"{bucket}/{name}")[1] for name in ("p.parquet", "bh"))

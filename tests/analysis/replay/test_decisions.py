@@ -6,8 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from bhlog.analysis.fold import Scope
-from bhlog.analysis.replay import decisions
+from bhlog.analysis.replay import parts
 from bhlog.analysis.replay.decisions import setting_name, write_decisions
+from bhlog.analysis.replay.parts import Parts
 from bhlog.analysis.replay.settings import settings_of
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import CorruptShard, InvalidOption, RunExists
@@ -57,7 +58,7 @@ def test_a_row_without_finite_logits_keeps_the_logged_experts_and_weights(tmp_pa
 def test_pieces_and_threads_change_nothing(run, tmp_path, monkeypatch):
     log = open_log(run)
     (whole,) = write_decisions(log, [OPTIONS], tmp_path / "a", scope=Scope(threads=1))
-    monkeypatch.setattr(decisions, "_PIECE_LOGITS", 16 * 7)
+    monkeypatch.setattr(parts, "_PIECE_LOGITS", 16 * 7)
     (pieces,) = write_decisions(log, [OPTIONS], tmp_path / "b", scope=Scope(threads=3))
     assert tables(pieces) == tables(whole)
 
@@ -120,7 +121,7 @@ def interrupt(monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(decisions, "_table", stop)
+    monkeypatch.setattr(parts, "_table", stop)
 
 
 @pytest.mark.parametrize("failure", ["damaged shard", "interrupt"])
@@ -141,11 +142,11 @@ def test_a_write_that_fails_leaves_nothing_behind(run, tmp_path, monkeypatch, fa
 def test_two_writers_of_one_replay_do_not_mix(run, tmp_path, monkeypatch, when):
     """The second one starts in the middle of the first one, or ends before it."""
     log, out, refused = open_log(run), tmp_path / "out", []
-    write_shards = decisions._write_shards
+    write_all = Parts.write_all
 
     def interrupted(*arguments):
-        write_shards(*arguments)
-        monkeypatch.setattr(decisions, "_write_shards", write_shards)
+        seals = write_all(*arguments)
+        monkeypatch.setattr(Parts, "write_all", write_all)
         if when == "writing":
             with pytest.raises(RunExists, match="another command is writing this replay") as error:
                 write_decisions(log, [OPTIONS], out)
@@ -153,8 +154,9 @@ def test_two_writers_of_one_replay_do_not_mix(run, tmp_path, monkeypatch, when):
         else:
             (whole,) = write_decisions(log, [OPTIONS], tmp_path / "other")
             whole.rename(out / whole.name)
+        return seals
 
-    monkeypatch.setattr(decisions, "_write_shards", interrupted)
+    monkeypatch.setattr(Parts, "write_all", interrupted)
     if when == "writing":
         (folder,) = write_decisions(log, [OPTIONS], out)
     else:
