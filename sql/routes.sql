@@ -1,17 +1,24 @@
 -- routes.sql
--- Where do tokens go from one layer to the next?
+-- Where do tokens go from one layer to the next, or to any other?
 --
 -- A route leads from a token's first choice in a layer to its first choice in the next layer that
--- has a router. share = P(next | expert); lift = share / P(next): 1 means that the next expert does
--- not depend on this one.
+-- has a router, or in next_layer. share = P(next | expert); lift = share / P(next): 1 means that the
+-- next expert does not depend on this one. The conditional probability is the inter-layer expert
+-- affinity of Yao et al. (2024), Exploiting inter-layer expert affinity, arXiv:2401.08383.
 --
 -- Reads   routing (one row per run, token and layer), runs (one row per run)
 -- Param   $min_tokens integer = 10  leave out routes that fewer tokens take
+-- Param   $layer integer = NULL  only from this layer, by default from each one before next_layer
+-- Param   $next_layer integer = NULL  to this layer, by default to the next one
 -- Param   $top integer = 10  at most this many routes per run and layer, by falling tokens
 -- Returns one row per run, layer and route: next_layer, expert, next_expert, tokens, share, lift
 WITH layer_with_next AS (
-    SELECT run, layer, lead(layer) OVER (PARTITION BY run ORDER BY layer) AS next_layer
-    FROM (SELECT run, unnest(layers) AS layer FROM runs)
+    SELECT run, layer, coalesce($next_layer, following) AS next_layer
+    FROM (
+        SELECT run, layer, lead(layer) OVER (PARTITION BY run ORDER BY layer) AS following
+        FROM (SELECT run, unnest(layers) AS layer FROM runs)
+    )
+    WHERE layer = coalesce($layer, layer) AND ($layer IS NOT NULL OR layer < next_layer)
 ),
 
 choice AS (

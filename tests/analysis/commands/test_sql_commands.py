@@ -83,7 +83,7 @@ def test_list_and_describe_need_no_run(bhlog):
     code, out, _ = bhlog("--list", "--format", "json")
     listed = {row["name"]: row for row in json.loads(out)}
     assert code == 0 and set(listed) == {question.name for question in questions()}
-    assert listed["coactivation"]["parameters"] == "layer min_tokens top"
+    assert listed["coactivation"]["parameters"] == "layer min_tokens pairs top"
     code, out, _ = bhlog("--describe", "routes")
     assert code == 0 and out.startswith("-- routes.sql\n") and "Returns one row per" in out
     code, out, _ = bhlog("--describe", "shards")

@@ -2,9 +2,10 @@
 
 import math
 from collections import Counter, defaultdict
-from itertools import combinations
+from itertools import combinations, pairwise
 from statistics import correlation, mean, median_low, pstdev
 
+import duckdb
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -263,11 +264,19 @@ def test_prefill_against_decode(database, rows):
     assert close(ask(database, "prefill_against_decode"), expected)
 
 
-def test_coactivation(database, rows):
+@pytest.mark.parametrize("pairs", ["all", "adjacent"])
+def test_coactivation(database, rows, pairs):
     expected = []
     for (run, layer), group in grouped(rows, "run", "layer").items():
         n = loads(group)
-        both = Counter(pair for row in group for pair in combinations(sorted(row["experts"]), 2))
+        both = Counter(
+            tuple(sorted(pair))
+            for row in group
+            for pair in {
+                "all": combinations(row["experts"], 2),
+                "adjacent": pairwise(row["experts"]),
+            }[pairs]
+        )
         found = [
             {
                 "run": run,
@@ -284,17 +293,32 @@ def test_coactivation(database, rows):
         ]
         found.sort(key=lambda r: (-r["lift"], r["first"], r["second"]))
         expected += found[:6]
-    assert close(ask(database, "coactivation", min_tokens=5, top=6), expected)
+    assert close(ask(database, "coactivation", min_tokens=5, top=6, pairs=pairs), expected)
 
 
-def test_routes(database, rows):
+def test_a_kind_that_does_not_exist_is_refused_in_a_line(database):
+    for name, kind in (("coactivation", "pairs"), ("vocabulary_specialization", "ids")):
+        with pytest.raises(duckdb.Error, match=f'{name}: {kind} is "'):
+            ask(database, name, **{kind: "near"})
+
+
+@pytest.mark.parametrize(
+    ("given", "ways"),
+    [
+        ({}, [(0, 2), (2, 5)]),
+        ({"next_layer": 5}, [(0, 5), (2, 5)]),
+        ({"layer": 5, "next_layer": 0}, [(5, 0)]),
+        ({"layer": 2}, [(2, 5)]),
+    ],
+)
+def test_routes(database, rows, given, ways):
     first = {
         (r["run"], r["layer"], r["rank"], r["sequence"], r["position"]): r["experts"][0]
         for r in rows
     }
     expected = []
     for run in "ab":
-        for layer, following in ((0, 2), (2, 5)):
+        for layer, following in ways:
             n = Counter(
                 (expert, first[(run, following, *token)])
                 for (name, at, *token), expert in first.items()
@@ -320,7 +344,7 @@ def test_routes(database, rows):
             ]
             found.sort(key=lambda r: (-r["tokens"], r["expert"], r["next_expert"]))
             expected += found[:5]
-    assert close(ask(database, "routes", min_tokens=3, top=5), expected)
+    assert close(ask(database, "routes", min_tokens=3, top=5, **given), expected)
 
 
 def test_domain_specialization(database, rows):
@@ -335,11 +359,26 @@ def test_domain_specialization(database, rows):
         assert close(ask(database, "domain_specialization", **params), expected)
 
 
-def test_vocabulary_specialization(database, rows):
+@pytest.mark.parametrize("ids", ["input", "next"])
+def test_vocabulary_specialization(database, rows, ids):
+    following = {
+        (r["run"], r["rank"], r["sequence"], r["position"] - 1): r["token_id"] for r in rows
+    }
     expected = []
     for (run, layer), group in grouped(rows, "run", "layer").items():
-        seen = Counter(row["token_id"] for row in group)
-        n = Counter((e, row["token_id"]) for row in group for e in row["experts"][:2])
+        pairs = [
+            (row["token_id"] if ids == "input" else following.get(key), row["experts"][:2])
+            for row in group
+            for key in [(run, row["rank"], row["sequence"], row["position"])]
+        ]
+        pairs = [(token, experts) for token, experts in pairs if token is not None]
+        seen = Counter(token for token, _ in pairs)
+        n = Counter((e, token) for token, experts in pairs for e in experts)
+        largest = [
+            max(n[e, token] for e in range(E)) / count
+            for token, count in seen.items()
+            if count >= 5
+        ]
         for expert in range(E):
             found = [
                 {
@@ -349,13 +388,43 @@ def test_vocabulary_specialization(database, rows):
                     "token_id": token,
                     "tokens": seen[token],
                     "specialization": n[expert, token] / seen[token],
+                    "average": mean(largest),
                 }
                 for token in seen
                 if seen[token] >= 5 and n[expert, token]
             ]
             found.sort(key=lambda r: (-r["specialization"], -r["tokens"], r["token_id"]))
             expected += found[:2]
-    assert close(ask(database, "vocabulary_specialization", k=2, min_tokens=5, top=2), expected)
+    found = ask(database, "vocabulary_specialization", k=2, min_tokens=5, top=2, ids=ids)
+    assert close(found, expected)
+
+
+def test_router_losses(database, rows):
+    def balance(group):
+        n, mass = loads(group), [0.0] * E
+        for row in group:
+            weights = [math.exp(x) for x in row["logits"]]
+            mass = [m + w / sum(weights) for m, w in zip(mass, weights, strict=True)]
+        return E * sum(n[e] / n.total() * mass[e] / len(group) for e in range(E))
+
+    found = ask(database, "router_losses", phase="prefill")
+    prefill = [row for row in rows if row["phase"] == "prefill"]
+    for row, ((run, layer), group) in zip(
+        found, grouped(prefill, "run", "layer").items(), strict=True
+    ):
+        forwards = grouped(group, "rank", "forward").values()
+        z = [math.log(math.fsum(map(math.exp, one["logits"]))) ** 2 for one in group]
+        assert row == {  # softmax works in float32
+            "run": run,
+            "layer": layer,
+            "tokens": len(group),
+            "load_balancing_loss": pytest.approx(balance(group), rel=1e-6),
+            "load_balancing_loss_by_forward": pytest.approx(
+                sum(len(one) * balance(one) for one in forwards) / len(group), rel=1e-6
+            ),
+            "z_loss": pytest.approx(mean(z), rel=1e-6),
+        }
+    assert len(ask(database, "router_losses", layer=2)) == 2
 
 
 def pairs_of_runs(rows):
@@ -372,6 +441,16 @@ def pairs_of_runs(rows):
 
 
 def test_router_saturation(database, rows):
+    first = [
+        {
+            "layer": layer,
+            "tokens": len(pairs),
+            "saturation": mean(a["experts"][0] == b["experts"][0] for a, b in pairs),
+            "by_chance": 1 / E,
+        }
+        for layer, pairs in pairs_of_runs(rows)
+    ]
+    assert close(ask(database, "router_saturation", k=1), first)
     expected = [
         {
             "layer": layer,
