@@ -9,12 +9,15 @@ from bhlog.analysis.commands.kinds import ALPHA, POLICY, RUN
 from bhlog.analysis.commands.options import (
     Output,
     bounds_options,
+    check_figure,
+    figure_option,
     kde_option,
     memory_option,
     null_named,
     open_run,
     output_options,
     scope_options,
+    write_figure,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 @click.command(
     epilog="\b\nexamples:\n"
     "  bhlog cache runs/demo/native --budget 8 --budget 16\n"
-    "  bhlog cache runs/demo/bh-0.3 --budget 8 --alpha 0.1 --policy topk:4\n"
+    "  bhlog cache runs/demo/bh-0.3 --budget 8 --alpha 0.1 --policy topk:4 --figure hits.png\n"
     "  bhlog cache runs/demo/native --budget 4MiB --expert-bytes 96KiB"
 )
 @click.argument("run", type=RUN)
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
 @kde_option
 @bounds_options()
 @scope_options
+@figure_option
 @output_options()
 @memory_option
 def cache(
@@ -69,6 +73,7 @@ def cache(
     kde: str | None,
     bounds: "Bounds",
     scope: "Scope",
+    figure: str | None,
     output: Output,
 ) -> None:
     """Hit rates of caches of experts, over a run in the order that its layers ran.
@@ -79,6 +84,12 @@ def cache(
     """
     from bhlog.capture.contract.named import Bh
 
+    if figure is not None:
+        from bhlog.analysis.figures.about import run_words
+        from bhlog.analysis.figures.gallery.caches import Cached, require_one_axis
+
+        check_figure(figure)
+        require_one_axis(budgets)
     log = open_run(run)
     policies = [*(str(alpha if isinstance(alpha, Bh) else Bh(alpha)) for alpha in alphas), *texts]
     with progress_bar("cache", log.manifest.totals.rows or None) as advance:
@@ -91,3 +102,6 @@ def cache(
             **vars(scope.but(progress=advance)),
         )
     output.write(frame)
+    if figure is not None:
+        cached = Cached(frame, (*run_words(log), *filter(None, [scope.words])), log.n_experts)
+        write_figure("caches", "caches", cached, figure)

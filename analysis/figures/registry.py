@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 
 from bhlog.capture.contract.errors import InvalidOption
 
-Subject = Literal["run", "check", "tails", "policies", "scores"]
+Subject = Literal["run", "check", "tails", "policies", "scores", "caches"]
 
 _PACKAGE = "bhlog.analysis.figures.gallery"
 
@@ -56,7 +56,7 @@ class FigureKind:
         shows: in words, for listings.
         needs: what its subject must have, in words; "" if any will do.
         of: what it is a figure of. The subject decides what `data` gets: "run" a RunData, "check"
-            a Checked, "tails" a Tails, "policies" a Compared.
+            a Checked, "tails" a Tails, "policies" a Compared, "scores" a Scored, "caches" a Cached.
         data: gathers the numbers; raises InvalidOption or KdeMismatch where the subject lacks what
             is needed.
         plot: draws them: gets an Axes, the frame (or a panel's part of it) and the facts, returns

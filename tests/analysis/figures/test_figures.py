@@ -65,6 +65,7 @@ NOTEBOOK = (
 )
 LAYERS = (0, 1, 5)
 LOGGED = (
+    "cache",
     "expert_heatmap",
     "experts_histogram",
     "mean_experts",
@@ -175,7 +176,7 @@ def test_a_native_run_without_a_null_model_leaves_p_values_out_and_says_why(nati
     paths = draw_figures(open_log(native), out=tmp_path, left_out=reasons.__setitem__)
     names = [path.stem for path in paths]
     assert names == [
-        "expert_heatmap", "experts_histogram", "mean_experts", "n_selected_by_position",
+        "cache", "expert_heatmap", "experts_histogram", "mean_experts", "n_selected_by_position",
     ]  # fmt: skip
     assert set(names) | set(reasons) == set(FIGURES)
     assert "bhlog kde fit" in reasons["step_up"]
