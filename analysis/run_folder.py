@@ -136,9 +136,16 @@ class RunFolder:
         """A file of the run for reading, by its path inside the run.
 
         Raises:
-            CorruptShard: it is a link out of the run, or no regular file.
+            CorruptShard: it is a link out of the run, no regular file, or a shard that the
+                manifest of a closed run does not list.
             OSError: it cannot be opened.
         """
+        folder, _, name = path.rpartition("/")
+        if folder in ("routing", "tokens") and self.manifest.closed and name not in self._listed:
+            raise CorruptShard(
+                f"{self.path}/{path}: not in the manifest of the closed run; move it away to read "
+                "the rest"
+            )
         why = refused(Path(self._root), path) if self.is_local else None
         if why is not None:
             raise CorruptShard(f"{self.path}/{path}: {why}; replace it by a copy of the file")
@@ -199,10 +206,6 @@ class RunFolder:
             CorruptShard: no readable footer, or other columns.
         """
         where = f"{self.path}/{folder}/{name}"
-        if self.manifest.closed and name not in self._listed:
-            raise CorruptShard(
-                f"{where}: not in the manifest of the closed run; move it away to read the rest"
-            )
         try:
             file = self.open_file(f"{folder}/{name}")
         except OSError as error:

@@ -1,6 +1,7 @@
 """Runs made without a model: real files with chosen logits, for tests and benchmarks."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -300,3 +301,15 @@ def without_logits(folder: Path) -> Path:
         entries.append(replace(entry, bytes=size))
     replace(manifest, shards=tuple(entries), logits=False).write(folder)
     return folder
+
+
+def with_many_shards(run: Path, n: int = 1000) -> Path:
+    """The run, of one shard, with that shard listed n times."""
+    manifest = Manifest.from_json((run / "run.json").read_text(), "run.json")
+    (entry,) = manifest.shards
+    names = [shard_name(0, number) for number in range(n)]
+    for folder in ("routing", "tokens"):
+        for name in names[1:]:
+            os.link(run / folder / entry.name, run / folder / name)
+    replace(manifest, shards=tuple(replace(entry, name=name) for name in names)).write(run)
+    return run

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping
 
 from bhlog.analysis.database.run_files import SCHEME, RunFiles
-from bhlog.analysis.database.views import view_queries
+from bhlog.analysis.database.views import null_query, view_queries
 from bhlog.analysis.log import Log
 
 
@@ -22,7 +22,11 @@ def shell_statements(runs: Mapping[str, Log]) -> str:
     set up to reach it.
     """
     files = RunFiles(runs)
-    queries = view_queries(runs, lambda run, folder: _paths(runs, files, run, folder))
+
+    def places(run: str, folder: str) -> list[str]:
+        return _paths(runs, files, run, folder)
+
+    queries = {**view_queries(runs, places), "kde": null_query(runs, places)}
     statements = [f"CREATE VIEW {view} AS {query};" for view, query in queries.items() if query]
     macro = "CREATE MACRO p_value(logit, layer, expert, run) AS NULL::DOUBLE;"
     return " ".join([macro, *statements] if queries["selections"] else statements)

@@ -82,14 +82,13 @@ def create_views(
 
 
 def view_queries(runs: Mapping[str, Log], places: Places) -> dict[str, str]:
-    """A query for each view that reads files, in one line; "" where there are none."""
+    """A query for each view of shards and manifests, in one line; "" where there are none."""
     routing = _union(_rows(name, log, "routing", places) for name, log in runs.items())
     return {
         "routing": routing,
         "selections": " ".join(_SELECTIONS.split()) if routing else "",
         "tokens": _union(_rows(name, log, "tokens", places) for name, log in runs.items()),
         "runs": _runs(runs),
-        "kde": _union(_null(name, log, places) for name, log in runs.items()),
         "replays": _union(
             _read(name, places(name, "replay"), DECISIONS, "parse_path(filename)[-2] AS replay")
             for name in runs
@@ -100,6 +99,15 @@ def view_queries(runs: Mapping[str, Log], places: Places) -> dict[str, str]:
 def _rows(run: str, log: Log, folder: str, places: Places) -> str:
     there = log.schema(folder).names
     return _read(run, places(run, folder), shard_schema(folder, log.n_experts), there=there)
+
+
+def null_query(runs: Mapping[str, Log], places: Places) -> str:
+    """A query for the view kde, as view_queries has one for each of the others.
+
+    Raises:
+        CorruptKde: a run's null model is unreadable.
+    """
+    return _union(_null(name, log, places) for name, log in runs.items())
 
 
 def _null(run: str, log: Log, places: Places) -> str:

@@ -129,6 +129,8 @@ def read(path: str | Path) -> tuple[Facts, Counts, Counts | None, Counts | None,
         with pq.ParquetFile(pa.BufferReader(data)) as file:
             groups = list(read_tables(file, len(data)))
             table = pa.concat_tables(groups) if groups else file.schema_arrow.empty_table()
+        if len({*table.column_names}) < len(table.column_names):
+            raise ValueError("two of its columns have one name")
     except OSError as error:
         raise CorruptProfile(
             f"{path}: cannot read a profile ({error.strerror or error}); "

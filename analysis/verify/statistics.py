@@ -19,7 +19,10 @@ def statistics_problem(group: Any, rows: pa.RecordBatch | pa.Table) -> str | Non
             continue
         values = rows.column(name)
         if pa.types.is_dictionary(values.type):
-            values = values.cast(values.type.value_type)
+            try:
+                values = values.cast(values.type.value_type)
+            except pa.ArrowException:
+                return f"{name} has indices beyond its dictionary"
         if told.has_null_count and told.null_count != values.null_count:
             return f"{name} lacks {told.null_count:,} values, but lacks {values.null_count:,}"
         ends = pc.min_max(values).as_py()

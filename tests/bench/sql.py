@@ -12,7 +12,6 @@ programs share them, seconds rather than these suffer.
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -28,7 +27,7 @@ from bhlog.analysis.database.question import Question, questions
 from bhlog.analysis.database.run_files import _Reader
 from bhlog.analysis.log import Log
 from bhlog.analysis.run import open_log
-from tests.synthetic import write_run
+from tests.synthetic import with_many_shards, write_run
 
 LAYERS = 16
 E = 64
@@ -119,11 +118,7 @@ PANDAS: dict[str, Callable[[pd.DataFrame], Any]] = {
 
 def opening(folder: Path) -> float:
     """Seconds to open a run of 1,000 shards."""
-    run = write_run(folder / "many", n_sequences=1, length=4, n_shards=1)
-    for name in ("routing", "tokens"):
-        first = run / name / "rank00000-00000.parquet"
-        for number in range(1, 1000):
-            os.link(first, run / name / f"rank00000-{number:05d}.parquet")
+    run = with_many_shards(write_run(folder / "many", n_sequences=1, length=4, n_shards=1))
     return statistics.median(seconds(lambda: connect(open_log(run))) for _ in range(3))
 
 

@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import duckdb
@@ -14,7 +13,7 @@ from bhlog.analysis.run import open_log
 from bhlog.capture.contract.errors import CorruptShard, InvalidOption, MissingRun, RouterLogError
 from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.rule import BhOptions
-from tests.synthetic import normal_kde, write_run
+from tests.synthetic import normal_kde, with_many_shards, write_run
 
 
 @pytest.fixture(scope="module")
@@ -350,11 +349,7 @@ def test_a_grouping_larger_than_the_memory_limit_spills_and_leaves_nothing_behin
 
 
 def test_a_run_of_a_thousand_shards_is_one_table(tmp_path):
-    run = write_run(tmp_path / "demo", n_sequences=1, length=4, n_shards=1)
-    for folder in ("routing", "tokens"):
-        first = run / folder / "rank00000-00000.parquet"
-        for number in range(1, 1000):
-            os.link(first, run / folder / f"rank00000-{number:05d}.parquet")
+    run = with_many_shards(write_run(tmp_path / "demo", n_sequences=1, length=4, n_shards=1))
     database = connect(open_log(run))  # tests/bench/sql.py measures it: under half a second
     assert database.sql("SELECT count(*) FROM routing").fetchall() == [(12_000,)]
 

@@ -1,6 +1,5 @@
 """The views that `bhlog sql --shell-command` opens in plain DuckDB are those of bhlog."""
 
-import os
 import shlex
 
 import duckdb
@@ -13,7 +12,7 @@ from bhlog.analysis.replay.decisions import write_decisions
 from bhlog.analysis.run import open_log
 from bhlog.capture.contract.null.fit import FitOptions
 from bhlog.capture.contract.rule import BhOptions
-from tests.synthetic import normal_kde, write_run
+from tests.synthetic import normal_kde, with_many_shards, write_run
 
 LAYERS = (0, 1, 2)
 
@@ -90,11 +89,8 @@ def test_the_command_line_is_one_line_that_a_shell_splits_back(logs):
 
 
 def test_a_thousand_shards_fit_a_command_line(tmp_path):
-    run = write_run(tmp_path / "demo", n_sequences=1, length=2, n_shards=1)
+    run = with_many_shards(write_run(tmp_path / "demo", n_sequences=1, length=2, n_shards=1))
     for folder in ("routing", "tokens"):
-        first = run / folder / "rank00000-00000.parquet"
-        for number in range(1, 1000):
-            os.link(first, first.with_name(f"rank00000-{number:05d}.parquet"))
         (run / folder / "rank00000-01000.parquet.part").write_text("not sealed")
     statements = shell_statements({"demo": open_log(run)})
     assert len(statements) < 10_000
