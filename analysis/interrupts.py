@@ -1,5 +1,6 @@
 """Ctrl-C: it ends a command in one line, however often it is pressed."""
 
+import os
 import signal
 import sys
 import threading
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 PATIENCE_SECONDS = 2.0  # in which what was interrupted can end
+DUCKDB_INTERRUPTED = "Query interrupted"  # a RuntimeError, in place of what a handler raised
 
 
 @contextmanager
@@ -45,9 +47,30 @@ def patient() -> Iterator[None]:
     signal.signal(signal.SIGINT, interrupt)
     try:
         yield
+    except RuntimeError as error:
+        if str(error) != DUCKDB_INTERRUPTED:
+            raise
+        raise KeyboardInterrupt from error
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.unraisablehook = hook
+
+
+def at_once() -> None:
+    """Ctrl-C ends the program in one line, while it has nothing to end: what it is, is loading."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _end)
+
+
+def by_default() -> None:
+    """Ctrl-C raises KeyboardInterrupt, after at_once."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"bhlog: interrupted\n")
+    os._exit(130)
 
 
 def deaf() -> None:

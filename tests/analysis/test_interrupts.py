@@ -86,3 +86,34 @@ def test_ctrl_c_ends_whatever_runs_in_one_line(place, tmp_path, arguments, times
     assert process.returncode == 130, errors
     assert errors.strip() == "bhlog: interrupted"
     assert not [*place.rglob("*.part"), *tmp_path.rglob("*.part")]
+
+
+def test_what_duckdb_makes_of_an_interrupt_is_one(monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise RuntimeError("Query interrupted")
+
+    monkeypatch.setattr(bhlog, "main", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main(["info", "bh"])
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "bhlog: interrupted\n"
+
+
+def test_while_the_program_loads_an_interrupt_ends_it_in_a_line():
+    slowly = (
+        "import sys, time\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'click':\n"
+        "            print('loading', flush=True)\n"
+        "            time.sleep(20)\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "from bhlog.analysis.program import main\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", slowly, "info", "nothing"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        assert program.stdout.readline() == b"loading\n"
+        program.send_signal(signal.SIGINT)
+        _, told = program.communicate(timeout=20)
+    assert (program.returncode, told) == (130, b"bhlog: interrupted\n")
