@@ -43,13 +43,13 @@ def array_of(data: bytes | mmap.mmap, where: object, kinds: str) -> NDArray[Any]
     try:
         length = start.read(2 if npy.read_magic(start)[0] == 1 else 4)
         facts = ast.literal_eval(start.read(int.from_bytes(length, "little")).decode("latin1"))
-        shape, dtype = facts["shape"], np.dtype(facts["descr"])
+        shape, dtype, fortran = facts["shape"], np.dtype(facts["descr"]), facts["fortran_order"]
         n = math.prod(shape)
     except (ValueError, SyntaxError, TypeError, LookupError, MemoryError, RecursionError) as error:
         raise CorruptTrace(f"{where}: no header of a .npy file that is read") from error
     size = len(data) - start.tell()
-    rows = not facts.get("fortran_order") and all(type(k) is int and k >= 0 for k in shape)
-    if dtype.kind not in kinds or not rows:
+    rows = fortran is False and all(type(k) is int and k >= 0 for k in shape)
+    if dtype.kind not in kinds or not rows or len(facts) != 3:
         raise CorruptTrace(f"{where}: {dtype} {shape}; expected rows in C order, of kind {kinds}")
     if n * dtype.itemsize != size:
         raise CorruptTrace(f"{where}: {size:,} bytes for {dtype} {shape}: it is cut off or damaged")

@@ -1,5 +1,6 @@
 """A seed's change to the world: of bytes, of JSON values, of Parquet columns."""
 
+import base64
 import copy
 import io
 import json
@@ -17,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bhlog.capture.contract.checksum import with_checksum
-from tests.fuzz.world import FORMATS, seal_again, sealed_json
+from tests.fuzz.traces import PATHS
+from tests.fuzz.world import FORMATS, UNSEALED, seal_again, sealed_json
 
 EXTREMES = (0, 1, -1, 2, 127, 128, 255, 256, 65535, 65536, 2**31 - 1, -(2**31), 2**32 - 1, 2**53)
 FLOATS = (0.0, -0.0, 1e-45, 1e-300, 3.4e38, 1e308, float("inf"), float("-inf"), float("nan"), -1.0)
@@ -43,13 +45,16 @@ class Mutant:
 def mutate(root: Path, format: str, seed: int) -> Mutant:
     """Change the world as this seed says."""
     rng = random.Random(f"{format} {seed}")
-    files = sorted(path for pattern in FORMATS[format] for path in root.glob(pattern))
+    found = {path for pattern in FORMATS[format] for path in root.glob(pattern)}
+    files = sorted(path for path in found if format == "folder" or path.is_file())
     if format == "folder":
         words = _folder(rng, root, [file for file in files if file.is_file()])
         # what is gone may be left out: commands say so, and verify calls it an error
         return Mutant(words, not re.search(" (gone|link|link out|FIFO|folder) ", words))
     path = rng.choice(files)
-    structured = {".json": _json, ".parquet": _parquet}.get(path.suffix)
+    structured = {".json": _json, ".parquet": _parquet, ".jsonl": _lines, ".csv": _lines}.get(
+        path.suffix
+    )
     if path.suffix == ".parquet" and rng.random() < 0.1:
         words, resealed = _statistics(rng, path), True
     elif structured is not None and rng.random() < 0.5:
@@ -58,10 +63,10 @@ def mutate(root: Path, format: str, seed: int) -> Mutant:
             words += "; " + _bytes(rng, path, files)
     else:
         words, resealed = _bytes(rng, path, files), rng.random() < 0.4
-    if resealed and format not in ("null", "profile", "pickle", "manifest"):
+    if resealed and format not in UNSEALED:
         seal_again(root, totals=rng.random() < 0.7)
         words += "; sealed again"
-    alone = not resealed and format != "pickle"
+    alone = not resealed and format not in ("pickle", *PATHS)
     return Mutant(f"{path.relative_to(root)}: {words}", alone)
 
 
@@ -194,25 +199,64 @@ def _statistics(rng: random.Random, path: Path) -> str:
 
 def _json(rng: random.Random, path: Path) -> tuple[str, bool]:
     """Other values in JSON, with the checksum of what it says now, or without."""
-    data, words = json.loads(path.read_bytes()), []
-    for _ in range(rng.choice((1, 1, 2))):
-        places = list(_places(data))
-        holder, key = rng.choice(places)
-        kind = rng.random()
-        if kind < 0.15:
-            del holder[key]
-            words.append(f"no {key}")
-        elif kind < 0.25 and isinstance(holder, dict):
-            holder[rng.choice(("x", "checksum", "__class__"))] = copy.deepcopy(holder[key])
-            words.append(f"{key} twice")
-        else:
-            value = rng.choice((rng.choice(WRONG), rng.choice(EXTREMES), rng.choice(FLOATS)))
-            other, its = rng.choice(places)
-            holder[key] = copy.deepcopy(rng.choice((value, value, other[its])))
-            words.append(f"{key}: {str(holder[key])[:40]!r}")
+    data = json.loads(path.read_bytes())
+    words = [_other_value(rng, data) for _ in range(rng.choice((1, 1, 2)))]
     resealed = rng.random() < 0.8
     path.write_bytes(sealed_json(data) if resealed else json.dumps(data).encode())
     return ", ".join(words), resealed
+
+
+def _other_value(rng: random.Random, data: Any) -> str:
+    """Change a value somewhere in JSON."""
+    places = list(_places(data))
+    holder, key = rng.choice(places)
+    kind = rng.random()
+    if kind < 0.15:
+        del holder[key]
+        return f"no {key}"
+    if kind < 0.25 and isinstance(holder, dict):
+        holder[rng.choice(("x", "checksum", "__class__"))] = copy.deepcopy(holder[key])
+        return f"{key} twice"
+    value = rng.choice((rng.choice(WRONG), rng.choice(EXTREMES), rng.choice(FLOATS)))
+    other, its = rng.choice(places)
+    holder[key] = copy.deepcopy(rng.choice((value, value, other[its])))
+    return f"{key}: {str(holder[key])[:40]!r}"
+
+
+def _lines(rng: random.Random, path: Path) -> tuple[str, bool]:
+    """Lines that are gone, twice or exchanged; other fields in them, or bytes in their base64."""
+    lines = path.read_text().splitlines()
+    i, j = rng.randrange(len(lines)), rng.randrange(len(lines))
+    kind = rng.choice(("field", "field", "field", "gone", "twice", "exchanged", "blank"))
+    if kind == "field" and path.suffix == ".csv":
+        fields = lines[i].split(",")
+        at = rng.randrange(len(fields))
+        other = rng.choice(lines[j].split(","))
+        fields[at] = str(rng.choice((other, other, *EXTREMES, *FLOATS, *WRONG)))
+        lines[i] = ",".join(fields)
+    elif kind == "field":
+        data = json.loads(lines[i])
+        texts = [(h, k) for h, k in _places(data) if isinstance(h[k], str) and len(h[k]) > 20]
+        if texts and rng.random() < 0.6:
+            holder, key = rng.choice(texts)
+            held = bytearray(base64.b64decode(holder[key]))
+            change = rng.choice(BYTES)
+            held = change(rng, held, _place(rng, len(held)), [path])
+            holder[key] = base64.b64encode(held).decode()
+            kind = f"{change.__name__} in base64"
+        else:
+            kind = _other_value(rng, data)
+        lines[i] = json.dumps(data)
+    elif kind == "gone":
+        del lines[i]
+    elif kind == "twice":
+        lines.insert(j, lines[i])
+    elif kind == "exchanged":
+        lines[i], lines[j] = lines[j], lines[i]
+    else:
+        lines[i] = rng.choice(("", " ", "#", "[]", "{}", "null"))
+    path.write_text("\n".join(lines) + "\n")
+    return f"line {i + 1} {kind}", True
 
 
 def _places(data: Any) -> Iterator[tuple[Any, Any]]:

@@ -24,6 +24,7 @@ from bhlog.analysis.sweep.profile import Profile
 from bhlog.analysis.verify.kept_file import verify_file
 from bhlog.capture.contract.errors import Corrupt, RouterLogError
 from bhlog.capture.contract.null.fit import refit
+from tests.fuzz.traces import PATHS, PLAIN, E, K, imported
 from tests.fuzz.world import LAYERS, MAX_K, REPLAY
 
 ALPHA = 0.3
@@ -321,6 +322,13 @@ def plain_pickles(root: Path) -> Any:
     return found
 
 
+def imported_by_command(format: str) -> Callable[[Path], Any]:
+    told = {"numpy": ("--top-k", str(K)), "vllm": ("--n-experts", str(E))}
+    told["sglang"] = (*told["numpy"], *told["vllm"])
+    words = ("import", format, f"ROOT/{PATHS[format]}", "--out", "ROOT/imported")
+    return command(*words, *told.get(format, ()))
+
+
 RUN = {
     "verify": Reader(verify),
     "verify_replayed": Reader(verify_replayed, weight=1),
@@ -361,5 +369,12 @@ PICKLES = {
 READERS = {
     **dict.fromkeys(("routing", "tokens", "manifest"), RUN),
     "folder": RUN | {"sql_replays": REPLAYS["sql_replays"]},
+    **{
+        format: {
+            "imported": Reader(imported(format), PLAIN[format]),
+            "command_import": Reader(imported_by_command(format), weight=1),
+        }
+        for format in PATHS
+    },
     **{"replay": REPLAYS, "null": NULL, "profile": PROFILES, "pickle": PICKLES},
 }

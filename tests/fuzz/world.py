@@ -17,6 +17,7 @@ from bhlog.capture.contract.null.layer import LayerNull
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.opening import seal_of
 from bhlog.capture.contract.rule import BhOptions
+from tests.fuzz.traces import PATHS, make_traces
 from tests.synthetic import normal_logits, normal_null, write_run
 
 LAYERS, E, MAX_K = (0, 2), 8, 4
@@ -32,11 +33,13 @@ FORMATS = {
     "pickle": ("pickles/*",),
     "replay": (f"{REPLAY}/*",),
     "folder": ("run/**/*",),
+    **{format: (path, f"{path}/*") for format, path in PATHS.items()},
 }
+UNSEALED = ("null", "profile", "pickle", "manifest", *PATHS)  # formats without seals to make again
 
 
 def make_world(root: Path) -> None:
-    """A run routed by BH with a replay beside it; a null model, a profile, old pickles."""
+    """A run routed by BH with a replay beside it; a null model, a profile, old pickles, traces."""
     kde = KdeModel({layer: _null(layer) for layer in LAYERS})
     shape = (len(LAYERS), 2, 12)
     logits = normal_logits(np.random.default_rng(0), int(np.prod(shape)), E).reshape(*shape, E)
@@ -64,6 +67,7 @@ def make_world(root: Path) -> None:
         data = {"x": x, "cdf": 1 / (1 + np.exp(-x - layer))}
         name = f"distribution_model_layer_{layer}.pkl"
         (root / "pickles" / name).write_bytes(pickle.dumps(data, protocol))
+    make_traces(root)
 
 
 def _null(layer: int) -> LayerNull:
