@@ -54,10 +54,9 @@ def import_(format: str, path: str, out: str, **told: Any) -> None:
     with progress_bar("import", None) as advance:
         manifest = write_trace(read_trace(format, path, Told(**told)), out, advance)
     model, totals = manifest.model, manifest.totals
-    kept = "logits and experts" if manifest.logits else "experts, no logits"
     click.echo(
-        f"{out}: {totals.tokens:,} tokens, {totals.rows:,} rows: {kept} of {len(model.layers)} "
-        f"layers, top {model.top_k} of {model.n_experts}"
+        f"{out}: {totals.tokens:,} tokens, {totals.rows:,} rows, {len(model.layers)} layers, top "
+        f"{model.top_k} of {model.n_experts} experts, {'with' if manifest.logits else 'no'} logits"
     )
     for name, n in manifest.options.items():
         if isinstance(n, int):  # counts of what is not as it was

@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from bhlog.analysis.engines.trace import MOST_VALUES, Block, Trace
-from bhlog.analysis.replay.decisions import replayed_weights
+from bhlog.analysis.replay.parts import replayed_weights
 from bhlog.capture.contract.card import write_card
 from bhlog.capture.contract.errors import CorruptTrace, InvalidOption, RunExists, one_line
 from bhlog.capture.contract.files import make_folder, require_local, seal, sync_folder, write_part

@@ -8,8 +8,8 @@ authors count one lookup for each different expert of a layer's batch, a prompt 
 
 import argparse
 import json
+import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,35 +17,26 @@ import numpy as np
 
 from bhlog.analysis.cache.hits import CACHES, Budget, cache_hits
 from bhlog.analysis.cache.touches import Touches
+from bhlog.analysis.engines.formats import read_trace
+from bhlog.analysis.engines.writing import write_trace
+from bhlog.analysis.run import Run, open_log
+
+COLUMNS = ("layer", "sequence", "position", "experts")
 
 
-def read_trace(path: Path) -> tuple[Touches, dict[int, int], float]:
-    """A trace's steps, bytes of an expert by layer, and the share of a decoded token's experts that
-    the token before it had, over layers."""
-    sizes: dict[int, int] = {}
-    experts: dict[tuple[int, ...], set[int]] = defaultdict(set)
-    tokens: dict[tuple[int, ...], set[int]] = defaultdict(set)
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("# layer="):
-            facts = dict(fact.split("=") for fact in line[2:].split())
-            sizes[int(facts["layer"])] = int(facts["expert_bytes"])
-        elif line[:1].isdigit():
-            turn, phase, step, layer, _, expert = map(int, line.split(",")[:6])
-            experts[turn, phase, step if phase else 0, layer].add(expert)  # in the file's order
-            tokens[turn, phase, step, layer].add(expert)
-    steps = [sorted(found) for found in experts.values()]
-    touched = Touches(
-        np.array([key[3] for key in experts]),
-        np.array([key[1] for key in experts]),
-        np.cumsum([0, *map(len, steps)]),
-        np.concatenate([np.array(step) for step in steps]),
-    )
+def overlap(run: Run) -> float:
+    """The share of a decoded token's experts that the token before it had, over layers."""
+    experts: dict[tuple[int, int, int], set[int]] = {}
+    for group in run.row_groups():
+        batch = run.read(group, COLUMNS, "phase = 'decode'")
+        for layer, sequence, position, chosen in zip(*batch.to_pydict().values(), strict=True):
+            experts[layer, sequence, position] = set(chosen)
     shared = [
-        len(found & tokens[turn, phase, step - 1, layer]) / len(found)
-        for (turn, phase, step, layer), found in tokens.items()
-        if phase and (turn, phase, step - 1, layer) in tokens
+        len(found & experts[layer, sequence, position - 1]) / len(found)
+        for (layer, sequence, position), found in experts.items()
+        if (layer, sequence, position - 1) in experts
     ]
-    return touched, sizes, float(np.mean(shared))
+    return float(np.mean(shared))
 
 
 def drawn(forwards: int, layers: int, n_experts: int, k: int) -> Touches:
@@ -72,13 +63,18 @@ def main() -> None:
     asked = parser.parse_args()
     for text in asked.traces:
         path, _, budget = text.rpartition("=")
-        steps, sizes, shared = read_trace(Path(path))
-        log = SimpleNamespace(n_experts=128, layers=tuple(sizes))
         found: dict[str, object] = {}
-        for cache in CACHES:
-            counts = cache_hits(steps, Budget.of(budget), cache, log, sizes)
-            (prompt, decode), both = (counts[1] / counts[0]).tolist(), counts.sum(axis=1)
-            found[cache] = {"prefill": prompt, "decode": decode, "both": float(both[1] / both[0])}
+        with tempfile.TemporaryDirectory() as folder:
+            write_trace(read_trace("route-trace", path), Path(folder) / "run")
+            run = open_log(Path(folder) / "run")
+            for row in run.cache(budget).to_dicts():
+                names = {
+                    "prefill": "prefill_hit_rate",
+                    "decode": "decode_hit_rate",
+                    "both": "hit_rate",
+                }
+                found[row["cache"]] = {name: row[column] for name, column in names.items()}
+            shared = overlap(run)
         about = {"trace": Path(path).name, "budget": budget, "adjacent_overlap": shared}
         print(json.dumps(about | found))
     L, E, k = 16, 64, 8

@@ -65,7 +65,7 @@ def softmax(logits):
 def test_a_trace_with_logits_is_a_run_with_logits(bring, tmp_path):
     code, out, err = bring()
     assert (code, err) == (0, "")
-    assert "3 tokens, 6 rows: logits and experts of 2 layers, top 2 of 4" in out
+    assert "3 tokens, 6 rows, 2 layers, top 2 of 4 experts, with logits" in out
     assert out.endswith("1 records left out\n")
     found = rows(tmp_path / "run", "forward", "experts", "logits", "weights")
     nan = pytest.approx(float("nan"), nan_ok=True)

@@ -39,7 +39,7 @@ def bring(tmp_path, capsys):
 def test_files_by_layer_are_a_run(bring, tmp_path):
     code, out, err = bring()
     assert (code, err) == (0, "")
-    assert "2 tokens, 6 rows: logits and experts of 3 layers, top 2 of 3" in out
+    assert "2 tokens, 6 rows, 3 layers, top 2 of 3 experts, with logits" in out
     assert out.endswith("2 values rounded\n")  # 0.1 and 1e300 are no float32
     found = rows(tmp_path / "run", "logits", "experts")
     nan = pytest.approx(float("nan"), nan_ok=True)

@@ -43,7 +43,7 @@ def bring(tmp_path, capsys):
 def test_a_trace_is_a_run_of_experts_and_their_bytes(bring, tmp_path):
     code, out, err = bring(TRACE)
     assert (code, err) == (0, "")
-    assert out.endswith("run: 3 tokens, 6 rows: experts, no logits of 2 layers, top 2 of 4\n")
+    assert out.endswith("run: 3 tokens, 6 rows, 2 layers, top 2 of 4 experts, no logits\n")
     assert rows(tmp_path / "run", "phase", "forward", "experts", "weights", "n_selected") == [
         (1, 0, 0, "prefill", 0, [3, 0], [0.75, 0.25], 2),
         (1, 0, 1, "prefill", 0, [2, 3], [0.5, 0.5], 2),

@@ -44,7 +44,7 @@ def bring(tmp_path, capsys):
 def test_an_answer_of_vllm_is_its_prompt_and_what_was_decoded_but_the_last(bring, tmp_path):
     code, out, err = bring("vllm", [chat(), chat(prompt_token_ids=None)], *E)
     assert (code, err) == (0, "")
-    assert "4 tokens, 8 rows: experts, no logits of 2 layers, top 2 of 4" in out
+    assert "4 tokens, 8 rows, 2 layers, top 2 of 4 experts, no logits" in out
     assert out.endswith("2 cached tokens left out\n")
     columns = ("phase", "forward", "token_id", "experts", "weights")
     assert rows(tmp_path / "run", *columns)[:4] == [

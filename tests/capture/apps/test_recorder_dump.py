@@ -66,7 +66,7 @@ def bring(tmp_path, capsys):
 def test_physical_experts_become_logical_ones(bring, tmp_path):
     code, out, err = bring(DUMP)
     assert (code, err) == (0, "")
-    assert "5 tokens, 10 rows: experts, no logits of 2 layers, top 2 of 4\n1 rows left out" in out
+    assert "5 tokens, 10 rows, 2 layers, top 2 of 4 experts, no logits\n1 rows left out" in out
     assert rows(tmp_path / "run", "phase", "forward", "token_id", "experts") == [
         (1, 0, 0, "prefill", 0, 11, [3, 2]),
         (1, 0, 1, "prefill", 0, 12, [3, 2]),
