@@ -71,7 +71,7 @@ class Decider:
                 require_whole_forwards(log, scope, "empirical p-values rank", instead)
             else:
                 self._kde = null_model(log, kde)
-        self.columns = COLUMNS if self.empirical else COLUMNS[:3]
+        self.columns: tuple[str, ...] = COLUMNS if self.empirical else COLUMNS[:3]
         self.pools = any(policy.pools for policy in policies)
         if self.pools:
             who = next(f"{policy} ranks" for policy in policies if policy.pools)

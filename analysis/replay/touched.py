@@ -91,7 +91,9 @@ class TouchedExperts:
 
     def count(self) -> NDArray[np.float64]:
         """`totals` of all forwards; NaN where they cannot be told."""
-        return (self.totals + _counted(*merged(self.held))) * (np.nan if self.lost else 1.0)
+        if self.lost:
+            return np.full(len(self.totals), np.nan)
+        return (self.totals + _counted(*merged(self.held))).astype(np.float64)
 
 
 def mean_distinct(layers: Mapping[int, TouchedExperts]) -> list[list[float | None]]:

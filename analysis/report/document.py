@@ -20,7 +20,7 @@ from bhlog.analysis.report.packed import pack
 from bhlog.analysis.report.reruns import saturation, trusted
 from bhlog.analysis.report.subject import Subject
 from bhlog.analysis.report.tokens import extremes, text_panel
-from bhlog.analysis.report.which_experts import load, sources
+from bhlog.analysis.report.which_experts import load, resident, sources
 from bhlog.capture.contract.errors import InvalidOption, KdeMismatch, RouterLogError
 from bhlog.capture.contract.files import whole_file
 from bhlog.capture.contract.uris import shown
@@ -31,6 +31,7 @@ MORE: tuple[tuple[str, Callable[[Subject], Panel | None]], ...] = (
     ("calibration", calibration),
     ("expert load", load),
     ("sources", sources),
+    ("expert caches", resident),
     ("saturation", saturation),
     ("tokens with most and fewest experts", extremes),
     ("fidelity", trusted),

@@ -24,7 +24,7 @@ def saturation(subject: Subject) -> Panel | None:
     with connect([first, second]) as database:
         question.check(database)
         answer = database.sql(question.text, question.values({})).pl()
-    plot = _by_layer("saturation", answer, {"saturation": MAIN, "by_chance": GREY}, most=1)
+    plot = by_layer("saturation", answer, {"saturation": MAIN, "by_chance": GREY}, most=1)
     return Panel(
         "saturation",
         "Saturation between two runs",
@@ -45,8 +45,8 @@ def trusted(subject: Subject) -> Panel | None:
         return None
     answer = fidelity(native, rerun)
     colors = {"same_count": MAIN, "same_experts": REFERENCE, "jaccard": GREY}
-    plot = _by_layer("fidelity", answer, colors, most=1)
-    means = _by_layer("replayed", answer, {"replayed": MAIN, "actual": REFERENCE})
+    plot = by_layer("fidelity", answer, colors, most=1)
+    means = by_layer("replayed", answer, {"replayed": MAIN, "actual": REFERENCE})
     return Panel(
         "fidelity",
         "How far a replay can be trusted",
@@ -65,13 +65,17 @@ def _first(subject: Subject, *, routed: bool) -> Log | None:
     return next((r for r in subject.runs if (r.manifest.routing.kind != "native") == routed), None)
 
 
-def _by_layer(
-    name: str, answer: pl.DataFrame, colors: dict[str, str], most: float | None = None
+def by_layer(
+    name: str,
+    answer: pl.DataFrame,
+    colors: dict[str, str],
+    most: float | None = None,
+    x: str = "layer",
 ) -> Any:
-    """A line for each column, layers to the right."""
-    layers = [str(layer) for layer in answer["layer"]]
+    """A line for each column, layers to the right, or what the column x counts."""
+    layers = [str(layer) for layer in answer[x]]
     places = list(range(len(layers)))
-    plot = frame(name=name, x="layer", y="share" if most else "mean experts a token",
+    plot = frame(name=name, x=x, y="share" if most else "mean experts a token",
                  x_range=Range1d(-0.4, len(layers) - 0.6))  # fmt: skip
     top = most or 1.1 * max(float(answer[column].max() or 0) for column in colors)  # type: ignore[arg-type]
     plot.y_range = Range1d(0, 1.03 * top)

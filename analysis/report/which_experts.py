@@ -9,13 +9,17 @@ import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from bhlog.analysis.cache.hits import CACHES
+from bhlog.analysis.figures.gallery.caches import cached_phases
 from bhlog.analysis.figures.gallery.experts import load_of_experts
 from bhlog.analysis.figures.gallery.sources import load_of_sources
 from bhlog.analysis.figures.run_data import RunData
+from bhlog.analysis.figures.style import CYCLE
 from bhlog.analysis.fold import Scope, fold
 from bhlog.analysis.log import Log, layer_of
 from bhlog.analysis.report.heat import layer_map, pair_map
 from bhlog.analysis.report.markup import Drawn, Listed, Panel
+from bhlog.analysis.report.reruns import by_layer
 from bhlog.analysis.report.subject import Subject, quoted
 from bhlog.capture.contract.arrays import values_of
 
@@ -135,4 +139,26 @@ def sources(subject: Subject) -> Panel:
         drawn=(Drawn("Difference in percentage points", plot),),
         listed=(Listed("Experts by how far they prefer a source", by_size),),
         commands=(f"bhlog sql {quoted(run.path)} --query experts_by_source",),
+    )
+
+
+def resident(subject: Subject) -> Panel:
+    """Hit rates of caches that hold some of the experts."""
+    run, x = subject.run, "resident experts a layer"
+    frame = cached_phases(RunData(run)).frame.with_columns(pl.col("resident").cast(pl.Int64))
+    colors = dict(zip(CACHES, CYCLE, strict=False))
+    drawn = []
+    for (phase,), part in frame.group_by("panel", maintain_order=True):
+        rates = part.pivot("cache", index="resident", values="hit_rate").rename({"resident": x})
+        plot = by_layer(f"caches-{phase}", rates, colors, most=1, x=x)
+        drawn.append(Drawn(f"Hit rate, {phase}", plot))
+    budgets = " ".join(f"--budget {n}" for n in frame["resident"].unique(maintain_order=True))
+    return Panel(
+        "caches",
+        "How many experts must be resident?",
+        "The share of the experts a forward needs that a cache of each layer has at hand: lru and "
+        "lfu start empty, pinned holds the most used, belady is the best that any can do.",
+        drawn=tuple(drawn),
+        listed=(Listed("Hit rates by budget", frame),),
+        commands=(f"bhlog cache {quoted(run.path)} {budgets}",),
     )

@@ -36,7 +36,7 @@ def counter(policy: Named) -> Count:
 
         def share(keys: Tensor) -> Tensor:
             q, E = _probability(keys), keys.shape[1]
-            relative = -torch.special.xlogy(q, q).sum(dim=-1) / log(E)
+            relative: Tensor = -torch.special.xlogy(q, q).sum(dim=-1) / log(E)
             return (entropy.k * relative).ceil().clamp(1, entropy.most(E)).long()
 
         return share

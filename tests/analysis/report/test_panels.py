@@ -28,7 +28,7 @@ def text(native, rerun):
 def test_all_panels_are_there_in_order(text):
     keys = re.findall(r'<section id="([\w-]+)"', text)
     assert keys == ["overview", "explorer", "policies", "text", "calibration", "load", "sources",
-                    "saturation", "extremes", "fidelity"]  # fmt: skip
+                    "caches", "saturation", "extremes", "fidelity"]  # fmt: skip
     assert re.findall(r'<a href="#([\w-]+)">', text) == keys
 
 
