@@ -70,6 +70,7 @@ def routed_empirically(log: Log) -> bool:
 
 def _own(log: Log) -> KdeModel:
     if log.kde is None:
+        log.require_logits()
         raise KdeMismatch(
             f"{log.path} has no null model of its own; fit one with bhlog kde fit {log.path} "
             f"--trim-high {log.manifest.model.top_k} --out null.parquet and name it (--kde, "

@@ -6,11 +6,11 @@ import pytest
 
 from bhlog.analysis.log import Log
 from bhlog.analysis.nulls import has_p_values, load_null, null_model, null_or_empirical
-from bhlog.capture.contract.errors import CorruptKde, KdeMismatch
+from bhlog.capture.contract.errors import CorruptKde, InvalidOption, KdeMismatch
 from bhlog.capture.contract.manifest import Routing
 from bhlog.capture.contract.null.model import KdeModel
 from bhlog.capture.contract.rule import BhOptions
-from tests.synthetic import normal_kde, normal_null, write_run
+from tests.synthetic import normal_kde, normal_null, without_logits, write_run
 
 LAYERS = (0, 1, 4)
 
@@ -40,6 +40,12 @@ def test_the_null_model_is_the_one_given_or_the_run_own(run, tmp_path):
     native = Log(write_run(tmp_path / "native"))
     with pytest.raises(KdeMismatch, match="has no null model of its own; fit one"):
         null_model(native)
+
+
+def test_a_run_without_logits_is_not_told_to_fit_a_null_model(tmp_path):
+    log = Log(without_logits(write_run(tmp_path / "run", n_shards=1)))
+    with pytest.raises(InvalidOption, match="has no logits"):
+        null_model(log)
 
 
 def test_a_null_model_is_named_in_any_form(run, tmp_path):

@@ -1,5 +1,6 @@
 """The CSV of an engine that streams experts, written by hand from its definition."""
 
+import os
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from bhlog.analysis.run import open_log
 from bhlog.analysis.verify.verification import verify
 from tests.analysis.engines.traces import rows, run_command
 
-REAL = Path("/work/shared/data/route_trace")
+REAL = Path(__file__).parents[4] / "shared/data/route_trace"  # beside a checkout, if at all
 COLUMNS = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes\n"
 HEADER = (
     "# route_trace v1\n"
@@ -126,6 +127,21 @@ def test_what_is_no_trace_is_refused_in_a_line_and_leaves_nothing(text, words, b
     assert [path.name for path in tmp_path.iterdir()] == ["trace.csv"]
 
 
+def test_a_link_to_a_trace_is_followed_and_a_fifo_is_not_waited_for(tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/trace.csv").write_text(TRACE)
+    (tmp_path / "link.csv").symlink_to(tmp_path / "there/trace.csv")
+    os.mkfifo(tmp_path / "pipe.csv")
+    for name, out, expected, words in (
+        ("link.csv", "run", 0, ""),
+        ("pipe.csv", "b", 1, "pipe.csv: is not a file"),
+        ("there", "c", 1, "there: is not a file"),
+        ("gone.csv", "d", 1, "gone.csv: No such file or directory"),
+    ):
+        code, _, err = run_command(capsys, "route-trace", tmp_path / name, "--out", tmp_path / out)
+        assert code == expected and words in err and err.count("\n") == code
+
+
 def test_a_trace_without_its_facts_is_told_them(bring, tmp_path):
     options = ("--layers", "1-2", "--n-experts", "4", "--top-k", "2", "--model", "mine")
     assert bring(COLUMNS + PROMPT, *options)[0] == 0
@@ -147,7 +163,7 @@ PUBLISHED = {  # by its authors: budget, hit rate of LRU, overlap of adjacent to
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_real_traces_give_what_their_authors_published(name, tmp_path, capsys):
     if not REAL.exists():
-        pytest.skip("the traces are not on this machine")
+        pytest.skip("the traces are not beside this checkout")
     run, (budget, hit_rate, overlap) = tmp_path / "run", PUBLISHED[name]
     assert run_command(capsys, "route-trace", REAL / name, "--out", run)[0] == 0
     log = open_log(run)
