@@ -9,6 +9,9 @@ TESTS4 := $(patsubst %,tests/capture/%.py,routers/test_blocks4 test_copies test_
 	test_kinds test_patch test_processes test_recorder test_session tokens/test_filler \
 	tokens/test_generation tokens/test_identity tokens/test_loss)
 
+OFFLINE := tests/capture/contract tests/analysis/commands tests/analysis/exports \
+	tests/analysis/engines tests/analysis/report tests/analysis/test_*.py tests/test_*.py
+
 .PHONY: demo test test-slow test-offline test-transformers4 fuzz lint clean FORCE
 
 demo: .venv-demo/.linked
@@ -21,7 +24,7 @@ test-slow: .venv/.linked
 	OMP_NUM_THREADS=1 .venv/bin/python $(PYTEST) -m slow
 
 test-offline: .venv-offline/.linked
-	OMP_NUM_THREADS=1 .venv-offline/bin/python $(PYTEST) -m "not slow"
+	OMP_NUM_THREADS=1 .venv-offline/bin/python $(PYTEST) -m "not slow" $(OFFLINE)
 
 test-transformers4: .venv4/.linked
 	OMP_NUM_THREADS=1 .venv4/bin/python $(PYTEST) $(TESTS4)

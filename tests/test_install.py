@@ -152,7 +152,8 @@ def assert_typed(folder, interpreter):
         "[mypy]\n[mypy-torch.*,transformers.*,polars.*,scipy.*,duckdb.*,matplotlib.*]\n"
         "follow_imports = skip\n"  # nothing of theirs is asked, and reading them takes a minute
     )
-    mypy = [sys.executable, "-m", "mypy", "--python-executable", interpreter, user.name]
+    kept = ["--cache-dir", str(folder.parent / "kept")]  # what both read of Python is the same
+    mypy = [sys.executable, "-m", "mypy", *kept, "--python-executable", interpreter, user.name]
     done = subprocess.run(mypy, cwd=folder, capture_output=True, text=True)
     told = [line.partition('Revealed type is "')[2] for line in done.stdout.splitlines()[:3]]
     assert done.returncode == 0, done.stdout

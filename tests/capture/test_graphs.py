@@ -19,6 +19,16 @@ from tests.synthetic import normal_kde
 KDE = normal_kde(range(LAYERS))
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+KINDS = ["observe", "route", "empirical"]
+WHOLE_GRAPHS = [  # each kind by each backend; compiled elsewhere, the code of a kind is the same
+    *(("before", kind, "aot_eager") for kind in KINDS),
+    *(pytest.param("before", kind, "inductor", marks=pytest.mark.slow) for kind in KINDS),
+    *(
+        (made, kind, "aot_eager")
+        for made in ("inside", "observed", "in place")
+        for kind in KINDS[:2]
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -51,9 +61,7 @@ def same(found: Path, expected: Path, *, exactly: bool = True) -> None:
                 assert ours[name].equals(theirs[name]), name
 
 
-@pytest.mark.parametrize("kind", ["observe", "route", "empirical"])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("made", ["before", "inside", "observed", "in place"])
+@pytest.mark.parametrize(("made", "kind", "backend"), WHOLE_GRAPHS)
 def test_a_whole_graph_logs_what_eager_code_does(tmp_path, kind, backend, made):
     model, (ids, mask) = tiny_model(), batch([9, 4, 6], left=True)
     with how(kind, model, tmp_path / "eager"):
