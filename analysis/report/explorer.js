@@ -70,6 +70,7 @@ window.bhlog = window.bhlog || {};
       self.total = new Float64Array(B * J);
       for (let i = 0; i < self.sums.length; i++) self.total[i % (B * J)] += self.sums[i];
       self.all = data.rows.reduce((a, b) => a + b, 0);
+      if (data.noise) self.shuffled = summed(await inflated(data.noise.sums, L * B * J), J);
       const P = data.stops.length;
       if (data.kept) {
         self.reached = summed(await inflated(data.kept.reached, L * B * P), P);
@@ -86,6 +87,17 @@ window.bhlog = window.bhlog || {};
     mean(l, low, high, j) {
       const more = this.sum(l, high, j) - this.sum(l, low, j);
       return this.bounds[low] + more / Math.max(1, this.rowsOf(l));
+    }
+    // the same rule on shuffled logits; layers weigh as their rows do
+    noisy(l, low, high, j) {
+      if (!this.shuffled) return null;
+      if (l === "all") {
+        let sum = 0;
+        for (let i = 0; i < this.L; i++) sum += this.noisy(i, low, high, j) * this.rows[i];
+        return sum / Math.max(1, this.all);
+      }
+      const at = (bound) => bound ? this.shuffled[(l * this.B + bound - 1) * this.J + j] : 0;
+      return this.bounds[low] + (at(high) - at(low)) / Math.max(1, this.noise.rows[l]);
     }
     // share of rows with n_rejected of at least a bound
     reach(l, bound, j) {
@@ -232,6 +244,7 @@ window.bhlog = window.bhlog || {};
     put("x-at-max-of", `of rows at max_k ${boundText(p, max)}`);
     const given = `--alpha ${p.alphas[j]} --min-k ${p.bounds[min]} --max-k ${p.bounds[max]}`;
     put("x-command", `${p.command} ${given}`);
+    put("x-noise", number(p.noisy(l, min, max, j)));
     put("x-uniform", number(uniform(p.n_experts, p.alphas[j], p.bounds[min], p.bounds[max])));
   }
 
@@ -259,6 +272,8 @@ window.bhlog = window.bhlog || {};
       most = Math.max(most, ...experts);
       model(`curve_${i}`).data = { alpha: place === -1 ? [] : Array.from(other.alphas), experts };
     });
+    model("noise").data = !p.shuffled ? { alpha: [], experts: [] } : { alpha: Array.from(p.alphas),
+      experts: Array.from(p.alphas, (_, at) => p.noisy(l, min, max, at)) };
     model("here").data = { alpha: [p.alphas[j]], experts: [p.mean(l, min, max, j)] };
     model("at_alpha").location = p.alphas[j];
     const mean = p.mean(l, min, max, j); // what people ask about, not the last alphas' height

@@ -79,6 +79,9 @@ def _plots(profiles: Sequence[Named]) -> dict[str, Any]:
         )  # fmt: skip
         hover(curve, ("alpha", "@alpha{0.0000}"), ("experts", "@experts{0.000}"),
               mode="vline", renderers=[line])  # fmt: skip
+    noise = ColumnDataSource({"alpha": [], "experts": []}, name="noise")
+    curve.line("alpha", "experts", source=noise, color=REFERENCE, line_dash="dashed",
+               line_width=1.5, legend_label="shuffled logits")  # fmt: skip
     top_k = profiles[0].top_k
     curve.line([lowest, 1], [top_k, top_k], color=NATIVE, line_dash="dashdot", line_width=1.5,
                legend_label=f"native top-{top_k}")  # fmt: skip

@@ -54,7 +54,8 @@ def pack(named: Named, *, share: int = 1, most: int | None = None) -> dict[str, 
         lie); min_k and max_k (of the run; None: they differ), counts: base64 of
         deflated (layer, rank, alpha) rows that newly reach a rank; sums: the same summed over the
         ranks up to each bound, None where bounds are all ranks; kept: probability summed so,
-        at the alphas `stops`; left_out: a sentence on what the page does not carry, or "".
+        at the alphas `stops`; noise: rows by layer and sums of the shuffled sample, None of an
+        older profile; left_out: a sentence on what the page does not carry, or "".
     """
     profile, E = named.profile, named.profile.n_experts
     bounds = bounds_of(E)
@@ -89,6 +90,7 @@ def pack(named: Named, *, share: int = 1, most: int | None = None) -> dict[str, 
         "sums": deflated(np.stack(sums)) if sums else None,
         "stops": stops.tolist(),
         "kept": kept,
+        "noise": _noise(profile, bounds, alphas),
         "left_out": _left_out(profile, bounds, alphas, stops),
     }
 
@@ -124,6 +126,19 @@ def _kept(
         reached.append(_steps(np.cumsum(by_rank[:, :-1], axis=1)[:, alphas[stops]]))
         always.append(by_rank.sum(axis=1))
     return stops, {"reached": deflated(np.stack(reached)), "always": deflated(np.stack(always))}
+
+
+def _noise(
+    profile: Profile, bounds: NDArray[np.int64], alphas: NDArray[np.int64]
+) -> dict[str, Any] | None:
+    if profile.noise is None:
+        return None
+    sums = []
+    for layer in profile.layers:
+        reached = np.cumsum(profile.noise[layer][:, :-1], axis=1)[:, alphas]
+        sums.append(_steps(np.cumsum(reached, axis=0)[bounds[1:] - 1]))
+    rows = [int(profile.noise[layer][0].sum()) for layer in profile.layers]
+    return {"rows": rows, "sums": deflated(np.stack(sums))}
 
 
 def _steps(rising: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -79,6 +79,21 @@ def test_a_layer_is_seen_alone_by_list_and_by_click(page_open, profile):
     page_open.set("layer", "all")
 
 
+@pytest.mark.parametrize("layer", ["all", "5"])
+def test_noise_stands_beside_the_mean_and_in_the_curves(page_open, profile, layer):
+    page_open.set("exact_alpha", 0.3)
+    page_open.set("layer", layer)
+    of = None if layer == "all" else int(layer)
+    expected, _ = profile.noise_experts(0.3, min_k=1, max_k=16, layer=of)
+    assert page_open.text("#x-noise") == cell(expected)
+    drawn = page_open.run(
+        "const d = Bokeh.documents[0].get_model_by_name('noise').data;"
+        "return d.experts[d.alpha.indexOf(0.3)]"
+    )
+    assert drawn == pytest.approx(expected)
+    page_open.set("layer", "all")
+
+
 @pytest.mark.parametrize(("alpha", "min_k", "max_k"), [(0.3, 1, 16), (0.8, 0, 16), (0.9, 2, 7)])
 def test_a_true_null_gets_as_many_experts_as_uniform_p_values_do(page_open, alpha, min_k, max_k):
     for name, value in (("exact_alpha", alpha), ("min_k", min_k), ("max_k", max_k)):

@@ -83,6 +83,18 @@ def test_the_probability_kept_is_that_of_the_profile(profile):
             assert found == profile.probability_kept(alpha, min_k=2, max_k=12, layer=layer)
 
 
+def test_noise_is_that_of_the_profile(profile):
+    page = pack(Named("x", profile, 8, "bhlog sweep x"))
+    sums = np.cumsum(inflated(page["noise"]["sums"], 3, 16, len(page["alphas"])), axis=2)
+    for place in (0, 500, len(page["alphas"]) - 1):
+        found = 2 + (sums[:, 11, place] - sums[:, 1, place]) / page["noise"]["rows"]
+        alpha = page["alphas"][place]
+        expected = [
+            profile.noise_experts(alpha, min_k=2, max_k=12, layer=i) for i in page["layers"]
+        ]
+        assert found == pytest.approx([mean for mean, _ in expected])
+
+
 def test_bounds_of_large_routers_grow_by_steps():
     assert bounds_of(64).tolist() == list(range(65))
     steps = bounds_of(512)
