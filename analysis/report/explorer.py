@@ -15,7 +15,7 @@ from bokeh.models import (
     TapTool,
 )
 
-from bhlog.analysis.figures.style import CYCLE, MAIN, NATIVE, REFERENCE
+from bhlog.analysis.figures.style import CYCLE, GREY, MAIN, NATIVE, REFERENCE
 from bhlog.analysis.report.look import WIDGETS, frame, hover, legend_below
 from bhlog.analysis.report.packed import Named, bounds_of
 
@@ -80,7 +80,7 @@ def _plots(profiles: Sequence[Named]) -> dict[str, Any]:
         hover(curve, ("alpha", "@alpha{0.0000}"), ("experts", "@experts{0.000}"),
               mode="vline", renderers=[line])  # fmt: skip
     noise = ColumnDataSource({"alpha": [], "experts": []}, name="noise")
-    curve.line("alpha", "experts", source=noise, color=REFERENCE, line_dash="dashed",
+    curve.line("alpha", "experts", source=noise, color=GREY, line_dash="dashed",
                line_width=1.5, legend_label="shuffled logits")  # fmt: skip
     top_k = profiles[0].top_k
     curve.line([lowest, 1], [top_k, top_k], color=NATIVE, line_dash="dashdot", line_width=1.5,
