@@ -36,9 +36,9 @@ class Record:
     num_tokens: Count
     topk: Count
     top_indices: list[list[Annotated[int, Meta(ge=0, lt=1 << 16)]]]
-    block: str = "decoder"
-    logit_offset: Count = 0
-    logit_bytes: Count = 0
+    block: str
+    logit_offset: Count | None = None
+    logit_bytes: Count | None = None
     logit_shape: tuple[Count, Count] | None = None
 
 
@@ -108,10 +108,12 @@ def _blocks(
     for number, (path, step) in enumerate(steps):
         routed = [step[layer] for layer in sorted(step)]
         where, shapes = routed[0].where, {one.experts.shape for one in routed}
-        if tuple(sorted(step)) != model.layers or len(shapes) > 1:
+        alike = {one.record.logit_shape is not None for one in routed} == {logits}
+        if tuple(sorted(step)) != model.layers or len(shapes) > 1 or not alike:
             raise CorruptTrace(
                 f"{where}: the step that begins here has layers {sorted(step)}, and experts of "
-                f"{sorted(shapes)}; expected layers {[*model.layers]}, of as many tokens"
+                f"{sorted(shapes)}; expected layers {[*model.layers]} of as many tokens, "
+                f"{'with' if logits else 'without'} logits as the first"
             )
         if path not in files and logits:
             name = _NAME.sub(r"logits\1.bin", path.name)
@@ -129,11 +131,15 @@ def _blocks(
 def _logits(routed: Routed, model: ModelInfo, data: Any) -> NDArray[np.uint16]:
     """(T, E) logits of a record, as bits of bfloat16."""
     record, shape = routed.record, (routed.record.num_tokens, model.n_experts)
-    size = 2 * shape[0] * shape[1]
-    end = record.logit_offset + record.logit_bytes
-    if record.logit_shape != shape or record.logit_bytes != size or end > len(data):
+    start, size = record.logit_offset, 2 * shape[0] * shape[1]
+    if (record.logit_shape, record.logit_bytes) != (shape, size) or start is None:
         raise CorruptTrace(
-            f"{routed.where}: logits of {record.logit_shape}, bytes {record.logit_offset:,} to "
-            f"{end:,} of {len(data):,}; expected bfloat16 of {shape}"
+            f"{routed.where}: logits of {record.logit_shape} from {start} in {record.logit_bytes} "
+            f"bytes; expected bfloat16 of {shape}"
         )
-    return np.frombuffer(data, "<u2", size // 2, record.logit_offset).reshape(shape)
+    if start + size > len(data):
+        raise CorruptTrace(
+            f"{routed.where}: logits in bytes {start:,} to {start + size:,}, of {len(data):,} "
+            "bytes that there are"
+        )
+    return np.frombuffer(data, "<u2", size // 2, start).reshape(shape)
