@@ -216,25 +216,54 @@ class _Rows:
             fine &= (once[..., 1:] != once[..., :-1]).all(axis=2)
             fine &= ((experts[..., 1:] < 0) | (experts[..., :-1] >= 0)).all(axis=2)
             self._require(fine, f"expected experts below {E}, each once, unused slots at the end")
-        if logits is not None:
-            flat = logits.reshape(-1, E)
-            keys = finite_keys(flat)
-            self.nonfinite += int((~np.isfinite(flat)).any(axis=1).sum())
-            chosen = np.arange(E)[None].repeat(len(flat), axis=0)
-            if first.experts is not None:
-                chosen = np.sort(experts.reshape(len(flat), -1), axis=1)
-            falling = np.argsort(-np.take_along_axis(keys, chosen, 1), axis=1, kind="stable")
-            best = np.take_along_axis(chosen, falling[:, : model.top_k], axis=1).astype(np.uint16)
-            n = np.full(len(flat), best.shape[1], dtype=np.uint16)
-            weights = replayed_weights(flat, Decisions(best, n, n), BhOptions(), model)
-            return best.astype(np.int32).reshape(*shape, -1), weights.reshape(*shape, -1), logits
-        if first.weights is None:
+        weights = None
+        if first.weights is not None:
+            with np.errstate(over="ignore"):
+                weights = self._joined("weights", 1).astype(np.float32)
+            fine = (np.isfinite(weights) & (weights >= 0) | (experts < 0)).all(axis=2)
+            self._require(fine, "a weight is NaN, infinite or negative")
+        if logits is None:
             n = np.maximum((experts >= 0).sum(axis=2, keepdims=True), 1)
-            return experts, np.broadcast_to(1 / n, experts.shape), None
-        weights = self._joined("weights", 1)
-        fine = (np.isfinite(weights) & (weights >= 0) | (experts < 0)).all(axis=2)
-        self._require(fine, "a weight is NaN, infinite or negative")
-        return experts, weights, None
+            equal = np.broadcast_to(1 / n, experts.shape)
+            return experts, equal if weights is None else weights, None
+        if first.experts is not None:
+            self._require((experts >= 0).all(axis=2), "logits come with an expert in each slot")
+        pairs = [
+            self._by_logit(
+                logits[i],
+                None if first.experts is None else experts[i],
+                None if weights is None else weights[i],
+            )
+            for i in range(len(model.layers))
+        ]
+        chosen, weighed = (np.stack(parts) for parts in zip(*pairs, strict=True))
+        return chosen, weighed, logits
+
+    def _by_logit(
+        self,
+        logits: NDArray[np.float32],
+        experts: NDArray[Any] | None,
+        weights: NDArray[np.float32] | None,
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """(T, K) experts of a layer, or its largest logits, by falling logit, and their weights.
+
+        Where two are equal the lower one is first.
+        """
+        model, keys = self.trace.model, finite_keys(logits)
+        self.nonfinite += int((~np.isfinite(logits)).any(axis=1).sum())
+        if experts is None:
+            chosen = np.argsort(-keys, axis=1, kind="stable")[:, : model.top_k]
+        else:
+            rising = np.argsort(experts, axis=1)
+            of_slot = np.take_along_axis(keys, experts.astype(np.int64), axis=1)
+            falling = np.argsort(-np.take_along_axis(of_slot, rising, 1), axis=1, kind="stable")
+            slots = np.take_along_axis(rising, falling, axis=1)
+            chosen = np.take_along_axis(experts, slots, axis=1)
+            if weights is not None:
+                return chosen.astype(np.int32), np.take_along_axis(weights, slots, axis=1)
+        n = np.full(len(chosen), chosen.shape[1], dtype=np.uint16)
+        decisions = Decisions(chosen.astype(np.uint16), n, n)
+        return chosen.astype(np.int32), replayed_weights(logits, decisions, BhOptions(), model)
 
     def manifest(self) -> Manifest:
         """Of the run, once all is written."""

@@ -139,7 +139,8 @@ def plain_route_trace(root: Path) -> Any:
         forward += before is not None and (here != before[0] or layer < before[1])
         before = here, layer
         row = rows.setdefault((layer, turn, step, forward, phase), {})
-        row[int(cell["slot"])] = int(cell["expert"]), float(cell["weight"])
+        weight = float(np.float32(float(cell["weight"])))
+        row[int(cell["slot"])] = int(cell["expert"]), weight
     last = max(layer for layer, *_ in rows)
     for layer, turn, step, number, phase in [*rows]:
         if not phase and layer != last:

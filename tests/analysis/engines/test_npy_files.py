@@ -186,6 +186,12 @@ def test_texts_forwards_and_ids_are_kept(tmp_path):
     assert run.cache("25B").height == 4
 
 
+def test_experts_beside_logits_are_put_in_order_and_keep_their_weights(tmp_path):
+    logits, experts = [[[0, 2, 2, 1]]], [[[3, 2, 1]]]
+    bhlog.write_run(tmp_path / "run", logits, experts=experts, weights=[[[0.25, 0.5, 1]]])
+    assert rows(tmp_path / "run", "experts", "weights") == [(0, 0, 0, [1, 2, 3], [1, 0.5, 0.25])]
+
+
 L, T, E = 2, 64, 16
 
 
@@ -223,6 +229,7 @@ def test_few_rows_may_have_each_expert_by_chance(tmp_path):
         ),
         ({"experts": [[[0, 1]]], "layers": (3, 4), "n_experts": 3}, InvalidOption, "layers"),
         ({"logits": [[[0, 1]]], "experts": [[[0, 3]]]}, CorruptTrace, "below 2"),
+        ({"logits": [[[0, 1]]], "experts": [[[0, -1]]]}, CorruptTrace, "an expert in each slot"),
     ],
 )
 def test_arrays_that_are_no_run_are_refused(given, error, words, tmp_path):

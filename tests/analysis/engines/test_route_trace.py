@@ -110,6 +110,7 @@ def changed(old, new, line):
         changed("0.75", "nan", "line 7: some weights are nan"),
         changed("0.25", "nan", "line 7: some weights are nan"),
         changed("0.75", "inf", "layer 1, position 0: a weight is NaN, infinite"),
+        changed("0.75", "1e308", "layer 1, position 0: a weight is NaN, infinite"),
         changed("0.75", "-0.1", "layer 1, position 0: a weight is NaN, infinite or negative"),
         changed("0.75", "much", "line 7: 'much' is no weight"),
         changed(",0.75,0,100", ",0.75,0,100,7,8", "line 7: 11 columns, the header has 9"),
