@@ -187,10 +187,10 @@ class _Rows:
         except pa.ArrowInvalid as error:
             raise CorruptTrace(f"{self.waiting[0].where}: {name}: {one_line(str(error))}") from None
 
-    def _require(self, fine: NDArray[np.bool_], words: str) -> None:
+    def _require(self, fine: Any, words: str) -> None:
         """Raise CorruptTrace, with its place, if a row (L, T) is not fine."""
         if not fine.all():
-            layer, row = np.argwhere(~fine)[0]
+            layer, row = np.argwhere(np.logical_not(fine))[0]
             ends = np.cumsum([len(block.position) for block in self.waiting])
             at = int(np.searchsorted(ends, row, side="right"))
             raise CorruptTrace(
@@ -216,16 +216,18 @@ class _Rows:
             fine &= (once[..., 1:] != once[..., :-1]).all(axis=2)
             fine &= ((experts[..., 1:] < 0) | (experts[..., :-1] >= 0)).all(axis=2)
             self._require(fine, f"expected experts below {E}, each once, unused slots at the end")
-        weights = None
+        weights: NDArray[np.float32] | None = None
         if first.weights is not None:
             with np.errstate(over="ignore"):
                 weights = self._joined("weights", 1).astype(np.float32)
             fine = (np.isfinite(weights) & (weights >= 0) | (experts < 0)).all(axis=2)
             self._require(fine, "a weight is NaN, infinite or negative")
         if logits is None:
-            n = np.maximum((experts >= 0).sum(axis=2, keepdims=True), 1)
-            equal = np.broadcast_to(1 / n, experts.shape)
-            return experts, equal if weights is None else weights, None
+            if weights is None:
+                self.trace.noted["weights"] = "not in the trace: equal"
+                n = np.maximum((experts >= 0).sum(axis=2, keepdims=True), 1)
+                weights = np.broadcast_to(np.float32(1) / n.astype(np.float32), experts.shape)
+            return experts, weights, None
         if first.experts is not None:
             self._require((experts >= 0).all(axis=2), "logits come with an expert in each slot")
         pairs = [

@@ -17,7 +17,11 @@ def facts_of(log: Log) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "run": log.path,
         "run_id": manifest.run_id,
-        **{name: manifest.options[name] for name in ("engine",) if name in manifest.options},
+        **{
+            name: manifest.options[name]
+            for name in ("engine", "weights")
+            if name in manifest.options
+        },
         "created": manifest.created,
         "closed": manifest.closed,
         "error": manifest.error,
