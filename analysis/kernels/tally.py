@@ -59,7 +59,7 @@ def tally(
             recall of the choice with the native and the logged one.
         by_sequence: (G, BY_SEQUENCE), added to: the same as whole numbers, and rows, n_selected,
             its square, and whether it is min_k and max_k.
-        touched: (F, E), set to True for each expert that a row of its forward chose.
+        touched: (F, E or more), set to True for each expert that a row of its forward chose.
 
     Raises:
         IndexError: an expert beyond E was logged, or more than E in a row.

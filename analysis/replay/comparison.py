@@ -168,7 +168,7 @@ class Summaries:
             self.noise.setdefault(layer, NoiseSample(E)).update(batch)
         slots, start = sequences.slots(batch), 0
         forwards, numbers = stretches(batch) if self.whole else (slots[:0], slots[:0])
-        touched = np.zeros((len(policies), len(numbers), E), dtype=np.bool_)
+        touched = np.zeros((len(policies), len(numbers), -(-E // 64) * 64), dtype=np.bool_)
         for rows in self.decider.rows(batch):
             block = slice(start, start + len(rows))
             start += len(rows)

@@ -98,7 +98,7 @@ class LayerSummary:
             slots: (T,), where a row's sequence is in by_sequence; none are counted by default.
             by_sequence: (G, BY_SEQUENCE), added to.
             forwards: (T,), where a row's forward is in touched; none are marked by default.
-            touched: (F, E), set for the experts that a forward's rows chose.
+            touched: (F, E or more), set for the experts that a forward's rows chose.
 
         Raises:
             CorruptShard: experts are logged that cannot be.

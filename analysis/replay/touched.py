@@ -12,7 +12,7 @@ from bhlog.capture.contract.arrays import values_of
 MOST = 4096  # forwards of a layer that are held at a time
 FORWARD = ("forward", "rank")
 
-Held = tuple[NDArray[np.int64], NDArray[np.uint8]]  # (N,) numbers, (P, N, E / 8) bits
+Held = tuple[NDArray[np.int64], NDArray[np.unsignedinteger]]  # (N,) numbers, (P, N, W) bits
 
 
 def forward_numbers(batch: pa.RecordBatch) -> NDArray[np.int64]:
@@ -32,10 +32,14 @@ def merged(parts: Sequence[Held]) -> Held:
     """What several parts hold, each number once, in order."""
     numbers = np.concatenate([numbers for numbers, _ in parts])
     bits = np.concatenate([bits for _, bits in parts], axis=1)
-    order = np.argsort(numbers, kind="stable")
-    numbers = numbers[order]
-    first = np.flatnonzero(np.append(True, numbers[1:] != numbers[:-1]))
-    return numbers[first], np.bitwise_or.reduceat(bits[:, order], first, axis=1)
+    if (numbers[1:] < numbers[:-1]).any():
+        order = np.argsort(numbers, kind="stable")
+        numbers, bits = numbers[order], bits[:, order]
+    begins = np.append(True, numbers[1:] != numbers[:-1])
+    again = np.flatnonzero(~begins)  # few of them, in a log in order
+    found = bits[:, begins]
+    np.bitwise_or.at(found, (slice(None), np.cumsum(begins)[again] - 1), bits[:, again])
+    return numbers[begins], found
 
 
 class TouchedExperts:
@@ -63,10 +67,10 @@ class TouchedExperts:
 
         Args:
             numbers: (N,), N > 0, see forward_numbers.
-            touched: (P, N, E), which experts the rows chose.
+            touched: (P, N, 64 W), which experts their rows chose; from E on False.
         """
         part = type(self)(len(touched))
-        part.held = [(numbers, np.packbits(touched, axis=2))]
+        part.held = [(numbers, np.packbits(touched, axis=2).view(np.uint64))]
         part.span = int(numbers[0]), int(numbers[-1])
         part.in_order = bool((numbers[1:] >= numbers[:-1]).all())
         self.merge(part)
@@ -109,6 +113,6 @@ def mean_distinct(layers: Mapping[int, TouchedExperts]) -> list[list[float | Non
     ]
 
 
-def _counted(numbers: NDArray[np.int64], bits: NDArray[np.uint8]) -> NDArray[np.int64]:
+def _counted(numbers: NDArray[np.int64], bits: NDArray[np.unsignedinteger]) -> NDArray[np.int64]:
     """(P + 1,): different experts of each policy summed over forwards, and how many these are."""
     return np.append(np.bitwise_count(bits).sum(axis=(1, 2), dtype=np.int64), len(numbers))
