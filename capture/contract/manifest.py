@@ -178,7 +178,8 @@ class Manifest:
         totals: counts, complete once closed.
         shards: sealed shards, complete once closed.
         error: why the capture ended early, if it did.
-        options: other options of the capture, as given.
+        options: other options of the capture, as given; of another engine's log, which `engine` it
+            was and what else it told, such as `expert_bytes` by layer.
         origin: how it came to be; None for runs of earlier bhlogs.
         launch: what the environment called the launch that made the run, where no store of its
             processes told them apart; see capture.writing.meeting.

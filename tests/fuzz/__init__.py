@@ -9,6 +9,7 @@ written outside. "Right" is what a slow, plain reader makes of the changed files
 | module | what |
 |---|---|
 | world.py | the files before they are changed |
+| traces.py | other engines' logs among them, and a plain reading of each |
 | mutants.py | a seed's change to them |
 | readers.py | what users run, and the plain reading of the same |
 | worker.py | a process that judges mutants, with a limit of memory |
