@@ -37,8 +37,9 @@ def merged(parts: Sequence[Held]) -> Held:
         numbers, bits = numbers[order], bits[:, order]
     begins = np.append(True, numbers[1:] != numbers[:-1])
     again = np.flatnonzero(~begins)  # few of them, in a log in order
-    found = bits[:, begins]
-    np.bitwise_or.at(found, (slice(None), np.cumsum(begins)[again] - 1), bits[:, again])
+    found, places = bits[:, begins], np.cumsum(begins)[again] - 1
+    for of_policy, more in zip(found, bits[:, again], strict=True):
+        np.bitwise_or.at(of_policy, places, more)
     return numbers[begins], found
 
 
