@@ -36,6 +36,11 @@ def load_null(named: Named) -> KdeModel:
     return load_kde_models(own if own.is_file() else path)
 
 
+def null_named(named: Named | None) -> KdeModel | None:
+    """The null model that is named, if one is; see load_null."""
+    return None if named is None else load_null(named)
+
+
 def null_model(log: Log, named: Named | None = None) -> KdeModel:
     """The null model that is named, or for None the run's own, checked against the run.
 

@@ -1,6 +1,7 @@
 """Run: a log with the verbs, each of which asks it something without a model and without a GPU."""
 
 import atexit
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import cached_property
@@ -13,7 +14,7 @@ from bhlog.analysis.cells import cell
 from bhlog.analysis.fold import Progress, Scope
 from bhlog.analysis.imports import needed
 from bhlog.analysis.log import Log
-from bhlog.analysis.nulls import Named, load_null, null_model
+from bhlog.analysis.nulls import Named, null_model, null_named
 from bhlog.analysis.replay.settings import Alpha, settings_of
 from bhlog.analysis.report.markup import small_table
 from bhlog.analysis.verify.facts import facts_of
@@ -90,7 +91,7 @@ class Run(Log):
         from bhlog.analysis.replay.comparison import replay
         from bhlog.analysis.replay.decisions import write_decisions
 
-        scope, null = Scope(**rows), _named(kde)
+        scope, null = Scope(**rows), null_named(kde)
         settings = settings_of(
             self,
             [alpha] if isinstance(alpha, int | float | Mapping | Bh) else alpha,
@@ -118,7 +119,7 @@ class Run(Log):
         """
         from bhlog.analysis.sweep.profiling import profile_log
 
-        return profile_log(self, _named(kde), alphas=alphas, kept=kept, scope=Scope(**rows))
+        return profile_log(self, null_named(kde), alphas=alphas, kept=kept, scope=Scope(**rows))
 
     def compare(
         self,
@@ -146,7 +147,7 @@ class Run(Log):
         return compare(
             self,
             policies,
-            kde=_named(kde),
+            kde=null_named(kde),
             experts=experts,
             bounds=Bounds(min_k, max_k),
             scope=Scope(**rows),
@@ -180,7 +181,7 @@ class Run(Log):
             self,
             [budget] if isinstance(budget, int | str) else budget,
             policies=policies,
-            kde=_named(kde),
+            kde=null_named(kde),
             expert_bytes=expert_bytes,
             bounds=Bounds(min_k, max_k),
             scope=Scope(**rows),
@@ -376,7 +377,7 @@ class Run(Log):
 
 
 def open_log(path: str | Path, *, tokenizer: str | None = None) -> Run:
-    """Open the folder of a run: a path, or a URI such as s3://bucket/run.
+    """Open the folder of a run, a path or a URI such as s3://bucket/run; warn of missing files.
 
     The environment says where an object store is and who asks (AWS_ENDPOINT_URL,
     AWS_ACCESS_KEY_ID, ...), or the URI itself: s3://bucket/run?endpoint_override=HOST&scheme=http.
@@ -388,12 +389,11 @@ def open_log(path: str | Path, *, tokenizer: str | None = None) -> Run:
         MissingRun: nothing there, not a run, or its storage cannot be reached.
         CorruptManifest: run.json cannot be read.
     """
-    return Run(path, tokenizer=tokenizer)
+    run = Run(path, tokenizer=tokenizer)
+    if run.gap:
+        warnings.warn(run.gap, stacklevel=2)
+    return run
 
 
 def _log(run: Log | str | Path) -> Log:
     return run if isinstance(run, Log) else Run(run)
-
-
-def _named(kde: Named | None) -> KdeModel | None:
-    return None if kde is None else load_null(kde)

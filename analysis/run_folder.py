@@ -118,6 +118,16 @@ class RunFolder:
             *(f"tokens/{name}" for name in sorted((listed | routing) - tokens)),
         )
 
+    @property
+    def gap(self) -> str | None:
+        """What readers are told where files are missing."""
+        if not self.missing:
+            return None
+        return (
+            f"{self.path}: {len(self.missing)} files are missing, from {self.missing[0]} on; what "
+            "follows is of the rest: see bhlog verify"
+        )
+
     def files(self, folder: str = "") -> dict[str, int]:
         """Bytes of each file in the run's folder or in one of its folders, by name, sorted."""
         selector = pafs.FileSelector(f"{self._root}/{folder}", allow_not_found=True)

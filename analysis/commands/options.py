@@ -308,15 +308,11 @@ def save_model(model: "KdeModel", out: str, output: Output) -> None:
 
 def open_run(run: str) -> "Run":
     """A run; says on stderr what is missing of it."""
-    from bhlog.analysis.run import open_log
+    from bhlog.analysis.run import Run
 
-    log = open_log(run)
-    if log.missing:
-        click.echo(
-            f"bhlog: {log.path}: {len(log.missing)} files are missing, from {log.missing[0]} on; "
-            "what follows is of the rest: see bhlog verify",
-            err=True,
-        )
+    log = Run(run)
+    if log.gap:
+        click.echo(f"bhlog: {log.gap}", err=True)
     return log
 
 

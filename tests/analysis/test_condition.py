@@ -93,6 +93,7 @@ def test_rows_in_another_order_than_their_tokens_find_them(run, tmp_path):
     assert before == after and 0 < len(before) < 180
 
 
+@pytest.mark.filterwarnings("ignore:.* files are missing")
 def test_rows_whose_token_is_not_there_match_no_condition_on_it(run, tmp_path):
     cut = tmp_path / "run"
     write_run(cut, layers=LAYERS, n_sequences=2, length=10, n_shards=1, sources=("a.txt",))

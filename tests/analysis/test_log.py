@@ -191,7 +191,11 @@ def test_what_a_run_should_have_and_has_not_is_named(tmp_path, capsys):
     assert open_log(run).missing == ()
     (run / "tokens" / names[1]).unlink()
     (run / "routing" / names[2]).unlink()
-    assert open_log(run).missing == (f"routing/{names[2]}", f"tokens/{names[1]}")
+    with pytest.warns(
+        UserWarning, match=f"2 files are missing, from routing/{names[2]} on"
+    ) as told:
+        assert open_log(run).missing == (f"routing/{names[2]}", f"tokens/{names[1]}")
+    assert told[0].filename == __file__
     with pytest.raises(SystemExit):
         main(["sql", str(run), "SELECT count(*) FROM tokens"])
     assert f"2 files are missing, from routing/{names[2]} on" in capsys.readouterr().err

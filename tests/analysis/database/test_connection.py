@@ -114,6 +114,7 @@ def test_runs_with_different_numbers_of_experts_open_together(tmp_path):
         assert found.fetchall() == [("e16", 16, True), ("e8", 8, True)]
 
 
+@pytest.mark.filterwarnings("ignore:.* files are missing")
 def test_an_empty_run_has_views_without_rows(tmp_path):
     write_run(tmp_path / "empty", n_sequences=2, length=3, n_shards=1)
     for folder in ("routing", "tokens"):

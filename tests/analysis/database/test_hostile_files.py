@@ -150,6 +150,7 @@ def test_no_change_to_a_footer_crashes(run):
     assert named > 15
 
 
+@pytest.mark.filterwarnings("ignore:.* files are missing")
 def test_what_is_no_file_is_no_shard(run):
     routing = run / "routing"
     os.mkfifo(routing / "rank00000-00002.parquet")

@@ -822,6 +822,7 @@ def test_every_question_says_what_it_reads_and_returns_and_is_tested(question):
 
 
 @pytest.mark.parametrize("question", questions(), ids=lambda question: question.name)
+@pytest.mark.filterwarnings("ignore:.* files are missing")
 def test_every_question_runs_on_an_empty_run(question, tmp_path):
     for name in "ab":
         run = write_run(tmp_path / name, n_experts=E, n_sequences=1, length=2, n_shards=1)

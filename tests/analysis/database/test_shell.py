@@ -109,6 +109,7 @@ def test_a_name_that_is_a_pattern_is_that_folder_alone(tmp_path, name):
         assert shell.sql("SELECT count(*) FROM kde").fetchall() == [(3,)]
 
 
+@pytest.mark.filterwarnings("ignore:.* files are missing")
 def test_views_without_files_are_left_out(tmp_path):
     run = write_run(tmp_path / "demo", n_sequences=1, length=2, n_shards=1)
     for shard in run.glob("routing/*"):

@@ -236,6 +236,7 @@ def test_nonfinite_logits_are_drawn_around(tmp_path):
     assert len(draw_figures(open_log(run))) == len(FIGURES)
 
 
+@pytest.mark.filterwarnings("ignore:.* files are missing")
 def test_a_run_without_rows_is_one_clear_error(tmp_path, native):
     run = write_run(tmp_path / "run", n_sequences=1, length=1, n_shards=1)
     for path in run.glob("*/*.parquet"):
@@ -282,6 +283,7 @@ def test_sources_are_the_two_with_most_tokens(tmp_path):
     assert (load.names, load.n_sources) == (("a", "b"), 3)
 
 
+@pytest.mark.filterwarnings("ignore:.* files are missing")
 def test_rows_without_their_tokens_have_no_source(tmp_path):
     run = write_run(tmp_path / "run", n_sequences=4, length=3)
     (run / "tokens" / "rank00000-00001.parquet").unlink()

@@ -113,12 +113,14 @@ def test_tokens_may_come_in_another_order(tmp_path, real):
     assert fidelity(native, open_log(bh.path))["same_experts"].to_list() == [1, 1]
 
 
+@pytest.mark.filterwarnings("ignore:.* files are missing")
 def test_a_rerun_of_part_of_the_text_is_compared_over_that_part(tmp_path):
     native, bh = runs(tmp_path)
     (tmp_path / "bh" / "routing" / "rank00000-00001.parquet").unlink()
     assert fidelity(native, open_log(bh.path))["tokens"].to_list() == [60, 60]
 
 
+@pytest.mark.filterwarnings("ignore:.* files are missing")
 def test_runs_that_cannot_be_compared_say_why(tmp_path):
     native, bh = runs(tmp_path)
     with pytest.raises(InvalidOption, match="native: routed natively; expected a run"):

@@ -109,12 +109,14 @@ def test_a_byte_flipped_in_a_page(run, folder, column):
 
 @pytest.mark.parametrize("folder", ["routing", "tokens"])
 @pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.filterwarnings("ignore:.* files are missing")
 def test_half_of_a_pair_is_missing(run, folder, number):
     name = shard_name(0, number)
     (run / folder / name).unlink()
     assert ("files", f"{folder}/{name}", "missing: the manifest lists it") in errors(run)
 
 
+@pytest.mark.filterwarnings("ignore:.* files are missing")
 def test_a_whole_pair_is_missing(run):
     for folder in ("routing", "tokens"):
         (run / folder / LAST).unlink()
@@ -196,6 +198,7 @@ def test_a_pair_that_the_closed_manifest_does_not_list(run):
     assert {f"routing/{shard_name(0, 3)}", f"tokens/{shard_name(0, 3)}"} <= found
 
 
+@pytest.mark.filterwarnings("ignore:.* files are missing")
 def test_a_renamed_shard_of_another_rank(run):
     for folder in ("routing", "tokens"):
         (run / folder / LAST).rename(run / folder / shard_name(1, 0))

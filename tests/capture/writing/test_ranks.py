@@ -189,6 +189,7 @@ def test_a_slurm_step_is_a_launch(run, monkeypatch):
     assert open_log(run).manifest.launch == "slurm 7.1"
 
 
+@pytest.mark.filterwarnings("ignore:.* files are missing")
 def test_a_rank_that_wrote_nothing_is_missed(run, monkeypatch):
     monkeypatch.setattr(writing, "world_size", lambda: 2)
     first = writer(run)
