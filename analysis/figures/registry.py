@@ -123,8 +123,15 @@ def figures(of: Subject = "run") -> dict[str, FigureKind]:
     for entry in pkgutil.iter_modules(import_module(_PACKAGE).__path__):
         import_module(f"{_PACKAGE}.{entry.name}")
     found = [kind for kind in _registered.values() if kind.of == of]
-    found.sort(key=lambda kind: not kind.plot.__module__.startswith(_PACKAGE))
+    found.sort(key=_shelf)
     return {kind.name: kind for kind in found}
+
+
+def _shelf(kind: FigureKind) -> tuple[bool, str]:
+    """Files in their order, whichever was imported first; users' figures as they came."""
+    module = kind.plot.__module__
+    ours = module.startswith(_PACKAGE)
+    return not ours, module if ours else ""
 
 
 def find_figure(name: str, of: Subject = "run") -> FigureKind:
