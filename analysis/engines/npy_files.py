@@ -26,6 +26,7 @@ ByLayer = ArrayLike | Mapping[int, ArrayLike]
 
 _NAME = re.compile(r"router_logits_L(\d{1,5})\.npy")
 _MOST_HEADER = 1 << 12
+_LENGTH = {(1, 0): 2, (2, 0): 4}  # bytes of a header's length, by the format's version
 
 
 def array_of(data: bytes | mmap.mmap, where: object, kinds: str) -> NDArray[Any]:
@@ -41,7 +42,7 @@ def array_of(data: bytes | mmap.mmap, where: object, kinds: str) -> NDArray[Any]
     """
     start = io.BytesIO(data[:_MOST_HEADER])
     try:
-        length = start.read(2 if npy.read_magic(start)[0] == 1 else 4)
+        length = start.read(_LENGTH[npy.read_magic(start)])
         facts = ast.literal_eval(start.read(int.from_bytes(length, "little")).decode("latin1"))
         shape, dtype, fortran = facts["shape"], np.dtype(facts["descr"]), facts["fortran_order"]
         n = math.prod(shape)

@@ -77,6 +77,7 @@ def header(text):
         (b"", "no header of a .npy file"),
         (b"\x93NUMPY", "no header of a .npy file"),
         (b"\x93NUMPY\x09\x00" + LAYERS[0][8:], "no header of a .npy file"),
+        (b"\x93NUMPY\x01\x09" + LAYERS[0][8:], "no header of a .npy file"),
         (b"PK\x03\x04" + LAYERS[0], "no header of a .npy file"),
         (b"\x80\x04K\x01.", "no header of a .npy file"),
         (header("{'descr': '|O', 'fortran_order': False, 'shape': (2, 3), }\n"), "object (2, 3)"),
