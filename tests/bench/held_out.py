@@ -22,7 +22,7 @@ from bhlog.capture.contract.rule import BhOptions, Bounds
 from bhlog.capture.session import capture
 
 BUDGETS = (3, 4, 5, 6, 7, 8)
-OTHERS = ("topk", "threshold", "minp", "topp")
+OTHERS = ("topk", "threshold", "minp", "topp", "entropy")
 MAX_K = 16
 
 
@@ -45,6 +45,7 @@ def main() -> None:
         nulls = {n: fitted.fit(o) for n, o in kinds_of_null(native.manifest.model.top_k).items()}
         tries = [(name, "", None) for name in OTHERS]
         tries += [("bh", name, kde) for name, kde in nulls.items()]
+        tries += [("lfdr", "central", nulls["central"])]
         for number, (name, null, kde) in enumerate(tries):
             for budget in BUDGETS:
                 wanted = [parse_policy(name, open_value=True)]
@@ -52,7 +53,8 @@ def main() -> None:
                     fitted, wanted, budget, kde=kde, bounds=Bounds(max_k=MAX_K)
                 )
                 run = Path(folder, f"{number}-{budget}")
-                options = BhOptions.of(str(policy), max_k=MAX_K)
+                centre = "none" if kde is None else kde.centre
+                options = BhOptions.of(str(policy), max_k=MAX_K, centre=centre)
                 capture(loaded, texts[1], run, routing=Routing.by(options), kde=kde)
                 rerun = open_log(run)
                 gap = loss_difference(rerun, native)
