@@ -1,14 +1,16 @@
 """Fold: how every offline job that does not need the log's order goes over a log."""
 
+import io
 import os
+import pickle
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
-from typing import Any, Protocol, Self, TypeVar
+from typing import IO, Any, Protocol, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +24,10 @@ from bhlog.capture.contract.errors import InvalidOption
 Progress = Callable[[int], None]  # called with the number of rows just read
 
 PIECE_LOGITS = 1 << 18  # read and folded at a time: 1 MiB, which stays in the cache
-MOST_STRETCHES = 256  # of a log, whoever folds them: results are grouped alike, and few wait
+MOST_STRETCHES = 1 << 12  # of a log, whoever folds them: results are grouped alike
+STRETCH_LOGITS = 1 << 22  # at least, unless a shard has fewer: what a task costs is a tenth of it
+MOST_FOOTERS = 256  # that are read to cut a log
+_PLAIN = (type(None), bool, int, float, str, tuple)
 _OF_A_TOKEN = ("rank", "sequence", "position")
 
 
@@ -108,7 +113,8 @@ def fold(
     cache, and few accumulators wait to be merged.
 
     Args:
-        make: gives a fresh accumulator; one is made per stretch of the log.
+        make: gives a fresh accumulator; one is made per stretch of the log. For an executor it
+            must pickle.
         columns: what `update` reads; "layer" is always there.
         scope: which rows, and how they are read.
         whole_groups: whether `update` needs the rows of a row group at once, as empirical p-values
@@ -118,10 +124,11 @@ def fold(
     if scope.sample < 1:
         needed += [name for name in _OF_A_TOKEN if name not in needed]
     rows = scope.but(executor=None, progress=None)
-    work = partial(_fold, columns=needed, scope=rows, whole_groups=whole_groups)
+    work = partial(_fold, make=make, columns=needed, scope=rows, whole_groups=whole_groups)
     total = make()
-    items = ((stretch, make()) for stretch in stretches_of(log, scope.layers))
-    with closing(side_by_side(work, [log], items, scope)) as parts:
+    constant = [one for one in getattr(make, "args", ()) if not isinstance(one, _PLAIN)]
+    stretches = stretches_of(log, scope.layers)
+    with closing(side_by_side(work, [log], stretches, scope, constant=constant)) as parts:
         for part in parts:
             total.merge(part)
     return total
@@ -129,16 +136,17 @@ def fold(
 
 def _fold(
     log: Log,
-    item: tuple[Stretch, A],
+    stretch: Stretch,
     progress: Progress,
     stopped: threading.Event,
     *,
+    make: Callable[[], A],
     columns: Sequence[str],
     scope: Scope,
     whole_groups: bool,
 ) -> A:
     """The accumulator, after a stretch of a log."""
-    stretch, part = item
+    part = make()
     piece = max(1, PIECE_LOGITS // log.n_experts)
     layers = log.check_layers(scope.layers)
     for name, groups in stretch:
@@ -161,7 +169,12 @@ def _fold(
 
 
 def side_by_side(
-    work: Callable[..., R], logs: Sequence[Log], items: Iterable[T], scope: Scope
+    work: Callable[..., R],
+    logs: Sequence[Log],
+    items: Iterable[T],
+    scope: Scope,
+    *,
+    constant: Sequence[object] = (),
 ) -> Generator[R, None, None]:
     """What `work(*logs, item, progress, stopped)` gives for each item, in their order.
 
@@ -170,6 +183,7 @@ def side_by_side(
 
     Args:
         work: leaves off when the event `stopped` is set; nobody wants its result then.
+        constant: objects of `work` that results may hold, and that need not travel back with them.
     """
     progress = scope.progress or _no_matter
     if scope.executor is None:
@@ -177,9 +191,10 @@ def side_by_side(
         here = partial(_work, work, logs, progress=progress, stopped=stopped)
         yield from in_order(here, items, scope.threads or os.cpu_count() or 1, stopped)
         return
-    task = partial(_work_there, work, [log.source for log in logs])
-    for done, rows in elsewhere(scope.executor, task, items):
+    task = _Elsewhere(work, [log.source for log in logs], constant)
+    for packed, rows in elsewhere(scope.executor, task, items):
         progress(rows)
+        done: R = _Unpickler(packed, constant).load()
         yield done
 
 
@@ -194,10 +209,47 @@ def _work(
     return work(*logs, item, progress, stopped)
 
 
-def _work_there(work: Callable[..., R], sources: Sequence[str], item: T) -> tuple[R, int]:
-    """A task: what work gives, and how many rows it read."""
-    rows: list[int] = []
-    return work(*map(Log, sources), item, rows.append, threading.Event()), sum(rows)
+@dataclass
+class _Elsewhere:
+    """Work, and the logs that it opens where it runs."""
+
+    work: Callable[..., Any]
+    sources: Sequence[str]
+    constant: Sequence[object]
+
+    @cached_property
+    def logs(self) -> list[Log]:
+        return [*map(Log, self.sources)]
+
+    def __call__(self, item: Any) -> tuple[bytes, int]:
+        """What work gives, pickled, and how many rows it read."""
+        rows: list[int] = []
+        file = io.BytesIO()
+        done = self.work(*self.logs, item, rows.append, threading.Event())
+        _Pickler(file, self.constant).dump(done)
+        return file.getvalue(), sum(rows)
+
+
+class _Pickler(pickle.Pickler):
+    """Writes the number of a constant in place of it: a null model has megabytes."""
+
+    def __init__(self, file: IO[bytes], constant: Sequence[object]) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        # some are None elsewhere: what threads of one process share
+        known = [(number, one) for number, one in enumerate(constant) if one is not None]
+        self._numbers = {id(one): number for number, one in known}
+
+    def persistent_id(self, one: object) -> int | None:
+        return self._numbers.get(id(one))
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, constant: Sequence[object]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._constant = constant
+
+    def persistent_load(self, number: Any) -> object:
+        return self._constant[number]
 
 
 def _no_matter(rows: int) -> None:
@@ -211,10 +263,10 @@ def stretches_of(log: Log, layers: Iterable[int] | None = None) -> list[Stretch]
     where they are read: the footers of a large log are opened once, by all who fold it.
     """
     listed = {entry.name for entry in log.manifest.shards}
-    if len(log.shards) > MOST_STRETCHES and listed >= set(log.shards):
+    if len(log.shards) > MOST_FOOTERS and listed >= set(log.shards):
         log.check_layers(layers)
         return [[(name, None) for name in part] for part in cut_shards(log, log.shards)]
-    groups = _cut([*log.row_groups(layers)], lambda group: group.rows)
+    groups = _cut([*log.row_groups(layers)], lambda group: group.rows * log.n_experts)
     return [
         [(name, [*those]) for name, those in groupby(part, lambda group: group.shard)]
         for part in groups
@@ -224,16 +276,17 @@ def stretches_of(log: Log, layers: Iterable[int] | None = None) -> list[Stretch]
 def cut_shards(log: Log, names: Sequence[str]) -> list[list[str]]:
     """Names of shards in contiguous parts of about equal rows, as the manifest has them."""
     rows = {entry.name: entry.rows for entry in log.manifest.shards}
-    return _cut(names, lambda name: rows.get(name, 0))
+    return _cut(names, lambda name: rows.get(name, STRETCH_LOGITS) * log.n_experts)
 
 
-def _cut(items: Sequence[T], rows: Callable[[T], int]) -> list[list[T]]:
-    """Contiguous parts of about equal rows."""
-    sizes = [max(1, rows(item)) for item in items]
+def _cut(items: Sequence[T], logits: Callable[[T], int]) -> list[list[T]]:
+    """Contiguous parts of about as many logits."""
+    sizes = [max(1, logits(item)) for item in items]
     total, seen = sum(sizes), 0
+    most = max(1, min(MOST_STRETCHES, total // STRETCH_LOGITS))
     parts: list[list[T]] = []
     for item, size in zip(items, sizes, strict=True):
-        if not parts or seen * MOST_STRETCHES >= len(parts) * total:
+        if not parts or seen * most >= len(parts) * total:
             parts.append([])
         parts[-1].append(item)
         seen += size

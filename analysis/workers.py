@@ -1,6 +1,8 @@
 """Workers: tasks done by threads here, or on an executor of the caller's; results in order."""
 
 import os
+import pickle
+import secrets
 import socket
 import sys
 import threading
@@ -14,10 +16,10 @@ from concurrent.futures import (
     ThreadPoolExecutor,
 )
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from bhlog.analysis.memory_limit import is_out_of_memory
 from bhlog.capture.contract.errors import MissingRun, RouterLogError, one_line
@@ -25,7 +27,7 @@ from bhlog.capture.contract.errors import MissingRun, RouterLogError, one_line
 T = TypeVar("T")
 R = TypeVar("R")
 
-MOST_WAITING = 256  # tasks that an executor is given at a time
+MOST_WAITING = 1 << 10  # tasks that an executor is given at a time
 
 
 def in_order(
@@ -66,10 +68,18 @@ def elsewhere(
     """
     waiting = iter(items)
     jobs: deque[Future[R]] = deque()
+    packed: Any = _packed(task)
+    give = executor.submit
+    # Dask's executor fails where a worker dies just after its task; the client behind it does not.
+    # What tasks share is a task, too: workers pass it on, and another makes it again.
+    client = getattr(executor, "_client", None)
+    if client is not None:
+        give = partial(client.submit, **getattr(executor, "_kwargs", {}) | {"pure": False})
+        packed = give(_same, packed)
 
     def submit(most: int) -> None:
         for item in islice(waiting, most):
-            jobs.append(executor.submit(_there, task, item, own_version()))
+            jobs.append(give(_there, packed, item, own_version()))
 
     try:
         submit(MOST_WAITING)
@@ -90,7 +100,9 @@ def elsewhere(
         ) from error
     finally:
         for job in jobs:
-            job.cancel()
+            if client is None:
+                job.cancel()
+        jobs.clear()  # Dask drops what nobody waits for
 
 
 @cache
@@ -110,12 +122,12 @@ def other_version(worker: str, found: str, expected: str) -> RouterLogError:
     )
 
 
-def _there(task: Callable[[T], R], item: T, expected: str) -> R:
+def _there(packed: bytes, item: T, expected: str) -> Any:
     """A task where it runs, whose errors say where that is."""
     if own_version() != expected:
         raise other_version(_worker(), own_version(), expected)
     try:
-        return task(item)
+        return _unpacked(packed)(item)
     except MissingRun as error:
         raise MissingRun(
             f"{_worker()}: {error}; a worker opens the run itself: put it where all of them see it "
@@ -129,6 +141,25 @@ def _there(task: Callable[[T], R], item: T, expected: str) -> R:
         raise RouterLogError(
             f"{_worker()}: out of memory; give workers more, or fewer threads each"
         ) from error
+
+
+def _packed(task: Callable[[T], R]) -> bytes:
+    """A task, with what makes it another one than those before."""
+    # Dask's pickler takes what a script or a notebook defines, such as a policy
+    dumps = getattr(sys.modules.get("cloudpickle"), "dumps", pickle.dumps)
+    data: bytes = dumps((secrets.token_bytes(16), task))
+    return data
+
+
+@lru_cache(maxsize=2)
+def _unpacked(packed: bytes) -> Callable[[Any], Any]:
+    """The task, made once in a worker: logs that it opens and tables that it computes are kept."""
+    task: Callable[[Any], Any] = pickle.loads(packed)[1]
+    return task
+
+
+def _same(packed: bytes) -> bytes:
+    return packed
 
 
 def _worker() -> str:

@@ -30,13 +30,13 @@ class Cluster(Executor):
         self._closing: list[Callable[[], Any]] = []
 
     def submit(self, task: Callable[..., Any], /, *args: Any, **named: Any) -> "Future[Any]":
-        """Run a task on a worker.
+        """Run a task on a worker; Dask's future has what is used of one here.
 
         Raises:
             MissingExtra: Dask is not installed.
             RouterLogError: no scheduler answers, or a worker has another bhlog.
         """
-        future: Future[Any] = self._executor.submit(task, *args, **named)
+        future: Future[Any] = self._client.submit(task, *args, pure=False, **named)
         return future
 
     def close(self) -> None:
@@ -45,7 +45,7 @@ class Cluster(Executor):
             self._closing.pop()()
 
     @cached_property
-    def _executor(self) -> Executor:
+    def _client(self) -> Any:
         distributed = needed("distributed", "cluster")
         for name in ("distributed", "distributed.client"):  # errors here are one line
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -70,9 +70,7 @@ class Cluster(Executor):
             ) from error
         self._closing.append(client.close)
         self._check(client.run(version, "bhlog", on_error="return"))
-        # tasks are new ones, whatever they hold: hashing them would take long
-        executor: Executor = client.get_executor(pure=False)
-        return executor
+        return client
 
     def _check(self, found: dict[str, object]) -> None:
         """Raise RouterLogError unless every worker has the bhlog that is here."""

@@ -6,6 +6,7 @@ of a lump (mid-p), so that the number format does not count as miscalibration.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -137,7 +138,7 @@ def check(
     ranks = [k for k in ranks if 1 <= k <= E]
     folded = fold(
         log,
-        lambda: _PValueFold(kde, tuple(ranks), min(top_k, E)),
+        partial(_PValueFold, kde, tuple(ranks), min(top_k, E)),
         ["logits", *COLUMNS],
         scope,
     )

@@ -1,6 +1,7 @@
 """How two null models differ."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -76,9 +77,7 @@ def compare(
     for model in (a, b):
         model.require(layers, n_experts)
 
-    def counting() -> _MeanExperts:
-        return _MeanExperts((a, b), alpha, n_experts, bounds, layers)
-
+    counting = partial(_MeanExperts, (a, b), alpha, n_experts, bounds, layers)
     if log is not None:
         counted = fold(log, counting, ["logits"], scope.but(layers=layers))
     else:

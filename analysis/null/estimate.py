@@ -1,6 +1,7 @@
 """The null model of runs: their logits counted in one pass over the shards, and fitted."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Self
 
 import pyarrow as pa
@@ -80,7 +81,7 @@ def count_logits(
         trim.check(model.n_experts)
     total = LogitCounts(options)
     for log in logs:
-        total.merge(fold(log, lambda: LogitCounts(options), ["logits"], scope))
+        total.merge(fold(log, partial(LogitCounts, options), ["logits"], scope))
     return total.counts
 
 

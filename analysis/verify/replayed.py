@@ -1,5 +1,6 @@
 """Whether replaying a run at its own settings gives the decisions that it logged."""
 
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -33,7 +34,7 @@ def verify_replay(log: Log, scope: Scope = WHOLE) -> pl.DataFrame:
     decider = None if options is None else decider_of(log, [options])
     total = fold(
         log,
-        lambda: _Comparison(decider, log.manifest.model.top_k),
+        partial(_Comparison, decider, log.manifest.model.top_k),
         ("layer", "sequence", "position", *COLUMNS[1:], "n_selected", "n_rejected"),
         scope,
         whole_groups=decider is not None and decider.whole_groups,

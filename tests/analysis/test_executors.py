@@ -36,8 +36,9 @@ def made(folder):
 
 
 @pytest.fixture(autouse=True)
-def small_sample(monkeypatch):
-    """A search for a budget takes passes over the log, even of a small one."""
+def small(monkeypatch):
+    """Stretches are many, and a search for a budget takes passes over the log."""
+    monkeypatch.setattr(folding, "STRETCH_LOGITS", 16)
     monkeypatch.setattr(sampling, "MOST_ROWS", 50)
 
 
@@ -150,12 +151,16 @@ def test_decisions_that_workers_write_elsewhere_are_refused(run, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def test_stretches_depend_on_the_log_alone_and_are_bounded():
-    groups = [folding.RowGroup("s", i, 0, 10 + i % 7) for i in range(10_000)]
-    parts = folding._cut(groups, lambda group: group.rows)
-    assert len(parts) <= folding.MOST_STRETCHES
-    assert [g for part in parts for g in part] == groups
-    assert len(folding._cut(groups, lambda group: 0)) <= folding.MOST_STRETCHES
+def test_stretches_depend_on_the_log_alone_and_are_bounded(monkeypatch):
+    monkeypatch.setattr(folding, "STRETCH_LOGITS", 1 << 22)
+    groups = [folding.RowGroup("s", i, 0, 10_000 + i % 7) for i in range(10_000)]
+    for experts in (1, 64, 512):
+        parts = folding._cut(groups, lambda group, experts=experts: group.rows * experts)
+        logits = 10_003 * 10_000 * experts
+        most = min(folding.MOST_STRETCHES, logits / folding.STRETCH_LOGITS)
+        assert 0.9 * most < len(parts) <= most + 1
+        assert [g for part in parts for g in part] == groups
+    assert len(folding._cut(groups, lambda group: 0)) == 1
 
 
 @pytest.mark.parametrize("layers", [None, [1]])
@@ -163,7 +168,7 @@ def test_of_many_shards_a_stretch_holds_whole_ones_whose_footers_are_read_once(
     run, layers, monkeypatch
 ):
     few = run.replay(0.3, kde=normal_kde(run.layers), layers=layers)
-    monkeypatch.setattr(folding, "MOST_STRETCHES", 4)
+    monkeypatch.setattr(folding, "MOST_FOOTERS", 4)
     opened: list[str] = []
     open_shard = Log.open_shard
 
