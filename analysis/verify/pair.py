@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from bhlog.analysis.fold import Progress, Scope, cut_shards, side_by_side
 from bhlog.analysis.log import Log
@@ -29,6 +30,7 @@ class Pair:
         remarks: warnings on rows.
         digest: of the identity of its tokens; None before they are read.
         fingerprint: of their text, see Identity.fingerprint.
+        spans: of their sequences, see Identity.spans.
     """
 
     def __init__(self, log: Log, name: str, *, by_logit: bool) -> None:
@@ -39,6 +41,7 @@ class Pair:
         self.remarks: list[str] = []
         self.digest: bytes | None = None
         self.fingerprint: int | None = None
+        self.spans: NDArray[np.int64] = np.zeros((0, 3), np.int64)
 
     @property
     def whole(self) -> bool:
@@ -79,7 +82,7 @@ class Pair:
         identity = identity_of(table)
         self.tokens = table.num_rows
         self.digest = identity.digest() if table.num_rows else None
-        self.fingerprint = identity.fingerprint()
+        self.fingerprint, self.spans = identity.fingerprint(), identity.spans()
         self._check_identity("tokens", table, identity)
         odd = loss_remark(table)
         if odd is not None:

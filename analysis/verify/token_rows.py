@@ -68,6 +68,15 @@ class Identity:
             return None
         return int(mix(self.sequence, self.position, self.token_id).sum(dtype=np.uint64))
 
+    def spans(self) -> NDArray[np.int64]:
+        """(S, 3): each sequence with its first and its last position."""
+        rows = self.sorted()
+        if not len(rows):
+            return np.zeros((0, 3), np.int64)
+        begins = np.flatnonzero(np.append(True, rows.sequence[1:] != rows.sequence[:-1]))
+        ends = np.append(begins[1:], len(rows)) - 1
+        return np.stack([rows.sequence[begins], rows.position[begins], rows.position[ends]], axis=1)
+
     def repeated(self) -> str | None:
         """A token that is there twice in one forward, in words; None if there is none."""
         rows = self.sorted()

@@ -5,10 +5,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from bhlog.analysis.fold import WHOLE, Scope
 from bhlog.analysis.log import Log
+from bhlog.analysis.verify.overlaps import shared_tokens
 from bhlog.analysis.verify.pair import Pair, pairs_of, rank_and_number
 from bhlog.analysis.verify.replayed import verify_replay
 from bhlog.analysis.verify.replays import replay_problems
@@ -224,27 +227,39 @@ def _shards(log: Log, scope: Scope) -> Iterator[Finding]:
     # by rank, since each counts its sequences from 0: digest of a pair's tokens -> its name
     seen: dict[tuple[int, bytes], str] = {}
     texts: dict[int, tuple[int, int | None]] = {}  # by rank: tokens, and their fingerprint
-    rows = tokens = nonfinite = n_whole = broken = 0
+    spans: dict[int, dict[str, NDArray[np.int64]]] = {}  # by rank and name
+    whole: set[str] = set()
+    broken: set[str] = set()
+    rows = tokens = nonfinite = 0
     with closing(pairs_of(log, scope, by_logit=_orders_by_logit(log))) as pairs:
         for pair in pairs:
             rank, _ = rank_and_number(pair.name)
             twin = seen.setdefault((rank, pair.digest), pair.name) if pair.digest else pair.name
             if twin != pair.name:
                 pair.problems.append(("rows", f"holds the same tokens as {twin}"))
+            else:
+                spans.setdefault(rank, {})[pair.name] = pair.spans
             before, text = texts.get(rank, (0, 0))
             known = None if text is None or pair.fingerprint is None else text + pair.fingerprint
             texts[rank] = before + pair.tokens, None if known is None else known % (1 << 64)
             yield from _told(pair, listed.get(pair.name))
-            n_whole += pair.whole
-            broken += bool(pair.problems)
+            if pair.whole:
+                whole.add(pair.name)
+            elif pair.problems:
+                broken.add(pair.name)
             rows, tokens = rows + pair.rows, tokens + pair.tokens
             nonfinite += pair.nonfinite
     yield from _twice(texts)
+    for of_rank in spans.values():
+        for name, detail in shared_tokens(log, of_rank):
+            broken.add(name)
+            yield Finding("rows", "error", name, detail)
     if broken:
-        detail = f"{n_whole:,} whole, {broken:,} not: see the errors above"
+        n_whole = len(whole - broken)
+        detail = f"{n_whole:,} whole, {len(broken):,} not: see the errors above"
         yield Finding("shards", "warning", log.path, detail)
     else:
-        detail = f"{_pairs(n_whole)}: {rows:,} rows of {tokens:,} tokens, every page read"
+        detail = f"{_pairs(len(whole))}: {rows:,} rows of {tokens:,} tokens, every page read"
         yield Finding("shards", "ok", log.path, detail)
         yield from _totals(log, rows, tokens, nonfinite)
 

@@ -1,15 +1,18 @@
 """Each kind of damage to files, on the smallest run that shows it."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from bhlog.analysis.run import open_log
+from bhlog.analysis.verify.overlaps import _crossing
 from bhlog.analysis.verify.verification import verify
 from bhlog.capture.contract.errors import CorruptManifest
 from bhlog.capture.contract.files import write_shard
@@ -189,6 +192,43 @@ def test_a_copied_pair_is_told_by_its_tokens(run):
         shard_name(0, 3),
         f"holds the same tokens as {shard_name(0, 1)}",
     )
+
+
+@pytest.mark.parametrize("forward", [0, 100])
+def test_shards_that_share_some_tokens(run, forward):
+    """As of two captures into one folder; a position that another forward ran is no token twice."""
+    reopen(run)
+    for folder in ("routing", "tokens"):
+        with pq.ParquetFile(run / folder / shard_name(0, 1)) as shard:
+            groups = [shard.read_row_group(i) for i in range(shard.num_row_groups)]
+        part = []
+        for group in groups:
+            some = group.filter(
+                pc.and_(pc.equal(group["sequence"], 3), pc.less(group["position"], 4))
+            )
+            at = some.column_names.index("forward")
+            later = pc.add(some["forward"], pa.scalar(forward, pa.uint32()))
+            part.append(some.set_column(at, some.schema.field(at), later))
+        write_shard(run / folder / shard_name(0, 3), part)
+    shared = f"4 tokens are in {shard_name(0, 1)} too, sequence 3 position 0"
+    assert errors(run) == ([] if forward else [("rows", shard_name(0, 3), shared)])
+
+
+def test_which_shards_cross_is_as_one_by_one():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        spans = {}
+        for name in "abcde":
+            rows = [(s, *sorted(rng.integers(0, 40, 2))) for s in range(4) if rng.random() < 0.7]
+            spans[name] = np.array(rows, np.int64).reshape(-1, 3)
+        slow = {
+            (b, a)
+            for a, b in itertools.combinations("abcde", 2)
+            for s, low, high in spans[a]
+            for t, first, last in spans[b]
+            if s == t and first <= high and low <= last
+        }
+        assert set(_crossing(spans)) == slow
 
 
 def test_a_pair_that_the_closed_manifest_does_not_list(run):
