@@ -169,7 +169,7 @@ def compare(
         overall, kept = frame.filter(pl.col("layer").is_null()), "probability_kept"
         errors = dict(overall.select("policy", f"{kept}_se").drop_nulls().iter_rows())
         differences = overall.select("policy", f"{kept}_difference", f"{kept}_difference_se")
-        paired = {text: both for text, *both in differences[1:].drop_nulls().iter_rows()}
+        paired = {text: (x, se) for text, x, se in differences[1:].drop_nulls().iter_rows()}
         _draw(log, policies, null, kde, figure, bounds, scope, errors, paired)
 
 

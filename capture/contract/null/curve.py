@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +62,7 @@ class NullCurve:
     kept: Mapping[Trim, Histogram] = field(default_factory=dict)
     central: Central | None = None
     lfdr: NDArray[np.float64] | None = None
-    centre: str = "none"
+    centre: Literal["none", "median"] = "none"
 
     def __post_init__(self) -> None:
         if self.tail.ndim != 1 or len(self.tail) < 2:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ class LayerNull(Mapping[str, NDArray[np.float64]]):
         return self.curves[0].expert is None
 
     @property
-    def centre(self) -> str:
+    def centre(self) -> Literal["none", "median"]:
         """What its logits are less of: "median" or "none"."""
         return self.curves[0].centre
 

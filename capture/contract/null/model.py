@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -64,7 +65,7 @@ class KdeModel(Mapping[int, LayerNull]):
         return len(self.layers)
 
     @property
-    def centre(self) -> str:
+    def centre(self) -> Literal["none", "median"]:
         """What logits are less of before they are tested: "median" or "none"."""
         return next(iter(self.layers.values())).centre
 
