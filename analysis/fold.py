@@ -25,7 +25,7 @@ Progress = Callable[[int], None]  # called with the number of rows just read
 
 PIECE_LOGITS = 1 << 18  # read and folded at a time: 1 MiB, which stays in the cache
 MOST_STRETCHES = 1 << 12  # of a log, whoever folds them: results are grouped alike
-STRETCH_LOGITS = 1 << 22  # at least, unless a shard has fewer: what a task costs is a tenth of it
+STRETCH_LOGITS = 1 << 23  # at least, unless a shard has fewer: what a task costs is a tenth of it
 MOST_FOOTERS = 256  # that are read to cut a log
 _PLAIN = (type(None), bool, int, float, str, tuple)
 _OF_A_TOKEN = ("rank", "sequence", "position")
