@@ -37,7 +37,13 @@ def many_stretches(monkeypatch):
 def cluster():
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as made:
+    # a port of its own: Dask has one of fixed number, which another cluster may have
+    with LocalCluster(
+        n_workers=2,
+        threads_per_worker=1,
+        dashboard_address="127.0.0.1:0",
+        scheduler_kwargs={"dashboard": False},
+    ) as made:
         yield made
 
 
