@@ -178,21 +178,22 @@ def side_by_side(
 ) -> Generator[R, None, None]:
     """What `work(*logs, item, progress, stopped)` gives for each item, in their order.
 
-    Threads here do it, or the scope's executor, whose tasks open the logs where they run: `work`,
-    the items and what it gives pickle.
+    Threads here do it, or the executor of the scope or of the first log, whose tasks open the logs
+    where they run: `work`, the items and what it gives pickle.
 
     Args:
         work: leaves off when the event `stopped` is set; nobody wants its result then.
         constant: objects of `work` that results may hold, and that need not travel back with them.
     """
     progress = scope.progress or _no_matter
-    if scope.executor is None:
+    executor = scope.executor or logs[0].executor
+    if executor is None:
         stopped = threading.Event()
         here = partial(_work, work, logs, progress=progress, stopped=stopped)
         yield from in_order(here, items, scope.threads or os.cpu_count() or 1, stopped)
         return
     task = _Elsewhere(work, [log.source for log in logs], constant)
-    for packed, rows in elsewhere(scope.executor, task, items):
+    for packed, rows in elsewhere(executor, task, items):
         progress(rows)
         done: R = _Unpickler(packed, constant).load()
         yield done

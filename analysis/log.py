@@ -1,6 +1,7 @@
 """The log of a run, opened for reading: manifest, null model, and folds over its rows."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,7 +57,10 @@ class Log(RunFolder):
     Attributes:
         path: the folder or URI as given, less the secrets of a URI.
         manifest: what the run is, merged over its ranks.
+        executor: does what no Scope with one of its own is given for; None: threads here.
     """
+
+    executor: Executor | None = None
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)

@@ -14,8 +14,11 @@ from bhlog.analysis.commands.options import (
     open_run,
     output_options,
 )
+from bhlog.analysis.commands.scheduler import scheduler_option
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from bhlog.analysis.figures.drawing import Image
     from bhlog.capture.contract.rule import Bounds
 
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
     help="BH level that p-values are held against (default: the run's own; 0.05 if native).",
 )
 @bounds_options()
+@scheduler_option
 @click.option("--list", "listing", is_flag=True, help="List the figures.")
 @output_options("--table")
 @memory_option
@@ -62,6 +66,7 @@ def plot(
     kde: str | None,
     alpha: float | None,
     bounds: "Bounds",
+    executor: "Executor | None",
     listing: bool,
     output: Output,
 ) -> None:
@@ -84,6 +89,7 @@ def plot(
     if run is None:
         raise click.UsageError("name the run to draw, or --list")
     log = open_run(run)
+    log.executor = executor
     left_out: dict[str, list[str]] = {}  # figures by reason
     with progress_bar("plot", len(figures) or len(known), unit="figures") as advance:
         paths = log.plot(

@@ -9,6 +9,7 @@ import click
 from bhlog.analysis.bar import progress_bar
 from bhlog.analysis.commands.kinds import KDE, OUT_FILE, RUN
 from bhlog.analysis.commands.options import make_room, memory_option, open_run
+from bhlog.analysis.commands.scheduler import Cluster, scheduler_option
 from bhlog.analysis.imports import needed
 
 kdes_option = click.option(
@@ -36,14 +37,21 @@ tokenizer_option = click.option(
 @kdes_option
 @tokenizer_option
 @click.option("--out", required=True, type=OUT_FILE, metavar="FILE", help="The page, one file.")
+@scheduler_option
 @memory_option
-def report(runs: tuple[str, ...], kdes: tuple[str, ...], tokenizer: str | None, out: str) -> None:
+def report(
+    runs: tuple[str, ...],
+    kdes: tuple[str, ...],
+    tokenizer: str | None,
+    out: str,
+    executor: Cluster | None,
+) -> None:
     """One page about runs that opens from a disk: an explorer of alpha, plots, their numbers.
 
     The first RUN is what panels of one run are of; the others are compared with it.
     """
     make_room(out)
-    page = _write(runs, kdes, tokenizer, out)
+    page = _write(runs, kdes, tokenizer, out, executor)
     size = f"{page.stat().st_size / 1e6:.1f} MB" if isinstance(page, Path) else "written"
     click.echo(f"{page}: {size}")
 
@@ -52,18 +60,28 @@ def report(runs: tuple[str, ...], kdes: tuple[str, ...], tokenizer: str | None, 
 @click.argument("runs", nargs=-1, required=True, type=RUN, metavar="RUN...")
 @kdes_option
 @tokenizer_option
+@scheduler_option
 @memory_option
-def explore(runs: tuple[str, ...], kdes: tuple[str, ...], tokenizer: str | None) -> None:
+def explore(
+    runs: tuple[str, ...],
+    kdes: tuple[str, ...],
+    tokenizer: str | None,
+    executor: Cluster | None,
+) -> None:
     """Write the report to a temporary file and open it in the browser."""
     path = Path(tempfile.mkdtemp(prefix="bhlog-")) / "report.html"
-    _write(runs, kdes, tokenizer, str(path))
+    _write(runs, kdes, tokenizer, str(path), executor)
     click.echo(str(path))
     if not webbrowser.open(path.as_uri()):
         click.echo("bhlog: no browser was found to open it in", err=True)
 
 
 def _write(
-    runs: tuple[str, ...], kdes: tuple[str, ...], tokenizer: str | None, out: str
+    runs: tuple[str, ...],
+    kdes: tuple[str, ...],
+    tokenizer: str | None,
+    out: str,
+    executor: Cluster | None,
 ) -> "Path | str":
     """The page into a file; a bar moves while the logs are counted."""
     needed("bokeh", "report")
@@ -71,6 +89,10 @@ def _write(
     from bhlog.analysis.report.subject import Subject
 
     logs = [open_run(run) for run in runs]
+    if executor is not None:
+        executor.connect()  # what fails later is left out of the page
+    for log in logs:
+        log.executor = executor
     subject = Subject(logs, kdes, tokenizer=tokenizer)
     rows = sum(log.manifest.totals.rows for log in logs) * max(1, len(kdes))
     with progress_bar("report", rows or None) as advance:

@@ -39,6 +39,10 @@ class Cluster(Executor):
         future: Future[Any] = self._client.submit(task, *args, pure=False, **named)
         return future
 
+    def connect(self) -> None:
+        """Ask the scheduler now; raises as submit does."""
+        self._client  # noqa: B018 - asked once
+
     def close(self) -> None:
         """Leave the cluster, which drops what it has not done."""
         while self._closing:

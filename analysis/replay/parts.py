@@ -80,7 +80,7 @@ class Parts:
         with closing(side_by_side(self.write, [log], items, scope.but(threads=threads))) as parts:
             for seals in parts:
                 _add(found, seals)
-        if scope.executor is not None and not self.is_remote:
+        if (scope.executor or log.executor) is not None and not self.is_remote:
             for setting, sealed in found.items():
                 self._require(setting, sealed)
         return found

@@ -93,6 +93,7 @@ def test_the_same_bits_also_when_a_worker_is_killed(place, cluster, client):
         "export load RUN --out load.json",
         "verify BH --replay",
         "fidelity RUN BH",
+        "plot RUN mean_experts n_selected_by_position --out .",
     ],
 )
 def test_commands_print_the_same(place, cluster, capsys, monkeypatch, tmp_path, arguments):
@@ -136,6 +137,18 @@ def test_a_scheduler_that_does_not_answer_is_waited_for_no_longer(place, capsys,
         code, _, told = ran(capsys, "replay", place / "bh", *REPLAY, "--scheduler", address)
     assert (code, told.count("\n")) == (1, 1)
     assert told.startswith(f"bhlog: {address}: no Dask scheduler answers there within 1 s")
+
+
+@pytest.mark.slow
+def test_a_report_is_counted_there(place, cluster, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(scheduler, "WAIT_SECONDS", 1)
+    pages = []
+    for how in ([], ["--scheduler", cluster.scheduler_address]):
+        run, out = place / "bh", tmp_path / "page.html"
+        assert ran(capsys, "report", run, "--out", out, *how)[0] == 0
+        pages.append(out.stat().st_size)
+    assert abs(pages[0] - pages[1]) < 100  # ids of its elements differ
+    assert ran(capsys, "report", run, "--out", out, "--scheduler", "tcp://127.0.0.1:1")[0] == 1
 
 
 @pytest.mark.slow
