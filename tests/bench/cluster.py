@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from bhlog.analysis.replay.comparison import replay
 from bhlog.analysis.replay.settings import settings_of
 from bhlog.analysis.sweep.profiling import profile_log
 from bhlog.analysis.workers import elsewhere
+from bhlog.capture.contract.manifest import Manifest
 from bhlog.capture.contract.null.model import KdeModel
+from bhlog.capture.contract.schema import shard_name
 from tests.bench.replay import LAYERS, LENGTH, made, null_model, peak_mib
 from tests.synthetic import normal_kde, write_run
 
@@ -121,18 +124,37 @@ def client_memory(folder: Path, client: Client, shards: int) -> dict[str, int]:
     kde = folder / "cluster-null.parquet"
     normal_kde(range(LAYERS)).save(kde)
     found = {}
+    few = folder / "cluster-100-shards"
     for n in (100, shards):
         path = folder / f"cluster-{n}-shards"
+        if n > 100 and not path.exists():
+            linked(few, path, n)
         if not path.exists():
             write_run(
                 path, layers=range(LAYERS), n_experts=16, n_sequences=n, length=8, n_shards=n,
                 sealed=True,
             )  # fmt: skip
-        arguments = [str(path), "--kde", str(kde), "--alpha", str(ALPHA)]
+        arguments = [str(path), "--kde", str(kde), "--alpha", str(ALPHA), "--layers", "0"]
         address = client.scheduler.address
         found[f"{n}_shards"] = peak_mib("replay", *arguments, "--scheduler", address)
         found[f"{n}_shards_threads"] = peak_mib("replay", *arguments)
     return found
+
+
+def linked(few: Path, path: Path, n: int) -> None:
+    """A run of n shards, which are those of another one again and again, under other names."""
+    manifest = Manifest.from_json((few / "run.json").read_bytes(), "run.json")
+    shards = []
+    for inside in ("routing", "tokens"):
+        (path / inside).mkdir(parents=True)
+    for number in range(n):
+        entry = manifest.shards[number % len(manifest.shards)]
+        shards.append(replace(entry, name=shard_name(0, number)))
+        for inside in ("routing", "tokens"):
+            (path / inside / shards[-1].name).hardlink_to(few / inside / entry.name)
+    rows, tokens = sum(one.rows for one in shards), sum(one.tokens for one in shards)
+    totals = replace(manifest.totals, rows=rows, tokens=tokens, shards=n)
+    replace(manifest, shards=tuple(shards), totals=totals).write(path)
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -149,7 +171,12 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         return profile_log(log, kde, scope=scope).frame([ALPHA]).rows()
 
     with (
-        LocalCluster(WORKERS, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(
+            n_workers=WORKERS,
+            threads_per_worker=1,
+            dashboard_address="127.0.0.1:0",
+            scheduler_kwargs={"dashboard": False},
+        ) as cluster,
         Client(cluster) as client,
     ):
         return {
