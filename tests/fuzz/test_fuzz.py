@@ -13,6 +13,7 @@ from tests.fuzz.world import FORMATS
 KEPT = sorted(CORPUS.glob("*.zip"))
 
 
+@pytest.mark.filterwarnings("ignore:.* files are missing")  # as workers do
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
 def test_files_of_earlier_findings_are_refused_or_read_as_they_are(path, tmp_path):
     with ZipFile(path) as archive:

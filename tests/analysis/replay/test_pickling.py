@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+import bhlog.analysis.fold as folding
 from bhlog.analysis.fold import fold
 from bhlog.analysis.replay.comparison import Summaries
 from bhlog.analysis.replay.decide import Decider
@@ -41,13 +42,20 @@ def elsewhere(thing):
     return pickle.loads(pickle.dumps(thing))
 
 
+@pytest.fixture(autouse=True)
+def several_stretches(monkeypatch):
+    monkeypatch.setattr(folding, "STRETCH_LOGITS", 2 * 60 * E)  # two row groups
+
+
 def folded_elsewhere(log, make, columns):
-    """A fold whose every stretch of two row groups is counted in a process of its own."""
-    groups, total = [*log.row_groups()], make()
-    for start in range(0, len(groups), 2):
+    """A fold whose every stretch is counted in a process of its own."""
+    total, stretches = make(), folding.stretches_of(log)
+    assert len(stretches) > 1
+    for stretch in stretches:
         part = elsewhere(elsewhere(make)())
-        for group in groups[start : start + 2]:
-            part.update(log.read(group, columns))
+        for _, groups in stretch:
+            for group in groups:
+                part.update(log.read(group, columns))
         total.merge(elsewhere(part))
     return total
 

@@ -100,7 +100,7 @@ def test_a_wrong_option_ends_in_one_line_and_leaves_nothing(
         (["--route", "bh"], "needs a null model"),
         (["--route", "bh", "--alpha", 1.5], "alpha must be between 0 and 1, got 1.5"),
         (["--route", "bh", "--kde", "nothing.parquet"], "nothing.parquet: "),
-        (["--trim-high", 8], "--trim-high and --trim-low are for --fit-kde"),
+        (["--trim-high", 8], "--trim-high is for --fit-kde: name its file"),
         (["--out", "."], "not empty"),
     ],
 )
