@@ -87,6 +87,7 @@ def test_a_whole_graph_logs_what_eager_code_does(tmp_path, kind, backend, made):
     assert counters["stats"]["unique_graphs"] == (2 if made == "before" else 1)
 
 
+@pytest.mark.slow
 def test_after_the_block_a_compiled_model_is_plain(tmp_path):
     model, (ids, mask) = tiny_model(), batch([5, 5])
     compiled = torch.compile(model, backend="aot_eager")
@@ -97,6 +98,7 @@ def test_after_the_block_a_compiled_model_is_plain(tmp_path):
     assert torch.equal(before, compiled(ids, attention_mask=mask).logits)
 
 
+@pytest.mark.slow
 def test_batches_that_change_and_prefills_between_decoded_tokens(tmp_path):
     model = tiny_model()
     compiled = torch.compile(model, backend="aot_eager", dynamic=True)
