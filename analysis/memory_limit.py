@@ -19,7 +19,7 @@ _LAST_WORDS = re.compile(
 )
 _NO_ROOM = re.compile(
     r"can't start new thread|failed to map segment|out of memory|memory allocation"
-    r"|MemoryError|SystemError|jemalloc|launch worker thread",
+    r"|MemoryError|SystemError|jemalloc|(launch|spawn) worker thread",
     re.IGNORECASE,
 )
 _HELD_BYTES = 1 << 20  # of last words, which one library repeats
@@ -66,8 +66,13 @@ def supervise() -> None:
         signal.signal(number, pass_on)
     held, said, ours = b"", b"", f"{told()}\n".encode()
     with os.fdopen(reading, "rb") as lines:
+        blank = b""  # before a line, which it belongs to
         for line in lines:
-            if not held and said != ours and not _LAST_WORDS.match(line):
+            if line == b"\n":
+                blank += line
+                continue
+            line, blank = blank + line, b""
+            if not held and said != ours and not _LAST_WORDS.match(line.lstrip(b"\n")):
                 os.write(2, line)
                 said = line
             elif len(held) < _HELD_BYTES or line.startswith(b"bhlog: "):

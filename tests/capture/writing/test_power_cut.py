@@ -55,6 +55,7 @@ def test_what_was_promised_survives_and_the_rest_is_done_again(tmp_path, whole, 
     assert n > 15
 
 
+@pytest.mark.filterwarnings("ignore:.* files are missing")
 @pytest.mark.parametrize("left_out", ["fsync", "sync_folder"])
 def test_a_log_that_is_not_synced_is_found_out(tmp_path, whole, left_out, monkeypatch):
     if left_out == "sync_folder":
