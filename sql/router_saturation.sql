@@ -15,26 +15,16 @@
 -- Param   $k integer = NULL  only the first k choices of both count, by default all selected experts
 -- Returns one row per layer: tokens (in both runs), saturation, by_chance (for experts drawn at
 --         random, as many as selected)
-WITH decision AS (
+WITH decision AS NOT MATERIALIZED (
     SELECT
+        run,
         layer,
         rank,
         sequence,
         position,
-        CASE WHEN $k IS NULL THEN experts ELSE experts[1:$k] END AS experts
+        n_selected,
+        experts[1:coalesce($k, n_selected)] AS experts
     FROM routing
-    WHERE run = coalesce($run, (SELECT first(run) FROM runs))
-),
-
-last_decision AS (
-    SELECT
-        layer,
-        rank,
-        sequence,
-        position,
-        CASE WHEN $k IS NULL THEN experts ELSE experts[1:$k] END AS experts
-    FROM routing
-    WHERE run = coalesce($last, (SELECT last(run) FROM runs)) AND n_selected > 0
 )
 
 SELECT
@@ -43,6 +33,10 @@ SELECT
     avg(n_shared(t.experts, l.experts) / len(l.experts)) AS saturation,
     avg(len(t.experts)) / (SELECT max(n_experts) FROM runs) AS by_chance
 FROM decision AS t
-JOIN last_decision AS l USING (layer, rank, sequence, position)
+JOIN decision AS l USING (layer, rank, sequence, position)
+WHERE
+    t.run = coalesce($run, (SELECT first(run) FROM runs))
+    AND l.run = coalesce($last, (SELECT last(run) FROM runs))
+    AND l.n_selected > 0
 GROUP BY layer
 ORDER BY layer;
