@@ -71,12 +71,12 @@ def supervise() -> None:
             if line == b"\n":
                 blank += line
                 continue
-            line, blank = blank + line, b""
-            if not held and said != ours and not _LAST_WORDS.match(line.lstrip(b"\n")):
-                os.write(2, line)
+            if not held and said != ours and not _LAST_WORDS.match(line):
+                os.write(2, blank + line)
                 said = line
             elif len(held) < _HELD_BYTES or line.startswith(b"bhlog: "):
-                held += line
+                held += blank + line
+            blank = b""
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code in _ENDS or said == ours or (code and _NO_ROOM.search(held.decode(errors="replace"))):
         last = [line for line in held.splitlines(True) if line.startswith(b"bhlog: ")][-1:]

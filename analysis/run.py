@@ -390,8 +390,8 @@ def open_log(path: str | Path, *, tokenizer: str | None = None) -> Run:
         CorruptManifest: run.json cannot be read.
     """
     run = Run(path, tokenizer=tokenizer)
-    if run.gap:
-        warnings.warn(run.gap, stacklevel=2)
+    if gap := run.gap:
+        warnings.warn(gap, stacklevel=2)
     return run
 
 

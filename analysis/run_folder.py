@@ -121,11 +121,12 @@ class RunFolder:
     @property
     def gap(self) -> str | None:
         """What readers are told where files are missing."""
-        if not self.missing:
+        missing = self.missing
+        if not missing:
             return None
         return (
-            f"{self.path}: {len(self.missing)} files are missing, from {self.missing[0]} on; what "
-            "follows is of the rest: see bhlog verify"
+            f"{self.path}: {len(missing)} files are missing, from {missing[0]} on; what follows is "
+            "of the rest: see bhlog verify"
         )
 
     def files(self, folder: str = "") -> dict[str, int]:

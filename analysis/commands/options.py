@@ -311,8 +311,8 @@ def open_run(run: str) -> "Run":
     from bhlog.analysis.run import Run
 
     log = Run(run)
-    if log.gap:
-        click.echo(f"bhlog: {log.gap}", err=True)
+    if gap := log.gap:
+        click.echo(f"bhlog: {gap}", err=True)
     return log
 
 

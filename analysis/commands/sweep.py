@@ -190,11 +190,11 @@ def _targets(
         if profile.kept is not None:
             share = profile.probability_kept(alpha, **vars(bounds), layer=layer)
             rows[-1]["probability_kept"] = share
-    note_floors(profile, experts, bounds)
+    _note_floors(profile, experts, bounds)
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
-def note_floors(profile: "Profile", experts: float, bounds: "Bounds") -> None:
+def _note_floors(profile: "Profile", experts: float, bounds: "Bounds") -> None:
     """Say which layers no alpha brings down to a number of experts, and why."""
     floors = {layer: profile.floor(**vars(bounds), layer=layer) for layer in profile.layers}
     above = {layer: floor for layer, floor in floors.items() if floor > experts}
