@@ -27,6 +27,7 @@ PIECE_LOGITS = 1 << 18  # read and folded at a time: 1 MiB, which stays in the c
 MOST_STRETCHES = 1 << 12  # of a log, whoever folds them: results are grouped alike
 STRETCH_LOGITS = 1 << 23  # at least, unless a shard has fewer: what a task costs is a tenth of it
 MOST_FOOTERS = 256  # that are read to cut a log
+_CODEC = "lz4"  # of results that travel: counts are mostly zeros
 _PLAIN = (type(None), bool, int, float, str, tuple)
 _OF_A_TOKEN = ("rank", "sequence", "position")
 
@@ -193,9 +194,10 @@ def side_by_side(
         yield from in_order(here, items, scope.threads or os.cpu_count() or 1, stopped)
         return
     task = _Elsewhere(work, [log.source for log in logs], constant)
-    for packed, rows in elsewhere(executor, task, items):
+    for packed, size, rows in elsewhere(executor, task, items):
         progress(rows)
-        done: R = _Unpickler(packed, constant).load()
+        data = pa.decompress(packed, size, codec=_CODEC, asbytes=True)
+        done: R = _Unpickler(data, constant).load()
         yield done
 
 
@@ -222,13 +224,14 @@ class _Elsewhere:
     def logs(self) -> list[Log]:
         return [*map(Log, self.sources)]
 
-    def __call__(self, item: Any) -> tuple[bytes, int]:
-        """What work gives, pickled, and how many rows it read."""
+    def __call__(self, item: Any) -> tuple[bytes, int, int]:
+        """What work gives, pickled and compressed, its size before, and how many rows it read."""
         rows: list[int] = []
         file = io.BytesIO()
         done = self.work(*self.logs, item, rows.append, threading.Event())
         _Pickler(file, self.constant).dump(done)
-        return file.getvalue(), sum(rows)
+        packed = pa.compress(file.getbuffer(), codec=_CODEC, asbytes=True)
+        return packed, file.tell(), sum(rows)
 
 
 class _Pickler(pickle.Pickler):

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from bhlog.analysis.fold import mix
-from bhlog.analysis.log import logits_of
+from bhlog.analysis.log import Log, layer_of, logits_of
 from bhlog.capture.contract.arrays import values_of
 from bhlog.capture.contract.rule import no_finite_logit
 
@@ -22,6 +22,7 @@ COLUMNS = ("rank", "sequence", "position")
 MOST_LOGITS = 1 << 16  # of a layer's sample
 LEAST_ROWS = 256  # of it, where there are many experts
 NAMES = ("noise_experts", "noise_experts_se", "noise_sd_experts", "noise_rows")
+_LARGEST = np.uint64(2**64 - 1)
 _TYPES = (pl.Float64, pl.Float64, pl.Float64, pl.Int64)
 
 
@@ -30,53 +31,60 @@ def sample_rows(n_experts: int) -> int:
     return max(LEAST_ROWS, MOST_LOGITS // n_experts)
 
 
+def last_hash(log: Log, where: str | None) -> np.uint64:
+    """The largest hash that a sample of a log may hold: twice as many rows lie up to it as one has.
+
+    So a stretch of a long log keeps few rows. It is the largest of all where the manifest does not
+    say how many rows each layer has, or a condition leaves some out.
+    """
+    totals = log.manifest.totals
+    even = log.manifest.closed and totals.rows == totals.tokens * len(log.layers)
+    sure = totals.tokens - totals.nonfinite
+    most = 2 * sample_rows(log.n_experts)
+    if where is not None or not even or sure <= most:
+        return _LARGEST
+    return np.uint64(int(_LARGEST) * most // sure)
+
+
 class NoiseSample:
     """A sample of the tokens of one layer: the smallest hashes of (rank, sequence, position).
 
     It is the same however a log is split, and the same tokens at every layer. Rows without a finite
     logit are no part of it.
 
+    Args:
+        last: the largest hash that is kept.
+
     Attributes:
-        hashes: (N,) uint64, N at most sample_rows(E).
+        hashes: (N,) uint64, rising, N at most sample_rows(E).
         logits: (N, E) float32.
     """
 
-    def __init__(self, n_experts: int) -> None:
-        self.most = sample_rows(n_experts)
+    def __init__(self, n_experts: int, last: np.uint64 = _LARGEST) -> None:
+        self.most, self.last = sample_rows(n_experts), last
         self.hashes = np.zeros(0, dtype=np.uint64)
         self.logits = np.zeros((0, n_experts), dtype=np.float32)
 
     def update(self, batch: pa.RecordBatch) -> None:
         """See rows of a batch that has COLUMNS and logits."""
         hashes = mix(*(values_of(batch.column(name)) for name in COLUMNS))
-        if len(self.hashes) == self.most:
-            self._add(hashes, batch, np.flatnonzero(hashes < self.hashes[-1]))
-        elif len(hashes) <= self.most or not self._add(
-            hashes, batch, np.argpartition(hashes, self.most)[: self.most]
-        ):
-            self._add(hashes, batch, np.arange(len(hashes)))
+        last = self.hashes[-1] if len(self.hashes) == self.most else self.last
+        rows = np.flatnonzero(hashes <= last)
+        if len(rows) > self.most:
+            smallest = rows[np.argpartition(hashes[rows], self.most)[: self.most]]
+            if not no_finite_logit(logits_of(batch)[smallest]).any():
+                rows = smallest
+        logits = logits_of(batch)[rows]
+        known = ~no_finite_logit(logits)
+        self._keep(hashes[rows[known]], logits[known])
 
     def merge(self, other: Self) -> None:
         """See the rows of another sample."""
         self._keep(other.hashes, other.logits)
 
-    def _add(
-        self, hashes: NDArray[np.uint64], batch: pa.RecordBatch, rows: NDArray[np.int64]
-    ) -> bool:
-        """See some rows of a batch; False and nothing seen where one of them has no finite logit
-        and others of the batch could take its place."""
-        if not len(rows):
-            return True
-        logits = logits_of(batch)[rows]
-        known = ~no_finite_logit(logits)
-        if not known.all():
-            if len(rows) == self.most < len(hashes):
-                return False
-            rows, logits = rows[known], logits[known]
-        self._keep(hashes[rows], logits)
-        return True
-
     def _keep(self, hashes: NDArray[np.uint64], logits: NDArray[np.float32]) -> None:
+        if not len(hashes):
+            return
         hashes = np.concatenate([self.hashes, hashes])
         order = np.argsort(hashes, kind="stable")[: self.most]
         self.hashes = hashes[order]
@@ -86,6 +94,32 @@ class NoiseSample:
         """(N, E) float32: each expert's logits in an order of its own, the same each time."""
         rng = np.random.default_rng([layer, len(self.hashes)])
         return np.ascontiguousarray(rng.permuted(np.ascontiguousarray(self.logits.T), axis=1).T)
+
+
+class Noise:
+    """The samples of several layers.
+
+    Args:
+        n_experts, last: of each NoiseSample.
+    """
+
+    def __init__(self, n_experts: int, last: np.uint64 = _LARGEST) -> None:
+        self.n_experts, self.last = n_experts, last
+        self.layers: dict[int, NoiseSample] = {}
+
+    def update(self, batch: pa.RecordBatch) -> None:
+        """See rows of a layer."""
+        self._of(layer_of(batch)).update(batch)
+
+    def merge(self, other: Self) -> None:
+        """See the rows of other samples."""
+        for layer, sample in other.layers.items():
+            self._of(layer).merge(sample)
+
+    def _of(self, layer: int) -> NoiseSample:
+        if layer not in self.layers:
+            self.layers[layer] = NoiseSample(self.n_experts, self.last)
+        return self.layers[layer]
 
 
 def noise_row(n_selected: NDArray[np.int64]) -> dict[str, float | int | None]:

@@ -89,6 +89,8 @@ def elsewhere(
             submit(1)
             yield done
     except (BrokenExecutor, CancelledError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError) and client is not None:
+            check_workers(client)  # one that joined late, which it names
         raise RouterLogError(f"{type(executor).__name__}: {_ended(error)}") from error
     except Exception as error:
         if type(error).__name__ != "KilledWorker":  # Dask's, which is not imported for it
@@ -114,7 +116,23 @@ def own_version() -> str:
         return "none"
 
 
-def other_version(worker: str, found: str, expected: str) -> RouterLogError:
+def check_workers(client: Any) -> int:
+    """How many workers a client of Dask has now.
+
+    Raises:
+        RouterLogError: one of them has no bhlog, or another version.
+    """
+    found: dict[str, Any] = client.run(version, "bhlog", on_error="return")
+    for address, theirs in sorted(found.items()):
+        if isinstance(theirs, Exception) and not isinstance(theirs, PackageNotFoundError):
+            raise RouterLogError(f"worker {address}: {one_line(str(theirs))}") from theirs
+        if theirs != own_version():
+            words = theirs if isinstance(theirs, str) else "none"
+            raise _other_version(f"worker {address}", words, own_version())
+    return len(found)
+
+
+def _other_version(worker: str, found: str, expected: str) -> RouterLogError:
     """What to say of a worker that has another bhlog, or "none"."""
     return RouterLogError(
         f"{worker}: bhlog there is {found}, here {expected}; install the same version on every "
@@ -125,7 +143,7 @@ def other_version(worker: str, found: str, expected: str) -> RouterLogError:
 def _there(packed: bytes, item: T, expected: str) -> Any:
     """A task where it runs, whose errors say where that is."""
     if own_version() != expected:
-        raise other_version(_worker(), own_version(), expected)
+        raise _other_version(_worker(), own_version(), expected)
     try:
         return _unpacked(packed)(item)
     except MissingRun as error:

@@ -5,13 +5,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import click
 
 from bhlog.analysis.imports import needed
-from bhlog.analysis.workers import other_version, own_version
+from bhlog.analysis.workers import check_workers
 from bhlog.capture.contract.errors import InvalidOption, RouterLogError, one_line
 
 SCHEMES = ("tcp", "tls", "ucx", "ws", "wss")
@@ -73,19 +72,9 @@ class Cluster(Executor):
                 f"{self.address}: no Dask scheduler answers there within {WAIT_SECONDS} s{why}"
             ) from error
         self._closing.append(client.close)
-        self._check(client.run(version, "bhlog", on_error="return"))
-        return client
-
-    def _check(self, found: dict[str, object]) -> None:
-        """Raise RouterLogError unless every worker has the bhlog that is here."""
-        if not found:
+        if not check_workers(client):
             click.echo(f"bhlog: {self.address}: no workers yet: waiting for one", err=True)
-        for address, theirs in sorted(found.items()):
-            if isinstance(theirs, Exception) and not isinstance(theirs, PackageNotFoundError):
-                raise RouterLogError(f"worker {address}: {one_line(str(theirs))}") from theirs
-            if theirs != own_version():
-                words = theirs if isinstance(theirs, str) else "none"
-                raise other_version(f"worker {address}", words, own_version())
+        return client
 
 
 def _cluster(ctx: click.Context, _: click.Parameter, address: str | None) -> Cluster | None:

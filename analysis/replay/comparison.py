@@ -1,6 +1,6 @@
 """Comparison: what several policies, or BH at several settings, would have chosen, in one pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Self
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 from bhlog.analysis.fold import WHOLE, Scope, fold
 from bhlog.analysis.kernels.tally import BY_SEQUENCE
 from bhlog.analysis.log import Log, layer_of
-from bhlog.analysis.noise import COLUMNS, NAMES, NoiseSample, noise_frame, noise_row
+from bhlog.analysis.noise import COLUMNS, NAMES, Noise, last_hash, noise_frame, noise_row
 from bhlog.analysis.replay.decide import Decider, decider_of
 from bhlog.analysis.replay.empirical import missing_rows
 from bhlog.analysis.replay.match import match_experts, no_rows
@@ -125,7 +125,8 @@ def _summaries(
     log: Log, decider: Decider, scope: Scope, temperatures: tuple[float, ...]
 ) -> "Summaries":
     whole = missing_rows(log, scope) is None
-    make = partial(Summaries, decider, temperatures, log.manifest.model.top_k, whole=whole)
+    noise = partial(Noise, log.n_experts, last_hash(log, scope.where))
+    make = partial(Summaries, decider, temperatures, log.manifest.model.top_k, noise, whole=whole)
     columns = (*dict.fromkeys([*decider.columns, *COLUMNS, *FORWARD]),)
     return fold(log, make, columns, scope, whole_groups=decider.whole_groups)
 
@@ -141,6 +142,7 @@ class Summaries:
         decider: what decides.
         temperatures: of the softmax, by policy.
         top_k: experts of the native choice.
+        noise: makes what samples rows for noise; empirical p-values, which rank a batch, have none.
         whole: whether the rows are whole forwards, whose experts can be told.
     """
 
@@ -149,6 +151,7 @@ class Summaries:
         decider: Decider,
         temperatures: Sequence[float],
         top_k: int,
+        noise: Callable[[], Noise],
         *,
         whole: bool = False,
     ) -> None:
@@ -157,7 +160,7 @@ class Summaries:
         self.touched: dict[int, TouchedExperts] = {}
         self.layers: dict[int, list[LayerSummary]] = {}
         self.sequences: dict[int, SequenceSums] = {}  # a table for each policy
-        self.noise: dict[int, NoiseSample] = {}  # but for empirical p-values, which rank a batch
+        self.noise = noise()
 
     def update(self, batch: pa.RecordBatch) -> None:
         E, policies = batch.column("logits").type.list_size, self.decider.policies
@@ -165,7 +168,7 @@ class Summaries:
         parts = self.layers.setdefault(layer, [LayerSummary(E) for _ in policies])
         sequences = self.sequences.setdefault(layer, SequenceSums(len(parts), BY_SEQUENCE))
         if not self.decider.empirical:
-            self.noise.setdefault(layer, NoiseSample(E)).update(batch)
+            self.noise.update(batch)
         slots, start = sequences.slots(batch), 0
         forwards, numbers = stretches(batch) if self.whole else (slots[:0], slots[:0])
         touched = np.zeros((len(policies), len(numbers), -(-E // 64) * 64), dtype=np.bool_)
@@ -195,8 +198,7 @@ class Summaries:
             else:
                 for mine, theirs in zip(self.layers[layer], parts, strict=True):
                     mine.merge(theirs)
-        for layer, sample in other.noise.items():
-            self.noise.setdefault(layer, NoiseSample(self.decider.n_experts)).merge(sample)
+        self.noise.merge(other.noise)
         for layer, experts in other.touched.items():
             self.touched.setdefault(layer, TouchedExperts(len(self.temperatures))).merge(experts)
         for layer, sums in other.sequences.items():
@@ -215,8 +217,9 @@ class Summaries:
         shuffled: dict[int, Rows] = {}
         for layer in sorted(self.sequences):
             every.merge(self.sequences[layer])
-            if layer in self.noise:
-                shuffled[layer] = self.decider.rows_of(self.noise[layer].shuffled(layer), layer)
+            if layer in self.noise.layers:
+                sample = self.noise.layers[layer].shuffled(layer)
+                shuffled[layer] = self.decider.rows_of(sample, layer)
         unknown = [[None] * (len(self.layers) + 1)] * len(labels)
         distinct = mean_distinct(self.touched) if self.touched else unknown
         for i, (policy, label) in enumerate(zip(self.decider.policies, labels, strict=True)):

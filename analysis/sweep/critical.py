@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from bhlog.analysis.kernels.first_alphas import BUCKETS, count_critical, make_guide
 from bhlog.analysis.kernels.places import threshold_places
 from bhlog.analysis.kernels.sorting import network
+from bhlog.analysis.kernels.thresholds import find_thresholds
+from bhlog.capture.contract.null.curve import NullCurve
 
 MOST_ALPHAS = 60_000  # of a grid: their places fit 16 bits
 ONE = 1 << 20  # fixed-point unit of probability
@@ -42,9 +44,21 @@ class Counted:
         the grid; J stands for none of it."""
         return self.steps[::-1].cumsum(axis=0)[::-1]
 
+    def __getstate__(self) -> dict[str, NDArray[np.int64] | None]:
+        return {"steps": _narrow(self.steps), "kept": self.kept}
+
+    def __setstate__(self, state: dict[str, NDArray[np.int64]]) -> None:
+        self.__dict__.update(state | {"steps": state["steps"].astype(np.int64)})
+
     def __add__(self, other: "Counted") -> "Counted":
         kept = None if self.kept is None or other.kept is None else self.kept + other.kept
         return Counted(self.steps + other.steps, kept)
+
+
+def _narrow(numbers: NDArray[np.int64]) -> NDArray[np.signedinteger]:
+    """The same numbers in as few bytes as they need."""
+    widest = min(numbers.min(initial=0), -numbers.max(initial=0) - 1)
+    return numbers.astype(np.min_scalar_type(widest))
 
 
 def table_bytes(n_experts: int, n_alphas: int) -> int:
@@ -62,6 +76,15 @@ class CriticalAlphas:
     """
 
     thresholds: NDArray[np.float32]
+
+    @classmethod
+    def under(
+        cls, curve: NullCurve, alphas: NDArray[np.float64], n_experts: int
+    ) -> "CriticalAlphas":
+        """Those of a null, at alphas that rise inside (0, 1)."""
+        thresholds = np.empty((n_experts, len(alphas)), dtype=np.float32)
+        find_thresholds(curve.tail, curve.x0, curve.dx, curve.beyond, alphas, thresholds)
+        return cls(thresholds)
 
     def count(
         self, logits: NDArray[np.float32], *, weigh: bool = False, into: Counted | None = None

@@ -1,7 +1,7 @@
 """Profiling: a log counted into a profile, in one pass."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bhlog.analysis.fold import WHOLE, Scope, fold
 from bhlog.analysis.log import Log, layer_of, logits_of
-from bhlog.analysis.noise import COLUMNS, NoiseSample
+from bhlog.analysis.noise import COLUMNS, Noise, last_hash
 from bhlog.analysis.nulls import null_model
 from bhlog.analysis.replay.settings import bounds_of
 from bhlog.analysis.sweep.critical import MOST_ALPHAS, Counted, CriticalAlphas, table_bytes
@@ -59,7 +59,8 @@ def profile_log(
             "for which replay answers: bhlog replay RUN --alpha A"
         )
     tables = Tables(model, grid, log.n_experts)
-    make = partial(LayerCounts, tables, kept, Shared())
+    noise = partial(Noise, log.n_experts, last_hash(log, scope.where))
+    make = partial(LayerCounts, tables, kept, noise, Shared())
     folded = fold(log, make, ("layer", "logits", *COLUMNS), scope)
     layers = folded.layers
     if not layers:
@@ -74,7 +75,7 @@ def profile_log(
         bounds_of(log),
         {
             layer: tables[layer]
-            .count(model[layer].tested(folded.noise[layer].shuffled(layer)), weigh=False)
+            .count(model[layer].tested(folded.noise.layers[layer].shuffled(layer)), weigh=False)
             .rows
             for layer in layers
         },
@@ -100,8 +101,7 @@ class Tables:
         found = self._of.get(layer)
         if found is None:
             curve = self.model[layer].curves[0]
-            thresholds = curve.threshold_grid(self.grid, self.n_experts)
-            found = CriticalAlphas(np.ascontiguousarray(thresholds.T))
+            found = CriticalAlphas.under(curve, self.grid, self.n_experts)
             if len(self._of) < self._most:
                 self._of[layer] = found
         return found
@@ -133,13 +133,20 @@ class LayerCounts:
     Args:
         tables: what finds critical alphas.
         kept: whether to count the probability kept too.
+        noise: makes what samples rows for noise.
         shared: where layers go that are done with; None keeps them.
     """
 
-    def __init__(self, tables: Tables, kept: bool, shared: Shared | None = None) -> None:
+    def __init__(
+        self,
+        tables: Tables,
+        kept: bool,
+        noise: Callable[[], Noise],
+        shared: Shared | None = None,
+    ) -> None:
         self._tables, self._kept, self._shared = tables, kept, shared
         self._own: dict[int, Counted] = {}
-        self.noise: dict[int, NoiseSample] = {}
+        self.noise = noise()
         self._table: tuple[int, CriticalAlphas] | None = None  # of the layer at hand
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,7 +165,7 @@ class LayerCounts:
             self._hand_over()
         if self._table is None or self._table[0] != layer:
             self._table = layer, self._tables[layer]
-        self.noise.setdefault(layer, NoiseSample(self._tables.n_experts)).update(batch)
+        self.noise.update(batch)
         tested = self._tables.model[layer].tested(logits_of(batch))
         into = self._own.get(layer)
         self._own[layer] = self._table[1].count(tested, weigh=self._kept, into=into)
@@ -167,8 +174,7 @@ class LayerCounts:
         for layer, counted in other._own.items():
             before = self._own.get(layer)
             self._own[layer] = counted if before is None else before + counted
-        for layer, sample in other.noise.items():
-            self.noise.setdefault(layer, NoiseSample(self._tables.n_experts)).merge(sample)
+        self.noise.merge(other.noise)
         self._hand_over()
 
     def _hand_over(self) -> None:

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 
 from bhlog.analysis import fold as folding
+from bhlog.analysis import workers as workers_module
 from bhlog.analysis.cli import main
 from bhlog.analysis.commands import scheduler
 from bhlog.analysis.log import Log
@@ -155,7 +156,8 @@ def test_a_report_is_counted_there(place, cluster, capsys, tmp_path, monkeypatch
 def test_workers_with_another_bhlog_or_none_are_named(place, cluster, client, capsys, monkeypatch):
     words = ("replay", place / "bh", *REPLAY, "--scheduler", cluster.scheduler_address)
     workers = sorted(client.scheduler_info(n_workers=-1)["workers"])
-    monkeypatch.setattr(scheduler, "own_version", lambda: "99")
+    here = workers_module.own_version()
+    monkeypatch.setattr(workers_module, "own_version", lambda: "99")
     code, _, told = ran(capsys, *words)
     assert code == 1 and told.startswith(f"bhlog: worker {workers[0]}: bhlog there is ")
     assert "here 99; install the same version on every worker\n" in told
@@ -163,9 +165,16 @@ def test_workers_with_another_bhlog_or_none_are_named(place, cluster, client, ca
     def lacking(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(scheduler, "version", lacking)
+    monkeypatch.setattr(workers_module, "own_version", lambda: here)
+    monkeypatch.setattr(workers_module, "version", lacking)
     code, _, told = ran(capsys, *words)
     assert code == 1 and told.startswith(f"bhlog: worker {workers[0]}: bhlog there is none, ")
+
+    def late(item):
+        raise ModuleNotFoundError("No module named 'bhlog'", name="bhlog")
+
+    with pytest.raises(RouterLogError, match=f"^worker {workers[0]}: bhlog there is none, "):
+        list(elsewhere(client.get_executor(pure=False), late, [0]))
 
 
 @pytest.mark.slow

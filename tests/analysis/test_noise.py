@@ -75,6 +75,36 @@ def test_the_sample_is_the_smallest_hashes_however_the_log_is_split(tmp_path, mo
         assert frame.select(names).equals(frames[0].select(names))
 
 
+def test_a_hash_that_bounds_the_sample_of_a_long_log_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(noise, "MOST_LOGITS", 50 * E)
+    monkeypatch.setattr(noise, "LEAST_ROWS", 1)
+    logits = correlated(3000)
+    logits[0, :900] = np.nan  # up to 900 of layer 0's rows are never drawn, and the bound counts so
+    log = written(tmp_path / "run", logits, n_shards=6)
+    last = noise.last_hash(log, None)
+    share = int(last) / 2**64
+    assert share == pytest.approx(2 * 50 / (3000 - 900))
+    for group in log.row_groups():
+        few = noise.NoiseSample(E, last)
+        few.update(log.read(group, ("layer", "logits", *noise.COLUMNS)))
+        assert len(few.hashes) < 50
+    bounded = log.compare(["bh:0.2", "topp:0.5"])
+    assert bounded["noise_rows"].to_list() == [50, 50, 100] * 2
+    monkeypatch.setattr(
+        "bhlog.analysis.replay.comparison.last_hash", lambda log, where: np.uint64(2**64 - 1)
+    )
+    assert log.compare(["bh:0.2", "topp:0.5"]).equals(bounded)
+
+
+def test_no_hash_bounds_the_sample_of_few_or_of_chosen_rows(log, monkeypatch):
+    largest = 2**64 - 1
+    assert noise.last_hash(log, None) == largest  # 1,200 rows of a layer, a sample holds 4,096
+    monkeypatch.setattr(noise, "MOST_LOGITS", 10 * E)
+    monkeypatch.setattr(noise, "LEAST_ROWS", 1)
+    assert noise.last_hash(log, None) < largest
+    assert noise.last_hash(log, "phase = 'decode'") == largest
+
+
 def test_a_sample_of_pieces_in_any_order_is_that_of_the_whole():
     rng = np.random.default_rng(4)
     n = 3 * noise.sample_rows(64)

@@ -153,8 +153,7 @@ def against_torch(log: Log, kde: KdeModel, repeats: int) -> dict[str, Any]:
     half = -(-batch.num_rows // THREADS)
     batches = [batch.slice(start, half) for start in range(0, batch.num_rows, half)]
     decider = decider_of(log, settings_of(log, [ALPHA]), kde)
-    grid = curve.threshold_grid(np.array(ALPHAS), E)
-    critical = CriticalAlphas(np.ascontiguousarray(grid.T))
+    critical = CriticalAlphas.under(curve, np.array(ALPHAS), E)
     # float32 p-values of the peer are near, not equal
     near = torch_bh(logits, *null, [ALPHA]).numpy() == ours_one(decider, batches)
     times = timed(

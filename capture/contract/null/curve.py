@@ -17,7 +17,6 @@ KERNELS = ("gaussian", "epanechnikov", "tophat", "triangular", "none", "conforma
 BANDWIDTH_RULES = ("scott", "silverman", "nrd0", "isj")
 INSTEAD = "isj, silverman"  # asked for isj, which found no root, and fitted with silverman
 
-_TOGETHER = 1 << 13  # thresholds computed at a time, so that they stay in the cache
 _FARTHEST = 2.0**20  # logits; a grid beyond it, or finer than its inverse, is damaged
 
 
@@ -156,12 +155,6 @@ class NullCurve:
         curve = replace(self, tail=self.lfdr, central=None, lfdr=None)
         return np.float32(curve._reaching(np.array([level]))[0])
 
-    def threshold_grid(self, alphas: NDArray[np.float64], n_experts: int) -> NDArray[np.float32]:
-        """(J, E) float32: thresholds at each of J alphas, the same numbers at less cost."""
-        size = max(1, _TOGETHER // n_experts)
-        pieces = [alphas[start : start + size, None] for start in range(0, len(alphas), size)]
-        return np.concatenate([self._reaching(critical_values(a, n_experts)) for a in pieces])
-
     def _reaching(self, critical: NDArray[np.float64]) -> NDArray[np.float32]:
         """The smallest logits with p-values at most these, which rise along the last axis."""
         if not (critical > 0).all() or not (critical < 1).all():
@@ -178,9 +171,9 @@ class NullCurve:
             cells = (inside - 1) + np.clip((above - critical) / drop, 0.0, 1.0)
         cells = np.where(right == 0, 0.0, np.where(right > last, float(last), cells))
         t = round_up_to_float32(np.float64(self.x0) + self.dx * cells)
-        never = critical < self.beyond
-        t = self._settle(t, np.where(never, self.tail[-1], critical))
-        t = np.where(never, np.float32(np.inf), t)
+        reached = critical >= self.beyond
+        t[reached] = self._settle(t[reached], critical[reached])
+        t[~reached] = np.inf
         return np.minimum.accumulate(t, axis=-1)  # equal in exact arithmetic; guards rounding
 
     def _settle(self, t: NDArray[np.float32], critical: NDArray[np.float64]) -> NDArray[np.float32]:

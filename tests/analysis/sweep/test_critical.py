@@ -1,9 +1,11 @@
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bhlog.analysis.sweep.critical import ONE, CriticalAlphas
+from bhlog.analysis.sweep.critical import ONE, Counted, CriticalAlphas
 from bhlog.capture.contract.null.model import NullCurve
 from bhlog.capture.contract.rule import count_rejected, finite_keys, no_finite_logit
 from tests.analysis.replay.plain import rows_of_logits
@@ -30,7 +32,7 @@ def direct(logits, thresholds):
 
 
 def grid_of(name, alphas, E):
-    return np.ascontiguousarray(CURVES[name].threshold_grid(alphas, E).T)
+    return CriticalAlphas.under(CURVES[name], alphas, E).thresholds
 
 
 @settings(max_examples=150, deadline=None)
@@ -92,3 +94,17 @@ def test_probability_is_the_softmax_of_each_rank():
     assert counted.kept[:, : j + 1].sum(axis=1) / ONE == pytest.approx(
         (softmax * reached).sum(axis=0), rel=1e-5, abs=6 / ONE
     )  # float32 sums, and a rounding for each alpha
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "size"),
+    [(0, 0, 1), (-128, 127, 1), (0, 128, 2), (-129, 5, 2), (-2, 1 << 15, 4), (0, 1 << 40, 8)],
+)
+def test_counts_travel_in_as_few_bytes_as_they_need_and_add_up_after(least, most, size):
+    steps = np.zeros((4, 1000), dtype=np.int64)
+    steps[1, 3], steps[2, 5] = least, most
+    data = pickle.dumps(Counted(steps, None))
+    assert len(data) < 4000 * size + 500
+    back = pickle.loads(data)
+    assert np.array_equal((back + back).steps, 2 * steps)
+    assert back.kept is None

@@ -108,8 +108,7 @@ def test_sweeps_count_what_is_centred():
     rng = np.random.default_rng(1)
     logits = (rng.normal(size=(300, 8)) + rng.normal(size=(300, 1))).astype(np.float32)
     null, alphas = centred_null(), np.array([0.05, 0.3, 0.6])
-    thresholds = null.curves[0].threshold_grid(alphas, 8).T
-    rows = CriticalAlphas(np.ascontiguousarray(thresholds)).count(null.tested(logits)).rows
+    rows = CriticalAlphas.under(null.curves[0], alphas, 8).count(null.tested(logits)).rows
     for j, alpha in enumerate(alphas):
         n = Bh(float(alpha)).decide(Rows(logits, null), Bounds(0)).n_rejected
         assert rows[:, : j + 1].sum() == n.sum()

@@ -91,6 +91,13 @@ def test_thresholds_at_the_ends_of_the_grid():
     assert low.thresholds(0.4, 1)[0] == np.float32(0.5)
 
 
+def test_a_conformal_null_that_is_never_reached_has_no_finite_threshold():
+    flat = NullCurve(None, 0, 0.0, 1.0, np.array([1.0, 1.0]), kernel="conformal")
+    assert flat.thresholds(0.3, 4).tolist() == [np.inf] * 4
+    half = NullCurve(None, 1, 0.0, 1.0, np.array([1.0, 0.5]), kernel="conformal")
+    assert half.thresholds(0.9, 2).tolist() == [np.inf, np.float32(0.2)]
+
+
 @settings(deadline=None)
 @given(curves, st.lists(st.floats(-200, 200, width=32), min_size=1, max_size=20))
 def test_p_values_are_the_linear_interpolation(curve, logits):
