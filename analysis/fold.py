@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import groupby
+from itertools import chain, groupby
 from typing import IO, Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -26,6 +26,8 @@ Progress = Callable[[int], None]  # called with the number of rows just read
 PIECE_LOGITS = 1 << 18  # read and folded at a time: 1 MiB, which stays in the cache
 MOST_STRETCHES = 1 << 12  # of a log, whoever folds them: results are grouped alike
 STRETCH_LOGITS = 1 << 23  # at least, unless a shard has fewer: what a task costs is a tenth of it
+TOGETHER = 4  # stretches of a task whose sums are exact, where there are enough of them
+FEWEST_TASKS = 8
 MOST_FOOTERS = 256  # that are read to cut a log
 _CODEC = "lz4"  # of results that travel: counts are mostly zeros
 _PLAIN = (type(None), bool, int, float, str, tuple)
@@ -107,6 +109,7 @@ def fold(
     scope: Scope = WHOLE,
     *,
     whole_groups: bool = False,
+    exact: bool = False,
 ) -> A:
     """Run an accumulator over a log on all cores and return it, merged in log order.
 
@@ -120,6 +123,8 @@ def fold(
         scope: which rows, and how they are read.
         whole_groups: whether `update` needs the rows of a row group at once, as empirical p-values
             do.
+        exact: whether the sums are the same however rows are grouped, as those of integers are. An
+            executor then folds several stretches a task: what a task gives is large, and travels.
     """
     needed = ["layer", *(name for name in columns if name != "layer")]
     if scope.sample < 1:
@@ -129,6 +134,9 @@ def fold(
     total = make()
     constant = [one for one in getattr(make, "args", ()) if not isinstance(one, _PLAIN)]
     stretches = stretches_of(log, scope.layers)
+    if exact and (scope.executor or log.executor) is not None:
+        n = max(1, min(TOGETHER, len(stretches) // FEWEST_TASKS))
+        stretches = [[*chain(*stretches[i : i + n])] for i in range(0, len(stretches), n)]
     with closing(side_by_side(work, [log], stretches, scope, constant=constant)) as parts:
         for part in parts:
             total.merge(part)

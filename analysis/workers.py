@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from typing import Any, TypeVar
 
+from bhlog.analysis.allocator import kept_memory
 from bhlog.analysis.memory_limit import is_out_of_memory
 from bhlog.capture.contract.errors import MissingRun, RouterLogError, one_line
 
@@ -145,7 +146,8 @@ def _there(packed: bytes, item: T, expected: str) -> Any:
     if own_version() != expected:
         raise _other_version(_worker(), own_version(), expected)
     try:
-        return _unpacked(packed)(item)
+        with kept_memory():
+            return _unpacked(packed)(item)
     except MissingRun as error:
         raise MissingRun(
             f"{_worker()}: {error}; a worker opens the run itself: put it where all of them see it "

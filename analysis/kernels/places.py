@@ -5,7 +5,6 @@ from numpy import float32, int32
 from numpy.typing import NDArray
 
 from bhlog.analysis.kernels.compiled import inlined
-from bhlog.capture.contract.null.curve import float32_places
 
 NOWHERE = np.iinfo(np.int32).min  # place of what is not finite: below all others
 _MAGNITUDE = 0x7FFFFFFF
@@ -17,7 +16,8 @@ def threshold_places(thresholds: NDArray[np.float32]) -> NDArray[np.int32]:
 
     Infinity is beyond all finite values.
     """
-    return float32_places(np.ascontiguousarray(thresholds, dtype=np.float32)).astype(np.int32)
+    bits = np.ascontiguousarray(thresholds, dtype=np.float32).view(np.int32)
+    return np.where(bits >= 0, bits, -(bits & np.int32(_MAGNITUDE)))
 
 
 @inlined

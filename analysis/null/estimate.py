@@ -81,7 +81,8 @@ def count_logits(
         trim.check(model.n_experts)
     total = LogitCounts(options)
     for log in logs:
-        total.merge(fold(log, partial(LogitCounts, options), ["logits"], scope))
+        counted = fold(log, partial(LogitCounts, options), ["logits"], scope, exact=True)
+        total.merge(counted)
     return total.counts
 
 

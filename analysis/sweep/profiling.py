@@ -61,7 +61,7 @@ def profile_log(
     tables = Tables(model, grid, log.n_experts)
     noise = partial(Noise, log.n_experts, last_hash(log, scope.where))
     make = partial(LayerCounts, tables, kept, noise, Shared())
-    folded = fold(log, make, ("layer", "logits", *COLUMNS), scope)
+    folded = fold(log, make, ("layer", "logits", *COLUMNS), scope, exact=True)
     layers = folded.layers
     if not layers:
         raise InvalidOption(f"{log.path}: no rows to count{scope.words}")

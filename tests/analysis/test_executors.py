@@ -163,6 +163,26 @@ def test_stretches_depend_on_the_log_alone_and_are_bounded(monkeypatch):
     assert len(folding._cut(groups, lambda group: 0)) == 1
 
 
+def test_exact_sums_come_from_several_stretches_a_task(run, monkeypatch):
+    n = len(folding.stretches_of(run))
+    assert n >= 4
+    monkeypatch.setattr(folding, "FEWEST_TASKS", 1)
+    for verb, tasks in (
+        (lambda how: run.sweep(normal_kde(run.layers), executor=how), -(-n // 4)),
+        (lambda how: run.fit(executor=how), -(-n // 4)),
+        (lambda how: run.replay(0.3, kde=normal_kde(run.layers), executor=how), n),
+    ):
+        given: list[Future] = []
+
+        class Counting(Backwards):
+            def submit(self, function, /, *args, given=given, **kwargs):
+                given.append(super().submit(function, *args, **kwargs))
+                return given[-1]
+
+        verb(Counting())
+        assert len(given) == tasks
+
+
 @pytest.mark.parametrize("layers", [None, [1]])
 def test_of_many_shards_a_stretch_holds_whole_ones_whose_footers_are_read_once(
     run, layers, monkeypatch

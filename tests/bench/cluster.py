@@ -2,12 +2,13 @@
 
     python -m tests.bench.cluster [--rows N] [--repeats R] [--tasks N] [--shards N] [--folder DIR]
 
-The log: 16 layers of 64 experts, native top-8. Two workers of a thread each replay and sweep it,
-two threads here do the same, taking turns, and both must give the same; CPU seconds are of this
-process and of the workers, which other work on the machine disturbs less than wall time. Then a
-worker is killed as soon as the first stretch is here. Tiny tasks say what the scheduler costs; a
-`bhlog replay --scheduler` of its own over logs of 100 and of --shards small shards what the client
-holds. Times are medians. --folder keeps the runs for the next time. Prints one JSON line.
+The log: 16 layers of 64 experts, native top-8. Two workers of a thread each replay it, sweep it,
+and so on, two threads here do the same, taking turns, and both must give the same; CPU seconds are
+of this process and of the workers, which other work on the machine disturbs less than wall time.
+Then a worker is killed as soon as the first stretch is here. Tiny tasks say what the scheduler
+costs; a `bhlog replay --scheduler` of its own over logs of 100 and of --shards small shards what
+the client holds. Times are medians. --folder keeps the runs for the next time. Prints one JSON
+line.
 """
 
 import argparse
@@ -26,7 +27,9 @@ from distributed import Client, LocalCluster
 
 from bhlog.analysis.fold import Scope
 from bhlog.analysis.log import Log
-from bhlog.analysis.replay.comparison import replay
+from bhlog.analysis.null.calibration import check, check_frame
+from bhlog.analysis.null.estimate import fit_kde
+from bhlog.analysis.replay.comparison import compare, replay
 from bhlog.analysis.replay.settings import settings_of
 from bhlog.analysis.sweep.profiling import profile_log
 from bhlog.analysis.workers import elsewhere
@@ -39,6 +42,7 @@ from tests.synthetic import normal_kde, write_run
 WORKERS = 2
 SHARDS = 32
 ALPHA = 0.3
+POLICIES = (f"bh:{ALPHA}", "topk:4", "topp:0.5")
 
 
 def identity(item: int) -> int:
@@ -163,12 +167,13 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     log: Log = made(path, layers=range(LAYERS), n_sequences=sequences, n_shards=SHARDS, seed=0)
     kde: KdeModel = null_model(folder / f"cluster-{sequences}.parquet", log)
     settings = settings_of(log, [ALPHA])
-
-    def replayed(scope: Scope) -> Any:
-        return replay(log, settings, kde=kde, scope=scope).rows()
-
-    def swept(scope: Scope) -> Any:
-        return profile_log(log, kde, scope=scope).frame([ALPHA]).rows()
+    verbs: dict[str, Callable[[Scope], Any]] = {
+        "replay": lambda scope: replay(log, settings, kde=kde, scope=scope).rows(),
+        "sweep": lambda scope: profile_log(log, kde, scope=scope).frame([ALPHA]).rows(),
+        "fit": lambda scope: fit_kde([log], scope=scope).sha256,
+        "check": lambda scope: check_frame(check(kde, log, scope=scope)).rows(),
+        "compare": lambda scope: compare(log, POLICIES, kde=kde, scope=scope).rows(),
+    }
 
     with (
         LocalCluster(
@@ -182,9 +187,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         return {
             "rows": log.manifest.totals.rows,
             "bytes": sum(entry.bytes for entry in log.manifest.shards),
-            "replay": beside_threads(client, replayed, options.repeats),
-            "sweep": beside_threads(client, swept, options.repeats),
-            "killed": killed(cluster, client, replayed),
+            **{name: beside_threads(client, verb, options.repeats) for name, verb in verbs.items()},
+            "killed": killed(cluster, client, verbs["replay"]),
             "ms_a_task": overhead(client, options.tasks),
             "peak_rss_mib": client_memory(folder, client, options.shards),
         }
