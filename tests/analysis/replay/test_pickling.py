@@ -9,6 +9,7 @@ import pytest
 
 import bhlog.analysis.fold as folding
 from bhlog.analysis.fold import fold
+from bhlog.analysis.noise import Noise
 from bhlog.analysis.replay.comparison import Summaries
 from bhlog.analysis.replay.decide import Decider
 from bhlog.analysis.replay.match import Totals
@@ -69,7 +70,7 @@ def test_summaries_and_totals_are_the_same(run, kind, tmp_path):
         log = open_log(empirical(tmp_path / "run", BhOptions(max_k=12)))
     policies = [parse_policy(text) for text in TEXTS]
     decider = Decider(log, policies, kde)
-    make = partial(Summaries, decider, (1.0,) * len(policies), 8)
+    make = partial(Summaries, decider, (1.0,) * len(policies), 8, partial(Noise, E))
     labels = [pl.lit(text).alias("policy") for text in TEXTS]
     columns = (*dict.fromkeys([*decider.columns, "rank", "sequence", "position"]),)
     here = fold(log, make, columns, whole_groups=decider.empirical)
@@ -84,7 +85,9 @@ def test_summaries_and_totals_are_the_same(run, kind, tmp_path):
 def test_profiles_are_the_same_whether_threads_share_or_not(run, kept):
     tables = Tables(run.kde, np.array(GRID), E)
     columns = ("layer", "logits", "rank", "sequence", "position")
-    makes = [partial(LayerCounts, tables, kept, shared) for shared in (None, Shared(), Shared())]
+    noise = partial(Noise, E)
+    shares = (None, Shared(), Shared())
+    makes = [partial(LayerCounts, tables, kept, noise, shared) for shared in shares]
     alone, together = (fold(run, make, columns).layers for make in makes[:2])
     there = folded_elsewhere(run, makes[2], columns).layers
     here = folded_elsewhere(run, makes[0], columns).layers
