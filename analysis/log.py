@@ -257,6 +257,16 @@ class Log(RunFolder):
             )
         return wanted
 
+    def rows_listed(self, layers: Iterable[int] | None = None) -> int | None:
+        """Rows of these layers (None: all) by the manifest, for which no shard is opened; each
+        layer has as many. None where it does not say yet.
+
+        Raises:
+            InvalidOption: the run has no such layer.
+        """
+        share = len(self.check_layers(layers)) / max(1, len(self.layers))
+        return round(self.manifest.totals.rows * share) or None
+
     def tokens(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Token rows of all shards, in order of rank, shard and row."""
         schema = shard_schema("tokens", self.n_experts)

@@ -92,7 +92,8 @@ def elsewhere(
     except (BrokenExecutor, CancelledError, ModuleNotFoundError) as error:
         if isinstance(error, ModuleNotFoundError) and client is not None:
             check_workers(client)  # one that joined late, which it names
-        raise RouterLogError(f"{type(executor).__name__}: {_ended(error)}") from error
+        name = getattr(executor, "address", type(executor).__name__)
+        raise RouterLogError(f"{name}: {_ended(error)}") from error
     except Exception as error:
         if type(error).__name__ != "KilledWorker":  # Dask's, which is not imported for it
             raise

@@ -157,7 +157,7 @@ def compare(
         texts = _all_policies(log, null, scope)
         experts = log.manifest.model.top_k if experts is None else experts
     policies = _policies(log, texts, experts, null, bounds, scope)
-    with progress_bar("compare", log.manifest.totals.rows or None) as advance:
+    with progress_bar("compare", log.rows_listed(scope.layers)) as advance:
         rows = vars(scope.but(progress=advance))
         frame = log.compare(policies, kde=null, **vars(bounds), **rows)
     output.write(_shortened(frame, by_layer=by_layer, whole=all_columns or not output.for_people))

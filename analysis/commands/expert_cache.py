@@ -92,7 +92,7 @@ def cache(
         require_one_axis(budgets)
     log = open_run(run)
     policies = [*(str(alpha if isinstance(alpha, Bh) else Bh(alpha)) for alpha in alphas), *texts]
-    with progress_bar("cache", log.manifest.totals.rows or None) as advance:
+    with progress_bar("cache", log.rows_listed(scope.layers)) as advance:
         frame = log.cache(
             budgets,
             policies=policies,

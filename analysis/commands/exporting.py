@@ -80,7 +80,7 @@ def export(
     make_room(out)
     known = None if profile is None else Profile.load(profile)
     log, null = open_run(run), null_named(kde)
-    with progress_bar("export", log.manifest.totals.rows or None) as advance:
+    with progress_bar("export", log.rows_listed(scope.layers)) as advance:
         part = scope.but(progress=advance)
         write(format, Wanted(log, alpha, experts, known, null, bounds, part), out)
     click.echo(f"wrote {shown(out)}", err=True)

@@ -191,8 +191,7 @@ def check(
         title = f"{shown(file)}: {signals} signals of {shift:g} sd in {planted.rows:,} rows a layer"
         output.write(simulated(model, alphas, log.n_experts, planted), title=title)
         return
-    total = sum(group.rows for group in log.row_groups(scope.layers))
-    with progress_bar("checking", total) as advance:
+    with progress_bar("checking", log.rows_listed(scope.layers)) as advance:
         checks = check_model(model, log, scope=scope.but(progress=advance))
     frame = expert_frame(checks) if by_expert else check_frame(checks)
     output.write(frame, title=f"{shown(file)} on {log.path}")

@@ -122,7 +122,7 @@ def replay(
         temperature=temperature,
         renormalize=None if renormalize is None else RENORMALIZE[renormalize],
     )
-    rows = log.manifest.totals.rows or None
+    rows = log.rows_listed(scope.layers)
     if out is not None:
         if scope.narrows:
             raise InvalidOption(

@@ -161,7 +161,7 @@ def _profile(
     log = open_run(run)
     shape = len(log.check_layers(scope.layers)), log.n_experts
     grid = sorted({*grid_for(*shape), *DEFAULT_ALPHAS, *alphas})
-    with progress_bar("sweep", log.manifest.totals.rows or None) as advance:
+    with progress_bar("sweep", log.rows_listed(scope.layers)) as advance:
         return profile_log(log, null, alphas=grid, kept=kept, scope=scope.but(progress=advance))
 
 

@@ -269,3 +269,11 @@ def test_a_shard_that_lacks_a_column_of_its_version_is_corrupt(run, folder):
     pq.write_table(pq.read_table(path).drop(["forward"]), path)
     with pytest.raises(CorruptShard, match=r"rank00000-00001.parquet: no column 'forward'"):
         open_log(run).open_shard(folder, path.name)
+
+
+@pytest.mark.parametrize("layers", [None, [0]])
+def test_rows_of_some_layers_are_told_by_the_manifest(run, layers):
+    log = open_log(run)
+    assert log.rows_listed(layers) == sum(group.rows for group in log.row_groups(layers))
+    with pytest.raises(InvalidOption, match="no layer 77"):
+        log.rows_listed([77])
