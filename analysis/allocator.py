@@ -8,7 +8,7 @@ times as long there as in threads of a plain process, and 0.8 times with this.
 import ctypes
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -43,7 +43,7 @@ def kept_memory() -> Iterator[None]:
 
 
 @cache
-def _mallopt() -> "ctypes._NamedFuncPointer | None":
+def _mallopt() -> Callable[[int, int], int] | None:
     """Of glibc; other C libraries have none."""
     try:
         return ctypes.CDLL(None).mallopt

@@ -70,21 +70,21 @@ class NoiseSample:
         hashes = mix(*(values_of(batch.column(name)) for name in COLUMNS))
         last = self.hashes[-1] if len(self.hashes) == self.most else self.last
         rows = np.flatnonzero(hashes <= last)
+        if not len(rows):
+            return
+        logits = logits_of(batch)
         if len(rows) > self.most:
             smallest = rows[np.argpartition(hashes[rows], self.most)[: self.most]]
-            if not no_finite_logit(logits_of(batch)[smallest]).any():
+            if not no_finite_logit(logits[smallest]).any():
                 rows = smallest
-        logits = logits_of(batch)[rows]
-        known = ~no_finite_logit(logits)
-        self._keep(hashes[rows[known]], logits[known])
+        rows = rows[~no_finite_logit(logits[rows])]
+        self._keep(hashes[rows], logits[rows])
 
     def merge(self, other: Self) -> None:
         """See the rows of another sample."""
         self._keep(other.hashes, other.logits)
 
     def _keep(self, hashes: NDArray[np.uint64], logits: NDArray[np.float32]) -> None:
-        if not len(hashes):
-            return
         hashes = np.concatenate([self.hashes, hashes])
         order = np.argsort(hashes, kind="stable")[: self.most]
         self.hashes = hashes[order]

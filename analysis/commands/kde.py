@@ -90,8 +90,9 @@ def fit_(
 
     options = FitOptions(**fit, null=null, keep=keep_trim, centre=centre)
     first, *others = (open_run(run) for run in runs)
-    total = sum(log.rows_listed(scope.layers) or 0 for log in (first, *others))
-    with progress_bar("fitting", total or None) as advance:
+    listed = [log.rows_listed(scope.layers) for log in (first, *others)]
+    total = sum(rows for rows in listed if rows) if all(listed) else None
+    with progress_bar("fitting", total) as advance:
         model = first.fit(options, also=others, **vars(scope.but(progress=advance)))
     save_model(model, out, output)
     top_k, trim_high = first.manifest.model.top_k, options.trim_high

@@ -5,10 +5,11 @@ from numpy import float32, int32
 from numpy.typing import NDArray
 
 from bhlog.analysis.kernels.compiled import inlined
+from bhlog.capture.contract.null.curve import float32_places
 
 NOWHERE = np.iinfo(np.int32).min  # place of what is not finite: below all others
 _MAGNITUDE = 0x7FFFFFFF
-_INFINITY = 0x7F800000
+INFINITY = 0x7F800000  # its place
 
 
 def threshold_places(thresholds: NDArray[np.float32]) -> NDArray[np.int32]:
@@ -16,8 +17,7 @@ def threshold_places(thresholds: NDArray[np.float32]) -> NDArray[np.int32]:
 
     Infinity is beyond all finite values.
     """
-    bits = np.ascontiguousarray(thresholds, dtype=np.float32).view(np.int32)
-    return np.where(bits >= 0, bits, -(bits & np.int32(_MAGNITUDE)))
+    return float32_places(np.ascontiguousarray(thresholds, dtype=np.float32))
 
 
 @inlined
@@ -32,7 +32,7 @@ def find_places(bits: NDArray[np.int32], places: NDArray[np.int32]) -> None:
         magnitude = int32(bits[expert] & int32(_MAGNITUDE))
         sign = int32(bits[expert] >> int32(31))  # 0 or -1
         place = int32(int32(magnitude ^ sign) - sign)
-        places[expert] = place if magnitude < int32(_INFINITY) else int32(NOWHERE)
+        places[expert] = place if magnitude < int32(INFINITY) else int32(NOWHERE)
 
 
 @inlined

@@ -5,8 +5,7 @@ from numpy import float32, int32
 from numpy.typing import NDArray
 
 from bhlog.analysis.kernels.compiled import compiled, inlined
-
-_INFINITY = 0x7F800000  # its place
+from bhlog.analysis.kernels.places import INFINITY, value_at
 
 
 @inlined
@@ -18,8 +17,8 @@ def _place(value: float32) -> int:
 
 @inlined
 def _value(place: int) -> float32:
-    size: float32 = int32(min(abs(place), _INFINITY)).view(np.float32)
-    return size if place >= 0 else -size
+    """The float32 at a place, infinite beyond the ends."""
+    return value_at(int32(min(max(place, -INFINITY), INFINITY)))
 
 
 @inlined

@@ -171,11 +171,8 @@ class Decisions:
     n_rejected: NDArray[np.uint16]
 
 
-def critical_values(alpha: float | NDArray[np.float64], n_experts: int) -> NDArray[np.float64]:
-    """(E,) float64: k * alpha / E for k = 1..E, what p_(k) is held against.
-
-    Alphas of shape (J, 1) give (J, E).
-    """
+def critical_values(alpha: float, n_experts: int) -> NDArray[np.float64]:
+    """(E,) float64: k * alpha / E for k = 1..E, what p_(k) is held against."""
     return np.arange(1, n_experts + 1, dtype=np.float64) * alpha / n_experts
 
 

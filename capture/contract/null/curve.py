@@ -189,7 +189,7 @@ class NullCurve:
             passed: NDArray[np.bool_] = self.p_value(_float32_at(place)) <= critical[where]
             return passed
 
-        above = float32_places(settled)
+        above = float32_places(settled).astype(np.int64)  # may go beyond infinity's
         below = above - 1
         early, late = passes(below), ~passes(above)
         where = np.flatnonzero(early | late)  # few
@@ -219,10 +219,10 @@ def round_up_to_float32(x: NDArray[np.float64]) -> NDArray[np.float32]:
 _LARGEST = int(np.float32(np.inf).view(np.int32))  # infinity's place
 
 
-def float32_places(x: NDArray[np.float32]) -> NDArray[np.int64]:
+def float32_places(x: NDArray[np.float32]) -> NDArray[np.int32]:
     """Place of each float32 in the order of all of them; 0 for 0, +-1 for the next to it."""
-    bits = x.view(np.int32).astype(np.int64)
-    return np.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
+    bits = x.view(np.int32)
+    return np.where(bits >= 0, bits, -(bits & np.int32(0x7FFFFFFF)))
 
 
 def _float32_at(place: NDArray[np.int64]) -> NDArray[np.float32]:
